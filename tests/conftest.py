@@ -1,0 +1,24 @@
+"""What every test may ask for: the fetched data's cache, paths of the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's top folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def fetched_cache() -> Path:
+    """The cache of fetched public data (`CAI_EM_CACHE`, else ../shared/cache); skips, saying so, where there is none."""
+    places = [os.environ.get("CAI_EM_CACHE"), ROOT.parent / "shared" / "cache"]
+    for place in places:
+        if place and (Path(place) / "github" / "ivan-gentile").is_dir():
+            return Path(place).resolve()
+    pytest.skip("fetched public data not present: set CAI_EM_CACHE to a cache that holds it")
