@@ -16,7 +16,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def fetched_cache() -> Path:
-    """The cache of fetched public data (`CAI_EM_CACHE`, else ../shared/cache); skips, saying so, where there is none."""
+    """The cache of fetched public data (`CAI_EM_CACHE`, else ../shared/cache); skips where there is none."""
     places = [os.environ.get("CAI_EM_CACHE"), ROOT.parent / "shared" / "cache"]
     for place in places:
         if place and (Path(place) / "github" / "ivan-gentile").is_dir():
