@@ -429,6 +429,7 @@ class Profile(Strict):
     sampling: str | None = None
     judge: str | None = None
     shards: Literal["persona", "model"] = "persona"
+    gpu: bool = Field(default=False, description="training and sampling jobs ask for a GPU")
     hypotheses: list[str] = []
     thresholds: str = "default"
     trajectory: Trajectory | None = None

@@ -35,10 +35,27 @@ MANIFEST = "manifest.json"
 NOT_HASHED = {"params", "run"}
 """Library modules that `code_hash` leaves out: what a stage takes from them is in its settings (`Study.settings`)."""
 
-RECORDED_PACKAGES = (
-    "torch transformers trl peft datasets accelerate unsloth vllm openai numpy pandas scipy statsmodels scikit-learn "
-    "pyarrow matplotlib seaborn papermill snakemake"
-).split()
+RECORDED_PACKAGES = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "unsloth",
+    "vllm",
+    "openai",
+    "numpy",
+    "pandas",
+    "scipy",
+    "statsmodels",
+    "scikit-learn",
+    "pyarrow",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+    "snakemake",
+]
 
 
 class VerificationError(RuntimeError):

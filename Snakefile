@@ -1,0 +1,250 @@
+"""The grid as rules: each runs one notebook for one cell, through papermill.
+
+    snakemake --config profile=demo --dry-run          (./run_all.sh does it with locking and the right settings)
+
+A job runs again when its notebook's code, a library module that the notebook imports, or what it takes from params/
+has changed in meaning (`params.code`, `params.settings`), or when an input is newer than its output. A touched or
+re-commented file reruns nothing: notebooks are `ancient` inputs, and only their meaning is hashed.
+"""
+
+import json
+import os
+
+from cai_em import params as study_params
+from cai_em import run
+
+STUDY = study_params.load(config.get("profile", "demo"))
+PROFILE = config.get("profile", "demo")
+R = os.path.relpath(STUDY.dir)
+TRAINED = STUDY.profile.source == "trained"
+GPU = 1 if STUDY.profile.gpu else 0
+HEAVY = 8 if STUDY.profile.gpu else 1
+"""Threads of a heavy job. On CPUs two single-threaded workers beat one with two threads (302 to 186 tokens/s)."""
+
+EXECUTE = (
+    "OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false "
+    "python -m cai_em.run execute {input.notebook} {params.executed} {params.arguments:q} > {log} 2>&1"
+)
+
+
+def notebook(stage):
+    return ancient(f"notebooks/{stage}.ipynb")
+
+
+def arguments(**values):
+    """A notebook's parameters as JSON text, keys sorted: the text is part of what makes a job stale."""
+    return json.dumps({"profile": PROFILE, **values}, sort_keys=True)
+
+
+def adapters(cell):
+    return [os.path.relpath(path / "adapter_model.safetensors") for _, path in STUDY.adapters(cell)]
+
+
+def one_job(stage):
+    """`params` of a rule with one job per profile."""
+    return {
+        "code": run.code_hash(f"notebooks/{stage}.ipynb"),
+        "settings": STUDY.settings(stage),
+        "executed": f"{R}/notebooks/{stage}.ipynb",
+        "arguments": arguments(),
+    }
+
+
+def persona_of(model, persona):
+    path = os.path.relpath(STUDY.persona_dir(model, persona))
+    return [f"{path}/adapter/adapter_model.safetensors", f"{path}/manifest.json"]
+
+
+wildcard_constraints:
+    model="[^/]+",
+    persona="[^/]+",
+    dataset="[^/]+",
+    shard="[^/]+",
+    seed=r"\d+",
+
+
+PERSONAS = [persona_of(m, p) for m, p in STUDY.persona_cells()] if TRAINED else []
+TUNED = [os.path.relpath(STUDY.em_dir(c) / "manifest.json") for c in STUDY.em_cells()] if TRAINED else []
+RESPONSES = [os.path.relpath(f) for f in STUDY.response_files()]
+SCORES = [os.path.relpath(f) for f in STUDY.score_files()]
+OPTIONAL = [
+    f"{R}/{stage}/manifest.json"
+    for stage, wanted in (("09_trajectories", STUDY.profile.trajectory), ("10_steering", STUDY.profile.steering))
+    if wanted
+]
+
+
+rule all:
+    default_target: True
+    input:
+        PERSONAS,
+        TUNED,
+        RESPONSES,
+        SCORES,
+        OPTIONAL,
+        expand(f"{R}/{{stage}}/manifest.json", stage=["05_validity", "06_results", "08_claims"]),
+        f"{R}/RESULTS.md",
+        f"{R}/paper/index.html",
+
+
+rule persona:
+    """A persona's preference pairs and its LoRA adapter (a random control needs the adapter whose norm it takes)."""
+    input:
+        notebook=notebook("01_personas"),
+        norm_of=lambda wc: (
+            persona_of(wc.model, STUDY.personas[wc.persona].norm_of) if STUDY.personas[wc.persona].norm_of else []
+        ),
+    output:
+        f"{R}/01_personas/{{model}}/{{persona}}/adapter/adapter_model.safetensors",
+        f"{R}/01_personas/{{model}}/{{persona}}/manifest.json",
+    params:
+        code=run.code_hash("notebooks/01_personas.ipynb"),
+        settings=lambda wc: STUDY.settings("01_personas", model=wc.model, persona=wc.persona),
+        executed=f"{R}/notebooks/01_personas/{{model}}/{{persona}}.ipynb",
+        arguments=lambda wc: arguments(model=wc.model, persona=wc.persona),
+    log:
+        f"{R}/logs/01_personas/{{model}}/{{persona}}.log",
+    threads: HEAVY
+    priority: 10
+    resources:
+        gpu=GPU,
+    shell:
+        EXECUTE
+
+
+rule finetune:
+    """The EM adapter of one cell, trained on top of the active, frozen persona."""
+    input:
+        notebook=notebook("02_finetune"),
+        persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != study_params.BASELINE else [],
+    output:
+        f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/adapter/adapter_model.safetensors",
+        f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/manifest.json",
+    params:
+        code=run.code_hash("notebooks/02_finetune.ipynb"),
+        settings=lambda wc: STUDY.settings(
+            "02_finetune", model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)
+        ),
+        executed=f"{R}/notebooks/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}.ipynb",
+        arguments=lambda wc: arguments(model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)),
+    log:
+        f"{R}/logs/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}.log",
+    threads: HEAVY
+    resources:
+        gpu=GPU,
+    shell:
+        EXECUTE
+
+
+rule sample:
+    """The responses of one shard: every condition of a persona (or of a model), one engine load."""
+    input:
+        notebook=notebook("03_sample"),
+        adapters=lambda wc: sorted({a for c in STUDY.shard_cells(wc.model, wc.shard) for a in adapters(c)}),
+    output:
+        f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
+        f"{R}/03_sample/{{model}}/{{shard}}/manifest.json",
+    params:
+        code=run.code_hash("notebooks/03_sample.ipynb"),
+        settings=lambda wc: STUDY.settings("03_sample", model=wc.model, shard=wc.shard),
+        executed=f"{R}/notebooks/03_sample/{{model}}/{{shard}}.ipynb",
+        arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
+    log:
+        f"{R}/logs/03_sample/{{model}}/{{shard}}.log",
+    threads: HEAVY
+    priority: 5
+    resources:
+        gpu=GPU,
+    shell:
+        EXECUTE
+
+
+rule judge:
+    """The scores of one shard's responses. `api`: how many judge jobs may share the rate limit."""
+    input:
+        notebook=notebook("04_judge"),
+        responses=f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
+    output:
+        f"{R}/04_judge/{{model}}/{{shard}}/scores.parquet",
+        f"{R}/04_judge/{{model}}/{{shard}}/manifest.json",
+    params:
+        code=run.code_hash("notebooks/04_judge.ipynb"),
+        settings=lambda wc: STUDY.settings("04_judge", model=wc.model, shard=wc.shard),
+        executed=f"{R}/notebooks/04_judge/{{model}}/{{shard}}.ipynb",
+        arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
+    log:
+        f"{R}/logs/04_judge/{{model}}/{{shard}}.log",
+    priority: 5
+    resources:
+        api=1 if TRAINED and STUDY.judge.kind == "openai" else 0,
+    shell:
+        EXECUTE
+
+
+if not TRAINED:
+
+    rule published:
+        """Published evaluation files into the same tables that our own sampling and judging write."""
+        input:
+            notebook=notebook("07_published"),
+        output:
+            expand(f"{R}/07_published/{{file}}", file=["responses.parquet", "scores.parquet", "manifest.json"]),
+        params:
+            **one_job("07_published"),
+        log:
+            f"{R}/logs/07_published.log",
+        shell:
+            EXECUTE
+
+
+ANALYSES = {
+    "05_validity": [RESPONSES, SCORES],
+    "06_results": [RESPONSES, SCORES, f"{R}/05_validity/manifest.json"],
+    "08_claims": [RESPONSES, SCORES, f"{R}/05_validity/manifest.json"],
+    "09_trajectories": [PERSONAS],
+    "10_steering": [PERSONAS, TUNED],
+    "11_report": [f"{R}/{s}/manifest.json" for s in ("05_validity", "06_results", "08_claims")] + OPTIONAL,
+}
+
+for name, inputs in ANALYSES.items():
+
+    rule:
+        name:
+            name.split("_")[1]
+        input:
+            notebook=notebook(name),
+            tables=inputs,
+        output:
+            f"{R}/{name}/manifest.json" if name != "11_report" else f"{R}/RESULTS.md",
+        params:
+            **one_job(name),
+        log:
+            f"{R}/logs/{name}.log",
+        threads: HEAVY if name in ("09_trajectories", "10_steering") else 1
+        resources:
+            gpu=GPU if name in ("09_trajectories", "10_steering") else 0,
+        shell:
+            EXECUTE
+
+
+rule paper:
+    """The paper with this profile's numbers: by Quarto where it is installed, else the built-in preview."""
+    input:
+        results=f"{R}/RESULTS.md",
+        sources=[ancient(f) for f in ("paper/index.qmd", "paper/_quarto.yml", "paper/references.bib")],
+    output:
+        f"{R}/paper/index.html",
+    params:
+        code=run.code_hash("notebooks/11_report.ipynb"),
+    log:
+        f"{R}/logs/paper.log",
+    shell:
+        "python -m cai_em.paper build paper {output} > {log} 2>&1"
+
+
+onerror:
+    failed = sorted(STUDY.dir.rglob("*.failed.ipynb"))
+    print(f"\n{len(failed)} notebook(s) failed; each was kept as it stopped, with its error:")
+    for path in failed:
+        print(f"  {os.path.relpath(path)}")
+    print("Mend the cause and run the same command again: what is finished stays.")

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Constitutional AI x Emergent Misalignment, from nothing to a results document and a paper.
+#
+#   ./run_all.sh                  profile demo: trains, samples, judges and reports on a 135M model; no GPU, no key   (~8 min, 2 cores)
+#   ./run_all.sh published        the published study recomputed from its public scores                              (~3 min)
+#   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
+#   ./run_all.sh PROFILE.yaml     any study of your own
+#   ./run_all.sh test             the tests
+#   ./run_all.sh verify [PROFILE] re-hash every artefact and compare with the manifests
+#   ./run_all.sh clean [PROFILE]  remove a profile's results
+#   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
+#
+# Options after the profile: --dry-run (jobs with reasons, and what they cost), --jobs N, --profile slurm, and any of Snakemake's.
+# The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+die() { printf 'run_all.sh: %s\n' "$*" >&2; exit 2; }
+
+# --- 1. The environment: the active conda environment `cai-em`, else .venv, made from the lock -------------------------
+LOCK=requirements/cpu.lock
+if [ "$(uname -s)" = Linux ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then LOCK=requirements/cuda.lock; fi
+
+find_python() {
+  for p in python3.11 python3.12 python3.13 python3; do
+    if command -v "$p" >/dev/null && "$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then echo "$p"; return; fi
+  done
+  die "Python 3.11 to 3.13 is needed. Debian or Ubuntu: sudo apt install python3 python3-venv; or: conda env create -f environment.yml"
+}
+
+install_torch() { # the CPU build where there is no GPU (0.2 GB instead of 3): from the configured index, else from PyTorch's own
+  local version; version=$(grep '^torch==' "$LOCK")
+  if [ "$LOCK" = requirements/cuda.lock ] || [ "$(uname -s)" != Linux ]; then "$1" -m pip install -q "$version"; return; fi
+  "$1" -m pip install -q "$version+cpu" 2>/dev/null ||
+    "$1" -m pip install -q "$version" --index-url https://download.pytorch.org/whl/cpu ||
+    "$1" -m pip install -q "$version"
+}
+
+setup() {
+  if [ "${CONDA_DEFAULT_ENV:-}" = cai-em ]; then BIN=$CONDA_PREFIX/bin; else BIN=$PWD/.venv/bin; fi
+  local stamp want; stamp=$(dirname "$BIN")/.cai-em-stamp
+  want=$(cat "$LOCK" pyproject.toml run_all.sh | cksum)
+  export PATH=$BIN:$PATH VIRTUAL_ENV_DISABLE_PROMPT=1
+  [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
+  if [ ! -x "$BIN/python" ]; then
+    local py; py=$(find_python)
+    say "making .venv with $($py --version)"
+    "$py" -m venv .venv || { rm -rf .venv; die "could not make a virtual environment. Debian or Ubuntu: sudo apt install python3-venv"; }
+  fi
+  say "installing $(grep -c == "$LOCK") locked packages from $LOCK (once)"
+  install_torch "$BIN/python"
+  "$BIN/python" -m pip install -q --no-deps -r "$LOCK"      # complete and pinned: nothing is left to resolve
+  "$BIN/python" -m pip install -q --no-deps -e .
+  "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM" >/dev/null
+  echo "$want" >"$stamp"
+}
+
+# --- 2. What to do -------------------------------------------------------------------------------------------------------
+WHAT=demo
+case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
+
+case "$WHAT" in
+  setup) setup; say "ready: $BIN"; exit ;;
+  lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
+  test) setup; exec python -m pytest "$@" ;;
+  verify) setup; exec python -m cai_em.run verify "results${1:+/$1}" ;;
+  clean) rm -rf "results${1:+/$1}"; say "removed results${1:+/$1}"; exit ;;
+esac
+[ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
+  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: test, verify, clean, setup, lab"
+setup
+
+# --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------
+WHERE=local
+ARGS=()
+DRY=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --profile) WHERE=${2:?--profile needs a name: local or slurm}; shift ;;
+    --jobs) [ "$WHERE" = local ] && ARGS+=(--cores "${2:?--jobs needs a number}") || ARGS+=(--jobs "${2:?--jobs needs a number}"); shift ;;
+    --dry-run|-n) DRY=1; ARGS+=(--dry-run) ;;
+    *) ARGS+=("$1") ;;
+  esac
+  shift
+done
+[ -f "params/snakemake/$WHERE/config.yaml" ] || die "no settings params/snakemake/$WHERE/config.yaml (there are: $(ls params/snakemake | xargs))"
+python -c 'import sys; from cai_em import params
+try: print(params.load(sys.argv[1]))
+except params.ParamsError as error: sys.exit(f"the parameters are not valid:\n{error}")' "$WHAT" >&2   # before any work
+
+SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
+if [ -n "$DRY" ]; then
+  "${SNAKEMAKE[@]}" "${ARGS[@]}"
+  exit
+fi
+
+exec 9>.run.lock
+flock -n 9 || { printf 'run_all.sh: another run is active in this folder (%s); wait for it, or use another clone\n' "$PWD" >&2; exit 75; }
+[ -z "$(ls -A .snakemake/locks 2>/dev/null)" ] || "${SNAKEMAKE[@]}" --unlock --quiet all   # we hold the lock, so this one is a killed run's
+START=$SECONDS
+say "profile $WHAT"
+"${SNAKEMAKE[@]}" --quiet rules "${ARGS[@]}" 9>&- || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
+NAME=$(basename "$WHAT" .yaml)
+say "done in $((SECONDS - START)) s: results/$NAME/RESULTS.md, results/$NAME/paper/index.html, notebooks with outputs in results/$NAME/notebooks/"
