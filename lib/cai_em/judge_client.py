@@ -1,0 +1,598 @@
+"""The way to a judge behind an OpenAI-compatible endpoint: fast, bounded, and in vain as seldom as possible.
+
+A pool of workers keeps `concurrency` calls on their way, without barriers. Requests and tokens per minute are paced;
+429 holds all workers for as long as the server asks; other passing troubles are retried with jittered exponential
+back-off; a call that still fails ends as a `Failure` with its cause. What no retry can mend (wrong key, unknown model,
+quota used up, cost cap) stops the run, and the calls that are on their way then are still waited for and kept.
+
+The first call goes alone: a wrong key is noticed once, not ten thousand times.
+
+An API key is read from the environment, lives in the client object only, and is taken out of every text that leaves
+this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from cai_em.judge_cache import JudgeCache
+from cai_em.judge_parse import Answer, splits_numbers, valid_unicode
+
+if TYPE_CHECKING:
+    from cai_em.params import JudgePreset
+
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+LONGEST_WAIT_S = 300.0
+"""A server that asks for a longer wait than this (Retry-After) ends the run instead; nothing is lost by resuming."""
+GIVE_UP_AFTER = 20
+"""So many calls in a row that failed after all their retries mean that the endpoint is down."""
+
+T = TypeVar("T")
+
+
+class JudgeError(RuntimeError):
+    """Judging had to stop. What was answered before is in the cache; the message says what to do."""
+
+
+class CostCapReached(JudgeError):
+    """The next call could have cost more than the cap leaves."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to a judge: its address in the cache and its JSON body."""
+
+    key: str
+    body: dict
+
+    @property
+    def prompt(self) -> str:
+        """The rendered prompt."""
+        return self.body["messages"][-1]["content"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call without an answer, and why. `rejected`: the server refused this very request (HTTP 4xx)."""
+
+    cause: str
+    attempts: int
+    rejected: bool = False
+
+
+@dataclass
+class Usage:
+    """What a judging did and cost; filled while it runs.
+
+    Attributes:
+        calls: distinct calls that the responses need.
+        cached: how many of them were known already.
+        answered, failed: how the others ended.
+        requests: HTTP requests sent, retries included.
+        retries: why requests were repeated, counted by cause.
+        prompt_tokens, completion_tokens, usd: as counted by the server (estimated where it did not count).
+        uncounted: answers whose usage the server did not report sensibly.
+        estimated_usd: the estimate before the start, for the calls that were not cached.
+        models: the model names that the server answered with, counted.
+    """
+
+    calls: int = 0
+    cached: int = 0
+    answered: int = 0
+    failed: int = 0
+    requests: int = 0
+    retries: Counter = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float = 0.0
+    uncounted: int = 0
+    estimated_usd: float = 0.0
+    models: Counter = field(default_factory=Counter)
+
+    def add(self, usage: tuple[int, int, float]) -> None:
+        """Count the tokens and dollars of one call."""
+        self.prompt_tokens += usage[0]
+        self.completion_tokens += usage[1]
+        self.usd += usage[2]
+
+    @property
+    def projected_usd(self) -> float:
+        """Dollars that this run will have cost at its end, at the mean price of the calls so far."""
+        left = self.calls - self.cached - self.answered - self.failed
+        return self.usd * (1 + left / self.answered) if self.answered else self.estimated_usd
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Waits between attempts: `base_s * 2**(attempt - 1)` up to `longest_s`, times a random share of 50-100 %."""
+
+    base_s: float = 0.5
+    longest_s: float = 30.0
+
+    def delay(self, attempt: int, rng: random.Random) -> float:
+        """Seconds to wait before attempt number `attempt` (1 = the first retry)."""
+        return min(self.longest_s, self.base_s * 2 ** (attempt - 1)) * rng.uniform(0.5, 1.0)
+
+
+class Pace:
+    """Spreads amounts evenly over time so that no minute exceeds a limit (a virtual schedule without bursts)."""
+
+    def __init__(self, per_minute: float | None):
+        self._seconds_each = 60.0 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Take a place for `amount` and return how many seconds to wait for it."""
+        start = max(self._free_at, now)
+        self._free_at = start + amount * self._seconds_each
+        return start - now
+
+
+# --- Address, key, redaction --------------------------------------------------------------------------------------
+
+
+def base_url(preset: JudgePreset) -> str:
+    """The endpoint: the preset's, else `OPENAI_BASE_URL`, else OpenAI's.
+
+    Raises:
+        JudgeError: it is not an http(s) address, or it carries a user name or password.
+    """
+    url = preset.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise JudgeError(
+            f"judge '{preset.name}': base_url must not carry credentials; put the key into the environment"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise JudgeError(f"judge '{preset.name}': base_url must be an http(s) address, not {url!r}")
+    return url
+
+
+def endpoint_name(preset: JudgePreset) -> str:
+    """Host and port of the endpoint, for records."""
+    return urlsplit(base_url(preset)).netloc
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _api_key(preset: JudgePreset, url: str) -> str:
+    key = os.environ.get(preset.api_key_env, "").strip()
+    if not key and _is_loopback(url):
+        return "none"
+    if not key:
+        raise JudgeError(
+            f"judge '{preset.name}' needs an API key: set the environment variable {preset.api_key_env} "
+            "(export it in the shell that starts the run), or choose the local judge in the profile"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise JudgeError(f"the value of {preset.api_key_env} is not an API key (white space or non-ASCII in it)")
+    return key
+
+
+_LOOKS_LIKE_KEY = re.compile(r"\b(sk|pk|rk)-[\w*.\-]{6,}|(?i:bearer)\s+[\w*.\-]{6,}")
+
+
+def redact(text: str, key: str = "") -> str:
+    """The text without the key and without anything that looks like one."""
+    if len(key) >= 8:
+        text = text.replace(key, "[key removed]")
+    return _LOOKS_LIKE_KEY.sub("[key removed]", text)
+
+
+# --- What a server said -------------------------------------------------------------------------------------------
+
+
+class Malformed(ValueError):
+    """A successful HTTP answer that holds no usable completion."""
+
+
+def read_completion(text: str, key: str = "") -> Answer:
+    """A chat completion's JSON text as an `Answer`; nothing in it is trusted to have the right type.
+
+    Raises:
+        Malformed: no JSON, an error object, no choice, or content that is not text.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise Malformed("truncated or invalid JSON") from error
+    if not isinstance(data, dict):
+        raise Malformed("the JSON is not an object")
+    if data.get("error"):
+        raise Malformed(f"error in a successful answer: {redact(str(data['error']), key)[:200]}")
+    choices = data.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        raise Malformed("no choice with a message in the answer")
+    content = message.get("content")
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise Malformed(f"content is {type(content).__name__}, not text")
+    tokens, top = _read_logprobs(choice.get("logprobs"))
+    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
+    return Answer(
+        text=redact(valid_unicode(content), key),
+        finish_reason=_text_or_none(choice.get("finish_reason")),
+        model=_text_or_none(data.get("model")),
+        tokens=tokens,
+        top=top,
+        prompt_tokens=_count_or_none(usage.get("prompt_tokens")),
+        completion_tokens=_count_or_none(usage.get("completion_tokens")),
+    )
+
+
+def _text_or_none(value: object) -> str | None:
+    return redact(valid_unicode(value))[:200] if isinstance(value, str) else None
+
+
+def _count_or_none(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None
+
+
+def _read_logprobs(data: Any) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+    content = data.get("content") if isinstance(data, dict) else None
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content) or not content:
+        return (), ()
+    tokens = tuple(valid_unicode(str(item.get("token", ""))) for item in content[:2])
+    top = []
+    for item in content[0].get("top_logprobs") or []:
+        logprob = item.get("logprob") if isinstance(item, dict) else None
+        number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
+        top.append((valid_unicode(str(item.get("token", ""))), float(logprob)) if number else ("", math.nan))
+    return tokens, tuple(top)
+
+
+_SNAPSHOT = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{4,8}|\d{2}-\d{2,4}|latest)")
+
+
+def same_model(asked: str, answered: str | None) -> bool:
+    """Whether the name that a server answers with is the model that was asked for.
+
+    A provider's prefix (`openai/`), a variant after a colon and a snapshot's date are no difference; `gpt-4.1` and
+    `gpt-4.1-mini` are. A server that names no model is believed.
+    """
+    if answered is None:
+        return True
+    plain = [name.lower().rstrip("/").rsplit("/", 1)[-1].split(":")[0] for name in (asked, answered)]
+    rest = plain[1].removeprefix(plain[0])
+    return rest == "" or (plain[1].startswith(plain[0]) and _SNAPSHOT.fullmatch(rest) is not None)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An attempt that gave no answer: its cause, whether to stop the run, try again, or give up on this call."""
+
+    cause: str
+    verdict: str = "retry"
+    retry_after_s: float | None = None
+    hold_all: bool = False
+    billed: bool = False
+
+
+def classify(error: Exception, key: str = "") -> Trouble:
+    """What an exception of the client means. Anything that is not a trouble of the network or the server is raised."""
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return Trouble("timeout")
+    if isinstance(error, Malformed):
+        return Trouble(str(error), billed=True)
+    if isinstance(error, openai.APIStatusError):
+        return _classify_status(error, key)
+    if isinstance(error, openai.APIConnectionError):
+        return Trouble("connection failed or closed")
+    raise error
+
+
+def _classify_status(error: openai.APIStatusError, key: str) -> Trouble:
+    status = error.status_code
+    detail = error.body.get("message") if isinstance(error.body, dict) else None
+    cause = f"HTTP {status}" + (f": {redact(str(detail), key)[:300]}" if detail else "")
+    wait = retry_after(error.response.headers)
+    if status in (401, 402, 404) or (status == 429 and error.code == "insufficient_quota"):
+        return Trouble(cause, "stop")
+    if status == 429 or status in (408, 409) or status >= 500:
+        if wait is not None and wait > LONGEST_WAIT_S:
+            return Trouble(f"{cause} (the server asks to wait {wait:.0f} s)", "stop")
+        return Trouble(f"HTTP {status}", "retry", wait, hold_all=status == 429)
+    return Trouble(cause, "reject")
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * scale
+        except ValueError:
+            date = email.utils.parsedate_tz(value)
+            seconds = email.utils.mktime_tz(date) - time.time() if date else math.nan
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
+    return None
+
+
+# --- Cost ---------------------------------------------------------------------------------------------------------
+
+BATCH_DISCOUNT = 0.5
+"""Batch APIs bill half the price (OpenAI's and those that follow it)."""
+
+
+def estimated_tokens(call: Call) -> tuple[int, int]:
+    """Prompt and completion tokens of a call, on the high side: 3 bytes of UTF-8 a token, the full answer length."""
+    return math.ceil(len(call.prompt.encode()) / 3) + 8, call.body["max_tokens"]
+
+
+def price(preset: JudgePreset, prompt_tokens: int, completion_tokens: int) -> float:
+    """US dollars."""
+    usd = (prompt_tokens * preset.usd_per_1m_input + completion_tokens * preset.usd_per_1m_output) / 1e6
+    return usd * (BATCH_DISCOUNT if preset.batch_api else 1.0)
+
+
+def bill(preset: JudgePreset, call: Call, answer: Answer | None) -> tuple[int, int, float]:
+    """Tokens and dollars of a call: as counted by the server, else estimated."""
+    prompt, completion = estimated_tokens(call)
+    if answer is not None:
+        prompt = prompt if answer.prompt_tokens is None else answer.prompt_tokens
+        completion = completion if answer.completion_tokens is None else answer.completion_tokens
+    return prompt, completion, price(preset, prompt, completion)
+
+
+# --- The pool -----------------------------------------------------------------------------------------------------
+
+
+class JudgeClient:
+    """Calls to one judge. Made inside a running event loop, closed with `await client.close()`."""
+
+    def __init__(self, preset: JudgePreset, cache: JudgeCache, usage: Usage, backoff: Backoff | None = None):
+        url = base_url(preset)
+        key = _api_key(preset, url)
+        self.preset, self.cache, self.usage = preset, cache, usage
+        self.endpoint = endpoint_name(preset)
+        self.redact = lambda text: redact(text, key)
+        self._classify = lambda error: classify(error, key)
+        self.read = lambda text: read_completion(text, key)
+        http = openai.DefaultAsyncHttpxClient(
+            timeout=preset.timeout_s,
+            trust_env=not _is_loopback(url),  # a proxy of the environment is not for the own machine
+            limits=httpx2.Limits(
+                max_connections=preset.concurrency + 4, max_keepalive_connections=preset.concurrency + 4
+            ),
+        )
+        self.api = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=http)
+        self._backoff = backoff or Backoff()
+        self._rng = random.Random()  # jitter must differ between processes; it touches no result
+        self._requests = Pace(preset.requests_per_minute)
+        self._tokens = Pace(preset.tokens_per_minute)
+        self._held_until = 0.0
+        self._reserved_usd = 0.0
+        self._failed_in_a_row = 0
+        self._stop = asyncio.Event()
+        self._fatal: Exception | None = None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.api.close()
+
+    def stop(self) -> None:
+        """Start no further request; those on their way are finished and kept."""
+        self._stop.set()
+
+    async def ask_all(self, calls: list[Call]) -> dict[str, Answer | Failure]:
+        """Ask every call (distinct keys); each answer is committed to the cache before the next is asked for.
+
+        Raises:
+            JudgeError: the run had to stop (wrong key, unknown model, no quota, endpoint down, cost cap, cache file).
+        """
+        queue = deque(calls)
+        results: dict[str, Answer | Failure] = {}
+
+        async def work() -> None:
+            while queue and not self._stop.is_set():
+                call = queue.popleft()
+                try:
+                    result = await self._ask(call)
+                except Exception as error:  # noqa: BLE001 - raised below, once the calls on their way are kept
+                    self._fatal = self._fatal or error
+                    self._stop.set()
+                    return
+                if result is not None:
+                    results[call.key] = result
+
+        if queue:
+            # The shortest prompt is the one that no length limit can refuse: if it fails, all would.
+            first = min(queue, key=lambda call: len(call.prompt))
+            queue.remove(first)
+            results |= await self._first(first)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self.preset.concurrency, len(queue))):
+                group.create_task(work())
+        if self._fatal is not None:
+            raise self._fatal
+        return results
+
+    async def _first(self, call: Call) -> dict[str, Answer | Failure]:
+        result = await self._ask(call)
+        if result is None:
+            return {}
+        if isinstance(result, Failure) and not self.usage.cached:
+            raise JudgeError(f"{self._who()}: the first call failed: {result.cause} (attempts: {result.attempts})")
+        if isinstance(result, Answer) and self.preset.mode == "logprob":
+            self._check_logprobs(result)
+        return {call.key: result}
+
+    def _check_logprobs(self, answer: Answer) -> None:
+        if not answer.top:
+            raise JudgeError(f"{self._who()}: it returns no log-probabilities; set mode: integer or another endpoint")
+        if splits_numbers(answer):
+            raise JudgeError(f"{self._who()}: its tokenizer splits numbers into digits; set mode: integer")
+
+    def _who(self) -> str:
+        return f"judge '{self.preset.name}' (model {self.preset.model} at {self.endpoint})"
+
+    async def _ask(self, call: Call) -> Answer | Failure | None:
+        """One call with its retries. None: stopped before it was asked."""
+        known = self.cache.get([call.key])  # another process may have asked it since the start
+        if known:
+            self.usage.answered += 1
+            return known[call.key]
+        trouble = Trouble("not tried")
+        for attempt in range(self.preset.max_retries + 1):
+            if attempt:
+                self.usage.retries[trouble.cause] += 1
+                wait = max(self._backoff.delay(attempt, self._rng), trouble.retry_after_s or 0.0)
+                if await self._stopped_within(wait):
+                    return None
+            outcome = await self._attempt(call)
+            if outcome is None:
+                return None
+            if isinstance(outcome, Answer):
+                self._failed_in_a_row = 0
+                return outcome
+            trouble = outcome
+            if trouble.verdict == "stop":
+                raise JudgeError(f"{self._who()} cannot be used: {trouble.cause}")
+            if trouble.verdict == "reject":
+                self.usage.failed += 1
+                return Failure(trouble.cause, attempt + 1, rejected=True)
+        self.usage.failed += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            raise JudgeError(
+                f"{self._who()}: {self._failed_in_a_row} calls in a row failed after all retries, the last one: "
+                f"{trouble.cause}. What was answered is kept; run again when the endpoint is well"
+            )
+        return Failure(trouble.cause, self.preset.max_retries + 1)
+
+    async def _attempt(self, call: Call) -> Answer | Trouble | None:
+        """One request. None: stopped before it was sent."""
+        estimate = bill(self.preset, call, None)
+        if await self._wait_for_turn(sum(estimate[:2])):
+            return None
+        self._reserve(estimate[2])
+        self.usage.requests += 1
+        try:
+            try:
+                async with asyncio.timeout(self.preset.timeout_s):
+                    raw = await self.api.chat.completions.with_raw_response.create(**call.body)
+                answer = self.read(raw.text)
+            except (openai.OpenAIError, TimeoutError, Malformed) as error:
+                trouble = self._classify(error)
+            else:
+                if same_model(self.preset.model, answer.model):
+                    return self.keep(call, answer)
+                trouble = Trouble(f"another model answered: {answer.model}", billed=True)
+        finally:
+            self._reserved_usd -= estimate[2]
+        if trouble.billed:
+            self.cache.lost(self.preset.model, estimate)
+            self.usage.add(estimate)
+        if trouble.hold_all:
+            wait = trouble.retry_after_s or 0.0
+            self._held_until = max(self._held_until, time.monotonic() + wait)
+        return trouble
+
+    def keep(self, call: Call, answer: Answer, via: str = "chat") -> Answer:
+        """Commit an answer and count it."""
+        billed = bill(self.preset, call, answer)
+        kept = self.cache.put(call.key, self.preset.model, answer, billed, self.endpoint, via)
+        self.usage.add(billed)
+        self.usage.answered += 1
+        self.usage.uncounted += answer.prompt_tokens is None or answer.completion_tokens is None
+        self.usage.models[answer.model] += 1
+        return kept
+
+    async def _wait_for_turn(self, tokens: int) -> bool:
+        """Wait for limits and holds; True if the run was stopped meanwhile."""
+        now = time.monotonic()
+        wait = max(self._requests.wait_s(1, now), self._tokens.wait_s(tokens, now), self._held_until - now)
+        while wait > 0:
+            if await self._stopped_within(wait):
+                return True
+            held = self._held_until - time.monotonic()  # may have been prolonged meanwhile
+            wait = held + self._rng.uniform(0, 0.1) if held > 0 else 0.0
+        return self._stop.is_set()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def _reserve(self, usd: float) -> None:
+        cap = self.preset.cost_cap_usd
+        if cap is not None:
+            spent = self.cache.spent(self.preset.model).usd
+            if spent + self._reserved_usd + usd > cap:
+                raise CostCapReached(
+                    f"{self._who()}: cost cap of ${cap:.2f} reached: ${spent:.4f} spent in {self.cache.path} "
+                    f"({self.usage.answered} calls answered in this run, all kept). "
+                    "Raise cost_cap_usd and run again: it goes on where it stopped"
+                )
+        self._reserved_usd += usd
+
+
+def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitable[T]], tick: Callable[[], None]) -> T:
+    """Run a coroutine in a thread with an event loop of its own, so that it works inside a Jupyter kernel as well.
+
+    The first Ctrl-C (or kernel interrupt) stops gently: requests on their way are waited for and kept. A second one
+    leaves at once.
+
+    Args:
+        work: called with a function `on_stop(callback)`; returns the coroutine to run.
+        tick: called in the calling thread a few times a second, and once at the end, to show progress.
+    """
+    outcome: dict[str, Any] = {}
+    stops: list[Callable[[], None]] = []
+
+    def main() -> None:
+        async def run() -> T:
+            loop = asyncio.get_running_loop()
+            return await work(lambda stop: stops.append(lambda: loop.call_soon_threadsafe(stop)))
+
+        try:
+            outcome["result"] = asyncio.run(run())
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+            outcome["error"] = error
+
+    thread = threading.Thread(target=main, name="judge", daemon=True)
+    thread.start()
+    interrupted = False
+    while thread.is_alive():
+        try:
+            thread.join(0.2)
+            tick()
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            for stop in stops:
+                stop()
+    tick()
+    if interrupted:
+        raise KeyboardInterrupt
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
