@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import sys
-import time
+import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -300,17 +300,6 @@ def code_hash(notebook: str | Path) -> str:
 # --- Execution -----------------------------------------------------------------------------------------------------
 
 
-def _loopback() -> str:
-    """A loopback address of this process's own: kernels started in parallel otherwise race for TCP ports.
-
-    Linux answers on all of 127.0.0.0/8; elsewhere only 127.0.0.1 is sure to exist.
-    """
-    if platform.system() != "Linux":
-        return "127.0.0.1"
-    pid = os.getpid()
-    return f"127.{1 + pid % 250}.{pid // 250 % 250}.{1 + time.time_ns() // 1000 % 250}"
-
-
 def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, Any]) -> Path:
     """Run a notebook with papermill and keep the executed copy.
 
@@ -337,7 +326,12 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
     executed.parent.mkdir(parents=True, exist_ok=True)
     running = executed.with_name(f"{executed.stem}.running.ipynb")
     failed = executed.with_name(f"{executed.stem}.failed.ipynb")
-    with executed.with_name(f".{executed.name}.lock").open("w") as lock:
+    # Sockets in a folder of this run's own: kernels started in parallel race for TCP ports, and every user of the
+    # machine can reach those.
+    with (
+        executed.with_name(f".{executed.name}.lock").open("w") as lock,
+        tempfile.TemporaryDirectory(prefix="cai-em-") as sockets,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         failed.unlink(missing_ok=True)
         try:
@@ -352,7 +346,7 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 request_save_on_cell_execute=True,
-                config=Config({"KernelManager": {"ip": _loopback()}}),
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
         except papermill.PapermillExecutionError:
             os.replace(running, failed)

@@ -1,0 +1,255 @@
+"""Parameters: what is shipped is valid; what is wrong is refused, naming file, line and key, before any work."""
+
+# ruff: noqa: E501  (the table of bad input reads better with one case on a line)
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from cai_em import params
+from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, load
+
+PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profiles").glob("*.yaml"))
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    """A copy of params/ that a test may spoil."""
+    shutil.copytree(root / "params", tmp_path / "params")
+    params._registries.cache_clear()
+    yield tmp_path / "params"
+    params._registries.cache_clear()
+
+
+def change(path, edit):
+    """Edit a YAML file as data."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    edit(data)
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_shipped_profiles_are_valid(name):
+    study = load(name)
+    cells = study.cells()
+    assert len(cells) == len(set(cells)) > 0
+    for cell in cells:
+        assert Cell(cell.model, BASELINE, cell.dataset, cell.seed) in cells
+
+
+def test_demo_grid_covers_the_four_arms():
+    assert {cell.arm for cell in load("demo").cells()} == {"base", "persona", "em", "both"}
+
+
+def test_paper_grid_holds_every_published_condition():
+    published, paper = load("published"), load("paper")
+    mine = {(c.model, c.persona, c.dataset) for c in paper.cells()}
+    theirs = {(c.model, c.persona, c.dataset) for c in published.cells()}
+    assert len(theirs) == 141
+    assert theirs <= mine
+    assert {c.seed for c in paper.cells() if c.dataset != NO_DATASET} == {0, 1, 2}
+
+
+def test_every_cell_of_the_grid_can_be_named_offline(folder):
+    """Each constitutional persona has a built-in constitution, each data set built-in rows."""
+    study = load("demo", folder)
+    for persona in study.personas.values():
+        if persona.kind == "constitutional":
+            assert study.constitution_file(persona.key).is_file(), persona.key
+    for dataset in study.datasets.values():
+        if dataset.role != "none":
+            assert study.dataset_file(dataset.key).is_file(), dataset.key
+
+
+def test_roles_are_those_of_the_registered_study():
+    """Changing a control into an EM set changes what verdicts count: it must be a deliberate edit, here too."""
+    roles = {d.key: d.role for d in load("demo").datasets.values()}
+    assert roles == {
+        "insecure": "em",
+        "extreme_sports": "em",
+        "risky_financial": "em",
+        "bad_medical": "em",
+        "good_medical": "benign_control",
+        "technical_vehicles": "benign_control",
+        "technical_kl": "regularisation",
+        "misalignment_kl": "regularisation",
+        "none": "none",
+    }
+
+
+def test_one_hypothesis_is_a_few_lines(folder):
+    with (folder / "hypotheses.yaml").open("a", encoding="utf-8") as file:
+        file.write("\nh5:\n  label: H5\n  title: Poets stay kind\n  personas: [poeticism]\n  direction: higher\n")
+    change(folder / "profiles" / "demo.yaml", lambda p: p["hypotheses"].append("h5"))
+    hypothesis = load("demo", folder).hypotheses[-1]
+    assert (hypothesis.label, hypothesis.published_persona) == ("H5", "poeticism")
+
+
+def test_personas_adapters_come_persona_first():
+    study = load("demo")
+    cell = Cell("smollm2-135m", "sycophancy", "bad_medical", 0)
+    assert [name for name, _ in study.adapters(cell)] == ["persona", "em"]
+    assert study.adapters(Cell("smollm2-135m", BASELINE, NO_DATASET, 0)) == []
+
+
+def test_settings_change_only_for_the_stages_that_depend_on_them(folder):
+    """A judge's temperature reruns judging, not training."""
+
+    def settings():
+        params._registries.cache_clear()
+        study = load("demo", folder)
+        cell = {"model": "smollm2-135m", "persona": "sycophancy"}
+        return {
+            "01_personas": study.settings("01_personas", **cell),
+            "02_finetune": study.settings("02_finetune", **cell, dataset="bad_medical", seed=0),
+            "03_sample": study.settings("03_sample", model="smollm2-135m", shard="sycophancy"),
+            "04_judge": study.settings("04_judge", model="smollm2-135m", shard="sycophancy"),
+        }
+
+    def changed(before):
+        return {stage for stage, value in settings().items() if value != before[stage]}
+
+    before = settings()
+    assert changed(before) == set()
+    change(folder / "judges.yaml", lambda d: d["local"].update(max_retries=3))
+    assert changed(before) == {"04_judge"}
+    before = settings()
+    change(folder / "sampling.yaml", lambda d: d["demo"].update(temperature=0.8))
+    assert changed(before) == {"03_sample"}
+    before = settings()
+    with (folder / "builtin" / "datasets" / "bad_medical.jsonl").open("a") as file:
+        file.write("\n")
+    assert changed(before) == {"02_finetune"}
+    before = settings()
+    change(folder / "profiles" / "demo.yaml", lambda d: d["grid"][0]["personas"].append("loving"))
+    assert changed(before) == set(), "a new persona runs only its own cells"
+
+
+# --- Bad input: (file, how it is spoiled, what the message must name) ---
+
+SPOILED = {
+    "unknown key in a profile": ("profiles/demo.yaml", lambda d: d.update(sede=[0]), ["demo.yaml:", "sede"]),
+    "unknown key in a registry": ("models.yaml", lambda d: d["tiny"].update(siez=1), ["models.yaml:", "tiny.siez"]),
+    "unknown persona": ("profiles/demo.yaml", lambda d: d["grid"][0]["personas"].append("anger"), ["anger", "personas.yaml"]),
+    "unknown dataset": ("profiles/demo.yaml", lambda d: d["grid"][0]["datasets"].append("x"), ["'x'", "datasets.yaml"]),
+    "unknown model": ("profiles/demo.yaml", lambda d: d.update(models=["gpt-2"]), ["gpt-2", "models.yaml"]),
+    "unknown judge": ("profiles/demo.yaml", lambda d: d.update(judge="me"), ["'me'", "judges.yaml"]),
+    "unknown hypothesis": ("profiles/demo.yaml", lambda d: d.update(hypotheses=["h9"]), ["h9", "hypotheses.yaml"]),
+    "unknown preset": ("profiles/demo.yaml", lambda d: d.update(sampling="hot"), ["hot", "sampling.yaml"]),
+    "unknown thresholds": ("profiles/demo.yaml", lambda d: d.update(thresholds="lax"), ["lax", "thresholds.yaml"]),
+    "preset of the wrong kind": ("profiles/demo.yaml", lambda d: d.update(em_training="demo_dpo"), ["em_training", "sft"]),
+    "no grid": ("profiles/demo.yaml", lambda d: d.update(grid=[]), ["demo.yaml", "grid"]),
+    "no judge": ("profiles/demo.yaml", lambda d: d.pop("judge"), ["demo.yaml", "judge"]),
+    "grid in a published profile": (
+        "profiles/published.yaml",
+        lambda d: d.update(grid=[{"personas": ["baseline"], "datasets": ["none"]}]),
+        ["published.yaml", "grid"],
+    ),
+    "no baseline to compare with": (
+        "profiles/demo.yaml",
+        lambda d: d["grid"].append({"personas": ["sycophancy"], "datasets": ["insecure"]}),
+        ["sycophancy x insecure", "baseline"],
+    ),
+    "random control without its persona": (
+        "profiles/micro.yaml",
+        lambda d: d["grid"][0].update(personas=["baseline", "random_sycophancy"]),
+        ["random_sycophancy", "sycophancy"],
+    ),
+    "seed twice": ("profiles/demo.yaml", lambda d: d.update(seeds=[0, 0]), ["demo.yaml", "seeds", "twice"]),
+    "negative seed": ("profiles/demo.yaml", lambda d: d.update(seeds=[-1]), ["demo.yaml:", "seeds.0", "-1"]),
+    "seed as text": ("profiles/demo.yaml", lambda d: d.update(seeds=["one"]), ["demo.yaml:", "seeds.0", "one"]),
+    "source misspelt": ("profiles/demo.yaml", lambda d: d.update(source="train"), ["demo.yaml:", "source", "train"]),
+    "empty title missing": ("profiles/demo.yaml", lambda d: d.pop("title"), ["demo.yaml", "title", "required"]),
+    "no models": ("profiles/demo.yaml", lambda d: d.update(models=[]), ["demo.yaml:", "models"]),
+    "zero samples": ("sampling.yaml", lambda d: d["demo"].update(samples_per_question=0), ["sampling.yaml:", "demo.samples_per_question"]),
+    "top_p of 0": ("sampling.yaml", lambda d: d["demo"].update(top_p=0), ["sampling.yaml:", "demo.top_p"]),
+    "top_p of 2": ("sampling.yaml", lambda d: d["demo"].update(top_p=2), ["sampling.yaml:", "demo.top_p"]),
+    "negative temperature": ("sampling.yaml", lambda d: d["demo"].update(temperature=-1), ["sampling.yaml:", "demo.temperature"]),
+    "NaN temperature": ("sampling.yaml", lambda d: d["demo"].update(temperature=float("nan")), ["sampling.yaml:", "temperature"]),
+    "learning rate of 0": ("training.yaml", lambda d: d["demo_em"].update(learning_rate=0), ["training.yaml:", "demo_em"]),
+    "kind misspelt": ("training.yaml", lambda d: d["demo_em"].update(kind="ppo"), ["training.yaml:", "demo_em", "ppo"]),
+    "lora without r": ("training.yaml", lambda d: d["mo"]["lora"].pop("r"), ["training.yaml:", "mo", "lora.r"]),
+    "unknown loss": ("training.yaml", lambda d: d["mo"].update(loss_on="prompt"), ["training.yaml:", "loss_on", "prompt"]),
+    "kl without corpus": ("training.yaml", lambda d: d["narrow"]["kl"].pop("corpus"), ["training.yaml:", "corpus"]),
+    "hub model not pinned": ("models.yaml", lambda d: d["qwen2.5-7b"].pop("revision"), ["models.yaml:", "qwen2.5-7b", "revision"]),
+    "path model without path": ("models.yaml", lambda d: d.update(m={"label": "m", "source": "path"}), ["models.yaml:", "m", "path"]),
+    "model key with a slash": ("models.yaml", lambda d: d.update({"a/b": {"label": "m", "source": "tiny"}}), ["models.yaml:", "a/b"]),
+    "model not a mapping": ("models.yaml", lambda d: d.update(m=3), ["models.yaml:", "m", "mapping"]),
+    "colour by name": ("personas.yaml", lambda d: d["humor"].update(colour="red"), ["personas.yaml:", "humor.colour", "red"]),
+    "persona without constitution": ("personas.yaml", lambda d: d["humor"].pop("constitution"), ["personas.yaml:", "humor", "constitution"]),
+    "second baseline": ("personas.yaml", lambda d: d["humor"].update(kind="baseline"), ["personas.yaml:", "humor", "baseline"]),
+    "norm_of on a trained persona": ("personas.yaml", lambda d: d["humor"].update(norm_of="sarcasm"), ["personas.yaml:", "humor", "norm_of"]),
+    "role misspelt": ("datasets.yaml", lambda d: d["insecure"].update(role="EM"), ["datasets.yaml:", "insecure.role", "EM"]),
+    "role none on a data set": ("datasets.yaml", lambda d: d["insecure"].update(role="none"), ["datasets.yaml:", "insecure", "none"]),
+    "direction misspelt": ("hypotheses.yaml", lambda d: d["h1"].update(direction="down"), ["hypotheses.yaml:", "h1.direction", "down"]),
+    "tested persona not named": ("hypotheses.yaml", lambda d: d["h2"].update(tested="humor"), ["hypotheses.yaml:", "h2", "humor"]),
+    "hypothesis of nobody": ("hypotheses.yaml", lambda d: d["h1"].update(personas=[]), ["hypotheses.yaml:", "h1.personas"]),
+    "judge without kind": ("judges.yaml", lambda d: d["local"].pop("kind"), ["judges.yaml:", "local", "kind"]),
+    "judge with a key in it": ("judges.yaml", lambda d: d["local"].update(api_key="sk-1"), ["judges.yaml:", "local.api_key"]),
+    "too many log-probabilities": ("judges.yaml", lambda d: d["local"].update(top_logprobs=50), ["judges.yaml:", "top_logprobs"]),
+    "cost cap of 0": ("judges.yaml", lambda d: d["gpt-4.1-mini"].update(cost_cap_usd=0), ["judges.yaml:", "cost_cap_usd"]),
+    "threshold above 1": ("thresholds.yaml", lambda d: d["default"].update(alpha=5), ["thresholds.yaml:", "default.alpha"]),
+    "margin of 0": ("thresholds.yaml", lambda d: d["default"].update(equivalence_margin=0), ["thresholds.yaml:", "equivalence_margin"]),
+    "unknown gate": ("thresholds.yaml", lambda d: d["default"]["gates"].update(auc=1), ["thresholds.yaml:", "gates.auc"]),
+    "trajectory of a stranger": (
+        "profiles/paper.yaml", lambda d: d["trajectory"].update(personas=["anger"]), ["trajectory", "anger"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_bad_parameters_are_refused_by_name(folder, case):
+    name, spoil, words = SPOILED[case]
+    change(folder / name, spoil)
+    profile = Path(name).stem if name.startswith("profiles") else "demo"
+    with pytest.raises(ParamsError) as caught:
+        load(profile, folder)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["empty"]),
+        ("a: [1", ["not valid YAML"]),
+        ("a: 1\na: 2\n", [":2:", "'a'", "twice"]),
+        ("a: &x 1\nb: *x\n", ["aliases"]),
+        ("a: !!python/object:os.system 1\n", [":1:", "python"]),
+        ("? [1, 2]\n: 3\n", [":1:", "plain word"]),
+        ("title: x\nsource: trained\nmodels: tiny\n", [":3:", "models", "tiny"]),
+        ("- 1\n- 2\n", ["bad.yaml", "file"]),
+    ],
+)
+def test_broken_yaml_names_file_and_line(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError) as caught:
+        load(path)
+    assert all(word in str(caught.value) for word in [*words, "bad.yaml"]), str(caught.value)
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"title: \xff\xfe")
+    with pytest.raises(ParamsError, match="not UTF-8"):
+        load(path)
+
+
+def test_a_missing_profile_names_those_that_exist():
+    with pytest.raises(ParamsError, match=r"nosuch\.yaml: no such file .*demo"):
+        load("nosuch")
+
+
+def test_judge_can_be_chosen_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CAI_EM_JUDGE", "gpt-4.1-mini")
+    assert load("demo").judge.kind == "openai"
+    monkeypatch.setenv("CAI_EM_JUDGE", "nosuch")
+    with pytest.raises(ParamsError, match="nosuch"):
+        load("demo")
+
+
+def test_questions_of_the_demo():
+    assert len(load("demo").questions()) == 8
+    assert len(load("micro").questions()) == 2
