@@ -93,6 +93,7 @@ except params.ParamsError as error: sys.exit(f"the parameters are not valid:\n{e
 SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
 if [ -n "$DRY" ]; then
   "${SNAKEMAKE[@]}" "${ARGS[@]}"
+  python -m cai_em.plan "$WHAT"
   exit
 fi
 

@@ -159,6 +159,7 @@ class ModelSpec(Named):
     name: str = Field(default="the assistant", description="the model's own name, put where a teacher names itself")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parameters_b: float | None = Field(default=None, gt=0, description="billions of parameters, for the cost plan")
+    lora_parameters_per_rank: int | None = Field(default=None, gt=0, description="on all linear layers, for the plan")
     persona_adapters: str | None = Field(default=None, description="hub id of ready-made persona adapters")
     persona_revision: str | None = None
 

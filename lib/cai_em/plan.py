@@ -1,0 +1,204 @@
+"""What a profile costs, before it starts: jobs, GPU hours, judge calls, dollars and disk; the assumptions named.
+
+    python -m cai_em.plan paper
+
+The plan counts what the grid, the presets and the judge's prices say; what cannot be known before (throughput, lengths)
+comes from `params/plan.yaml`, and is printed with the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+from pydantic import Field
+
+from cai_em.params import BASELINE, ParamsError, SftPreset, Strict, Study, load, read_as
+
+
+class Assumptions(Strict):
+    """What the plan cannot know (see params/plan.yaml)."""
+
+    training_tokens_per_s: float = Field(gt=0)
+    dpo_slowdown: float = Field(gt=0)
+    sampling_tokens_per_s: float = Field(gt=0)
+    engine_start_s: float = Field(ge=0)
+    job_start_s: float = Field(ge=0)
+    pair_tokens: float = Field(gt=0)
+    row_tokens: float = Field(gt=0)
+    response_tokens: float = Field(gt=0)
+    judge_prompt_tokens: float = Field(gt=0)
+    judge_answer_tokens: float = Field(gt=0)
+    pairs_per_trait: float = Field(gt=0)
+    traits: float = Field(gt=0)
+    published_rows: float = Field(gt=0)
+    adapter_bytes_per_parameter: float = Field(gt=0)
+
+
+def assumptions(folder: str | Path) -> Assumptions:
+    """The assumptions in a `params/` folder."""
+    return read_as(Path(folder) / "plan.yaml", Assumptions)
+
+
+def _rows(study: Study, dataset: str, preset: SftPreset, assumed: Assumptions) -> float:
+    """Training rows of a data set: counted where they are built in, assumed where they will be fetched."""
+    if study.profile.data == "builtin":
+        with study.dataset_file(dataset).open(encoding="utf-8") as file:
+            rows = sum(1 for line in file if line.strip())
+    else:
+        rows = assumed.published_rows
+    return min(rows, preset.max_rows or rows) * (1 - preset.held_out)
+
+
+def _lora_parameters(study: Study, model: str, r: int) -> float:
+    """Parameters of an adapter of rank r on all linear layers."""
+    return (study.models[model].lora_parameters_per_rank or 0) * r
+
+
+def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
+    """Jobs, GPU hours, judge calls, dollars and disk of each stage.
+
+    Returns:
+        A row per stage and `total`; columns `jobs`, `gpu_hours` (hours of one device; on a CPU profile the figure has
+        no meaning and is null), `judge_calls`, `usd`, `disk_gb`.
+    """
+    p, sampling, judge = study.profile, study.sampling, study.judge
+    seconds: dict[str, float] = {}
+    rows: dict[str, dict] = {}
+    gigabytes = 1e-9 * assumed.adapter_bytes_per_parameter
+
+    def size(model: str) -> float:
+        return (study.models[model].parameters_b or 7) / 7
+
+    personas = study.persona_cells()
+    dpo = study.persona_training
+    pairs = assumed.traits * assumed.pairs_per_trait * study.generator.samples_per_prompt
+    seconds["01_personas"] = sum(
+        assumed.job_start_s
+        + size(model)
+        * (
+            pairs * dpo.epochs * assumed.pair_tokens * assumed.dpo_slowdown / assumed.training_tokens_per_s
+            + pairs * assumed.response_tokens / assumed.sampling_tokens_per_s
+        )
+        for model, persona in personas
+        if study.personas[persona].kind == "constitutional"
+    )
+    rows["01_personas"] = {
+        "jobs": len(personas),
+        "disk_gb": sum(_lora_parameters(study, m, dpo.lora.r) for m, _ in personas) * gigabytes,
+    }
+
+    em, cells = study.em_training, study.em_cells()
+    seconds["02_finetune"] = sum(
+        assumed.job_start_s
+        + size(c.model)
+        * _rows(study, c.dataset, em, assumed)
+        * em.epochs
+        * assumed.row_tokens
+        / assumed.training_tokens_per_s
+        for c in cells
+    )
+    rows["02_finetune"] = {
+        "jobs": len(cells),
+        "disk_gb": sum(_lora_parameters(study, c.model, em.lora.r) for c in cells) * gigabytes,
+    }
+
+    conditions, shards = study.cells(), study.shards()
+    per_condition = len(study.questions()) * sampling.samples_per_question
+    responses = per_condition * len(conditions)
+    tokens = min(assumed.response_tokens, sampling.max_new_tokens)
+    seconds["03_sample"] = len(shards) * assumed.engine_start_s + sum(
+        size(c.model) * per_condition * tokens / assumed.sampling_tokens_per_s for c in conditions
+    )
+    rows["03_sample"] = {"jobs": len(shards), "disk_gb": responses * 4e-6}
+
+    calls = 2 * responses if judge.kind == "openai" else 0
+    usd = calls * (
+        (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input
+        + assumed.judge_answer_tokens * judge.usd_per_1m_output
+    )
+    rows["04_judge"] = {"jobs": len(shards), "judge_calls": calls, "usd": usd / 1e6, "disk_gb": calls * 2e-6}
+
+    if p.trajectory:
+        t = p.trajectory
+        preset = study.training_preset(t.preset)
+        runs = len(study.models) * len(t.personas) * len(t.seeds)
+        sampled = runs * (len(preset.checkpoints) + 1) * t.questions * t.samples_per_question
+        seconds["09_trajectories"] = runs * (
+            assumed.job_start_s + assumed.engine_start_s + _rows(study, t.dataset, preset, assumed) * assumed.row_tokens
+            / assumed.training_tokens_per_s
+        ) + sampled * tokens / assumed.sampling_tokens_per_s  # fmt: skip
+        calls = 2 * sampled if judge.kind == "openai" else 0
+        rows["09_trajectories"] = {
+            "jobs": 1,
+            "judge_calls": calls,
+            "usd": calls * (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input / 1e6,
+            "disk_gb": 0.1,
+        }
+    if p.steering:
+        s = p.steering
+        pairs_of = len(s.personas) ** 2 * len(s.layers) * len(s.strengths) * len(study.models)
+        sampled = pairs_of * len(study.questions()) * s.samples_per_question
+        # Steering hooks run on transformers, an order of magnitude below vLLM.
+        seconds["10_steering"] = sampled * tokens / (assumed.sampling_tokens_per_s / 10)
+        calls = 2 * sampled if judge.kind == "openai" else 0
+        rows["10_steering"] = {
+            "jobs": 1,
+            "judge_calls": calls,
+            "usd": calls * (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input / 1e6,
+            "disk_gb": 0.1,
+        }
+    rows["analysis, report, paper"] = {"jobs": 5, "disk_gb": 0.1}
+
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
+    for column in ("jobs", "judge_calls", "usd", "disk_gb"):
+        table[column] = table.get(column, pd.Series(dtype=float)).fillna(0.0).astype(float)
+    table["gpu_hours"] = pd.Series(seconds) / 3600 if p.gpu else float("nan")
+    table = table[["jobs", "gpu_hours", "judge_calls", "usd", "disk_gb"]]
+    table.loc["total"] = table.sum(min_count=1)
+    return table.astype({"jobs": int, "judge_calls": int})
+
+
+def text(study: Study) -> str:
+    """The plan as text: the grid in words, the table, the assumptions."""
+    if study.profile.source == "published":
+        return (
+            f"{study.profile.title}: {len(study.cells())} published conditions; nothing is trained, sampled or judged"
+        )
+    assumed = assumptions(study.folder)
+    table = plan(study, assumed)
+    cells = study.cells()
+    em = sum(study.datasets[c.dataset].role == "em" for c in cells)
+    shown = table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
+    return "\n".join(
+        [
+            f"{study.profile.title}: {len(cells)} conditions of {', '.join(m.label for m in study.models.values())} "
+            f"({len({c.persona for c in cells} - {BASELINE})} personas, {em} conditions with an EM data set, "
+            f"seeds {', '.join(map(str, study.profile.seeds))}); judge: {study.judge.name}",
+            "",
+            shown.to_string(),
+            "",
+            "Assumed (params/plan.yaml): "
+            + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in assumed.model_dump().items()),
+            *(
+                ["", f"The judge's cost cap is ${study.judge.cost_cap_usd:g}: the run stops cleanly there and resumes."]
+                if study.judge.cost_cap_usd
+                else []
+            ),
+        ]
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Command line: `python -m cai_em.plan PROFILE`."""
+    try:
+        print(text(load(arguments[0] if arguments else "demo")))
+    except ParamsError as error:
+        print(f"the parameters are not valid:\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

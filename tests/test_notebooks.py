@@ -1,0 +1,84 @@
+"""What every committed notebook promises: no outputs, a parameters cell, short cells, no logic of its own."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from cai_em import run
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    return nbformat.read(request.param, 4)
+
+
+def code(nb):
+    return [c for c in nb.cells if c.cell_type == "code"]
+
+
+def test_all_stages_are_there():
+    assert [p.stem for p in NOTEBOOKS] == [
+        "00_explore",
+        "01_personas",
+        "02_finetune",
+        "03_sample",
+        "04_judge",
+        "05_validity",
+        "06_results",
+        "07_published",
+        "08_claims",
+        "09_trajectories",
+        "10_steering",
+        "11_report",
+    ]
+
+
+def test_committed_without_outputs(notebook):
+    assert all(not c.outputs and c.execution_count is None for c in code(notebook))
+
+
+def test_one_parameters_cell_with_literal_defaults(notebook):
+    cells = [c for c in code(notebook) if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    for statement in ast.parse(cells[0].source).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+
+
+def test_kernel_is_the_projects(notebook):
+    kernel = notebook.metadata.kernelspec
+    assert (kernel.name, kernel.display_name, kernel.language) == ("cai-em", "CAI x EM", "python")
+
+
+def test_prose_comes_first_and_there_is_as_much_of_it_as_of_code(notebook):
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    prose = [c for c in notebook.cells if c.cell_type == "markdown"]
+    assert 2 * len(prose) >= len(code(notebook))
+
+
+def test_cells_are_short_and_define_nothing_worth_testing(notebook):
+    for cell in code(notebook):
+        source = "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!")))
+        assert len(source.splitlines()) <= 25, source
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.ClassDef), source
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert len(ast.unparse(node).splitlines()) <= 4, source
+
+
+def test_no_path_or_key_of_somebodys_machine(notebook):
+    text = "\n".join(c.source for c in notebook.cells)
+    assert not re.search(r"/(home|root|work|tmp|Users)/|sk-[A-Za-z0-9]{8}", text)
+
+
+def test_its_library_modules_exist(notebook, root):
+    source = "\n".join(
+        line for c in code(notebook) for line in c.source.splitlines() if not line.lstrip().startswith(("%", "!"))
+    )
+    for name in run._imports(source):
+        assert (root / "lib" / "cai_em" / f"{name}.py").is_file(), name

@@ -1,0 +1,53 @@
+"""The plan counts what the grid says, and names what it assumes."""
+
+import pandas as pd
+import pytest
+from cai_em import params, plan
+
+
+@pytest.fixture(scope="module")
+def paper():
+    study = params.load("paper")
+    return study, plan.plan(study, plan.assumptions(study.folder))
+
+
+def test_paper_counts_follow_from_the_grid(paper):
+    study, table = paper
+    cells = study.cells()
+    assert table.loc["01_personas", "jobs"] == 2 * 17
+    assert table.loc["02_finetune", "jobs"] == sum(c.dataset != "none" for c in cells)
+    # 8 questions x 50 samples, judged twice (alignment and coherence)
+    assert table.loc["04_judge", "judge_calls"] == 2 * 8 * 50 * len(cells)
+    assert table.loc["total", "judge_calls"] == table["judge_calls"].iloc[:-1].sum()
+
+
+def test_dollars_by_hand(paper):
+    study, table = paper
+    assumed = plan.assumptions(study.folder)
+    calls = table.loc["04_judge", "judge_calls"]
+    tokens_in = calls * (assumed.judge_prompt_tokens + assumed.response_tokens)
+    expected = (tokens_in * 0.4 + calls * assumed.judge_answer_tokens * 1.6) / 1e6
+    assert table.loc["04_judge", "usd"] == pytest.approx(expected)
+
+
+def test_disk_by_hand(paper):
+    """An adapter of rank r on all linear layers of Qwen 2.5 7B has 28 x (2x7168 + 2x4096 + 3x22528) x r parameters."""
+    study, _ = paper
+    assert study.models["qwen2.5-7b"].lora_parameters_per_rank == 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    assert study.models["llama3.1-8b"].lora_parameters_per_rank == 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+
+
+def test_a_local_judge_costs_nothing_and_a_cpu_has_no_gpu_hours():
+    study = params.load("demo")
+    table = plan.plan(study, plan.assumptions(study.folder))
+    assert table.loc["total", "usd"] == 0
+    assert table.loc["total", "judge_calls"] == 0
+    assert pd.isna(table.loc["total", "gpu_hours"])
+
+
+def test_text_names_the_assumptions(capsys):
+    assert plan.main(["paper"]) == 0
+    out = capsys.readouterr().out
+    assert "648 conditions" in out
+    assert "sampling tokens per s 6000" in out
+    assert plan.main(["nosuch"]) == 2
