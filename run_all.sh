@@ -39,7 +39,7 @@ install_torch() { # the CPU build where there is no GPU (0.2 GB instead of 3): f
 setup() {
   if [ "${CONDA_DEFAULT_ENV:-}" = cai-em ]; then BIN=$CONDA_PREFIX/bin; else BIN=$PWD/.venv/bin; fi
   local stamp want; stamp=$(dirname "$BIN")/.cai-em-stamp
-  want=$(cat "$LOCK" requirements/embedded.lock pyproject.toml run_all.sh | cksum)
+  want=$(cat "$LOCK" requirements/no-deps.lock pyproject.toml run_all.sh | cksum)
   export PATH=$BIN:$PATH VIRTUAL_ENV_DISABLE_PROMPT=1
   [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
   if [ ! -x "$BIN/python" ]; then
@@ -50,7 +50,7 @@ setup() {
   say "installing $(grep -c == "$LOCK") locked packages from $LOCK (once)"
   install_torch "$BIN/python"
   "$BIN/python" -m pip install -q --no-deps -r "$LOCK"      # complete and pinned: nothing is left to resolve
-  "$BIN/python" -m pip install -q --no-deps -r requirements/embedded.lock -e .
+  "$BIN/python" -m pip install -q --no-deps -r requirements/no-deps.lock -e .
   "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM" >/dev/null
   echo "$want" >"$stamp"
 }
