@@ -1,0 +1,294 @@
+"""The only palette: how a persona, a data set and a role look, in every figure and on every page.
+
+Labels, order and colours are data (`params/personas.yaml`, `params/datasets.yaml`); this module turns them into
+matplotlib's terms. Twelve colours cannot all be told apart by everybody, and none can in greyscale, so colour is
+never the only carrier: a persona also has a marker, a line style and a hatch, fixed by its place in the order, and
+figures with many personas name them on an axis. Whether two colours can be told apart is computed, not believed:
+`confusable` simulates the three colour deficiencies and greyscale.
+
+    look = Look(study.used_personas(), study.used_datasets(), list(study.models.values()))
+    with style.context():
+        fig, ax = plt.subplots(figsize=style.size(3))
+        ax.plot(x, y, **look.line("goodness"))
+    style.save(fig, folder / "figure")
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+WIDTH = 6.5
+"""Width of the text column in inches: figures are drawn at the size at which they are read."""
+
+PNG_DPI = 160
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H", "s", "^", "D")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2)))
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++", "|||", "**", "//..", "\\\\..")
+
+INK = "#222222"
+MUTED = "#767676"
+GRID = "#dddddd"
+PAPER = "#ffffff"
+SEQUENTIAL = "cividis"
+"""Colour map of shares and means: perceptually even and monotone in lightness, for deficient vision and greyscale."""
+
+ROLE_LABEL = {
+    "em": "EM data set",
+    "benign_control": "benign control",
+    "regularisation": "regularisation corpus",
+    "none": "no fine-tuning",
+}
+ROLE_COLOUR = {"em": "#b2182b", "benign_control": "#2166ac", "regularisation": "#33804a", "none": "#1a1a1a"}
+ROLE_MARKER = {"em": "o", "benign_control": "s", "regularisation": "^", "none": "D"}
+ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "none": "◆"}
+"""The roles' markers as text, for names on an axis."""
+
+RC: dict[str, Any] = {
+    "svg.hashsalt": "cai-em",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.5,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.07,
+    "figure.constrained_layout.h_pad": 0.06,
+    "axes.unicode_minus": True,
+}
+
+
+class _Named(Protocol):
+    key: str
+    label: str
+    order: int
+
+
+@contextmanager
+def context() -> Iterator[None]:
+    """matplotlib with the paper's settings, whatever the user's own are; nothing leaks out."""
+    with plt.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({"backend": "agg", **RC})
+        yield
+
+
+def size(height: float, width: float = WIDTH) -> tuple[float, float]:
+    """Figure size in inches: the text column wide."""
+    return width, height
+
+
+def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
+    """Write a figure as SVG and PNG and close it. The same figure gives the same bytes: no dates, fixed ids.
+
+    Args:
+        fig: the figure, drawn within `context()`.
+        stem: path without suffix; folders are made. Dots in the name are kept.
+
+    Returns:
+        The paths of the SVG and the PNG file.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
+        path = stem.with_name(stem.name + suffix)
+        part = path.with_name(f".{path.name}.part{os.getpid()}")
+        try:
+            with context():
+                fig.savefig(part, format=suffix[1:], dpi=PNG_DPI, metadata=metadata)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        paths.append(path)
+    plt.close(fig)
+    return paths[0], paths[1]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Labels, order and appearance of the study's personas, data sets and models.
+
+    Args:
+        personas: entries with `key, label, order, colour` (cai_em.params.Persona).
+        datasets: entries with `key, label, order, role` (cai_em.params.Dataset).
+        models: entries with `key, label, order`.
+
+    A key that no entry names (a persona of somebody else's data) is shown under its own name in grey, last.
+    """
+
+    personas: Sequence[Any]
+    datasets: Sequence[Any]
+    models: Sequence[_Named] = ()
+    _personas: dict[str, Any] = field(init=False, repr=False)
+    _datasets: dict[str, Any] = field(init=False, repr=False)
+    _models: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("personas", "datasets", "models"):
+            object.__setattr__(self, f"_{name}", {entry.key: entry for entry in getattr(self, name)})
+
+    def persona(self, key: str) -> str:
+        """A persona's label."""
+        return self._personas[key].label if key in self._personas else key
+
+    def dataset(self, key: str) -> str:
+        """A data set's label."""
+        return self._datasets[key].label if key in self._datasets else key
+
+    def model(self, key: str) -> str:
+        """A model's label."""
+        return self._models[key].label if key in self._models else key
+
+    def role(self, dataset: str) -> str:
+        """A data set's role; one that nobody declared counts as a control: it must not carry a verdict."""
+        return self._datasets[dataset].role if dataset in self._datasets else "benign_control"
+
+    def signed(self, dataset: str) -> str:
+        """A data set's label with the sign of its role, for an axis: colour alone would be lost in greyscale."""
+        return f"{self.dataset(dataset)} {ROLE_SIGN[self.role(dataset)]}"
+
+    def colour(self, persona: str) -> str:
+        """A persona's one colour."""
+        return self._personas[persona].colour if persona in self._personas else MUTED
+
+    def _place(self, persona: str) -> int:
+        return self._personas[persona].order if persona in self._personas else len(self._personas)
+
+    def marker(self, persona: str) -> str:
+        """A persona's marker."""
+        return MARKERS[self._place(persona) % len(MARKERS)]
+
+    def linestyle(self, persona: str) -> Any:
+        """A persona's line style."""
+        return LINES[self._place(persona) % len(LINES)]
+
+    def hatch(self, persona: str) -> str:
+        """A persona's hatch, for filled areas."""
+        return HATCHES[self._place(persona) % len(HATCHES)]
+
+    def line(self, persona: str) -> dict[str, Any]:
+        """Keyword arguments of a line with markers in the persona's looks."""
+        return {
+            "color": self.colour(persona),
+            "marker": self.marker(persona),
+            "linestyle": self.linestyle(persona),
+            "label": self.persona(persona),
+            "markeredgecolor": PAPER,
+            "markeredgewidth": 0.4,
+        }
+
+    def sort_personas(self, keys: Iterable[str]) -> list[str]:
+        """Distinct persona keys in the study's order, unknown ones last, by name."""
+        return self._sorted(keys, self._personas)
+
+    def sort_datasets(self, keys: Iterable[str]) -> list[str]:
+        """Distinct data set keys in the study's order."""
+        return self._sorted(keys, self._datasets)
+
+    def sort_models(self, keys: Iterable[str]) -> list[str]:
+        """Distinct model keys in the study's order."""
+        return self._sorted(keys, self._models)
+
+    @staticmethod
+    def _sorted(keys: Iterable[str], known: dict[str, Any]) -> list[str]:
+        return sorted(set(keys), key=lambda k: (known[k].order if k in known else len(known) + 1_000, k))
+
+
+# --- Can two colours be told apart? -------------------------------------------------------------------------------
+
+# Machado, Oliveira & Fernandes (2009), "A physiologically-based model for simulation of color vision deficiency",
+# IEEE TVCG 15(6): matrices for linear RGB at severity 1.0.
+DEFICIENCY = {
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+_WHITE = np.array([0.95047, 1.0, 1.08883])
+
+
+def linear_rgb(colour: str) -> np.ndarray:
+    """A colour as linear RGB, shape (3,), 0 to 1 (IEC 61966-2-1)."""
+    c = np.array(mpl.colors.to_rgb(colour))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """Linear RGB, shape (3,), as CIE L*a*b* (D65), shape (3,); L* runs from 0 (black) to 100 (white)."""
+    ratio = _TO_XYZ @ np.clip(rgb, 0, 1) / _WHITE
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def contrast(a: str, b: str = PAPER) -> float:
+    """Contrast ratio of two colours (WCAG 2.2), 1 to 21; graphical objects need 3 against their background."""
+    light, dark = sorted(((_TO_XYZ @ linear_rgb(c))[1] for c in (a, b)), reverse=True)
+    return float((light + 0.05) / (dark + 0.05))
+
+
+def differences(a: str, b: str) -> dict[str, float]:
+    """How far apart two colours look: CIE76 distance, for normal vision and three deficiencies; in greyscale, of L*."""
+    first, second = linear_rgb(a), linear_rgb(b)
+    found = {"normal": float(np.linalg.norm(lab(first) - lab(second)))}
+    for name, matrix in DEFICIENCY.items():
+        found[name] = float(np.linalg.norm(lab(matrix @ first) - lab(matrix @ second)))
+    found["greyscale"] = float(abs(lab(first)[0] - lab(second)[0]))
+    return found
+
+
+def confusable(colours: dict[str, str], colour_min: float = 12.0, grey_min: float = 8.0) -> list[tuple[str, str, str]]:
+    """Pairs that somebody could take for one another by colour alone: (name, name, vision).
+
+    Args:
+        colours: name -> colour.
+        colour_min: smallest CIE76 distance that counts as different (about 2.3 is just noticeable side by side;
+            marks that lie apart on a page need several times that).
+        grey_min: smallest difference of L* in greyscale.
+    """
+    return [
+        (a, b, vision)
+        for (a, x), (b, y) in itertools.combinations(colours.items(), 2)
+        for vision, distance in differences(x, y).items()
+        if distance < (grey_min if vision == "greyscale" else colour_min)
+    ]
