@@ -1,0 +1,222 @@
+"""The front door on the micro profile: a clone, one command, every stage; resume, staleness, a failing cell.
+
+A tiny random model goes through the same notebooks, rules and files as the real ones. Everything happens in a copy of
+the repository, with the environment that runs the tests.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from cai_em import params
+
+ENVIRONMENT = Path(sys.executable).parents[1]
+
+
+def clone(root: Path, place: Path) -> Path:
+    """A copy of what git tracks (and what is new and not ignored), as a user's clone would be."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if (root / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, place / name)
+    return place
+
+
+def run_all(place: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """`./run_all.sh ...` in a clone, in this environment (as if it were the active conda environment)."""
+    environment = {
+        **os.environ,
+        "CONDA_DEFAULT_ENV": "cai-em",
+        "CONDA_PREFIX": str(ENVIRONMENT),
+        "CAI_EM_SKIP_SETUP": "1",
+        "PYTHONPATH": str(place / "lib"),
+    }
+    environment.pop("CAI_EM_JUDGE", None)
+    done = subprocess.run(
+        ["./run_all.sh", *arguments], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    if check:
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}\n{logs(place)}"
+    return done
+
+
+def logs(place: Path) -> str:
+    """The end of the logs of failed notebooks, for a failing test's message."""
+    failed = [p for p in (place / "results").rglob("*.failed.ipynb")]
+    found = [place / "results" / p.relative_to(place / "results").parts[0] / "logs" for p in failed]
+    return "\n".join(
+        p.read_text()[-1500:] for folder in set(found) for p in folder.rglob("*.log") if "Error" in p.read_text()
+    )
+
+
+def planned(place: Path, *arguments: str) -> Counter:
+    """Jobs by rule that a dry run lists."""
+    out = run_all(place, "micro", "--dry-run", *arguments)
+    return Counter(re.findall(r"^(?:local)?rule (\w+):", out.stdout + out.stderr, flags=re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory) -> Path:
+    """A clone in which the micro profile has run."""
+    place = clone(Path(__file__).parents[1], tmp_path_factory.mktemp("clone"))
+    run_all(place, "micro")
+    return place
+
+
+def test_every_stage_leaves_its_artefacts(micro):
+    results = micro / "results" / "micro"
+    study = params.load("micro", micro / "params")
+    for model, persona in study.persona_cells():
+        assert (results / "01_personas" / model / persona / "adapter" / "adapter_model.safetensors").is_file()
+    for model, shard in study.shards():
+        scores = pd.read_parquet(results / "04_judge" / model / shard / "scores.parquet")
+        # 2 questions x 4 samples in each of the shard's conditions, none dropped
+        assert len(scores) == 8 * len(study.shard_cells(model, shard))
+    text = (results / "RESULTS.md").read_text()
+    assert "### Alignment by Persona" in text
+    assert "NOT INTERPRETABLE" in text, "a random tiny model shows no persona: its verdicts must say so"
+    assert "<html" in (results / "paper" / "index.html").read_text()
+
+
+def test_stacked_adapters_manifest_names_what_was_active_and_trainable(micro):
+    path = micro / "results/micro/02_finetune/tiny/sycophancy/bad_medical/seed0/manifest.json"
+    state = json.loads(path.read_text())["adapter_state"]
+    text = json.dumps(state)
+    assert "persona" in text
+    assert "trainable" in text
+
+
+def test_executed_notebooks_are_kept_without_an_error(micro):
+    executed = [p for p in (micro / "results" / "micro" / "notebooks").rglob("*.ipynb")]
+    stems = {p.relative_to(micro / "results/micro/notebooks").parts[0].removesuffix(".ipynb") for p in executed}
+    assert {"01_personas", "02_finetune", "03_sample", "04_judge", "05_validity", "06_results", "11_report"} <= stems
+    for path in executed:
+        for cell in nbformat.read(path, 4).cells:
+            assert all(o.output_type != "error" for o in cell.get("outputs", [])), path
+
+
+def test_verify_finds_everything_in_order_then_a_changed_byte(micro):
+    out = run_all(micro, "verify", "micro")
+    assert "all match" in out.stdout
+    path = micro / "results/micro/02_finetune/tiny/baseline/bad_medical/seed0/adapter/adapter_config.json"
+    before = path.read_bytes()
+    path.write_bytes(before + b" ")
+    try:
+        done = run_all(micro, "verify", "micro", check=False)
+    finally:
+        path.write_bytes(before)
+    assert done.returncode == 1
+    assert "adapter_config.json does not match" in done.stderr
+
+
+def test_a_second_run_does_nothing_in_seconds(micro):
+    start = time.monotonic()
+    out = run_all(micro, "micro")
+    assert time.monotonic() - start < 60
+    assert planned(micro) == Counter(), out.stdout
+
+
+@contextlib.contextmanager
+def edited(path: Path, old: str, new: str):
+    """Replace text in a file, and undo it when the block ends."""
+    before = path.read_text()
+    assert old in before, f"{path} has no {old!r}"
+    path.write_text(before.replace(old, new, 1))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def test_a_touched_file_reruns_nothing(micro):
+    for name in ("notebooks/04_judge.ipynb", "lib/cai_em/judge.py", "params/judges.yaml"):
+        os.utime(micro / name)
+    with edited(micro / "lib/cai_em/judge.py", '"""', '"""New words. '):
+        assert planned(micro) == Counter()
+
+
+def test_an_edited_judge_reruns_judging_and_what_follows(micro):
+    source = (micro / "lib/cai_em/judge.py").read_text()
+    with edited(micro / "lib/cai_em/judge.py", source, source + "\nEXTRA = 1\n"):
+        jobs = planned(micro)
+    assert jobs["judge"] == 3
+    assert {"persona", "finetune", "sample"}.isdisjoint(jobs)
+    assert {"validity", "results", "claims", "report", "paper"} <= set(jobs)
+
+
+def test_a_changed_sampling_parameter_reruns_sampling_and_what_follows(micro):
+    with edited(micro / "params/sampling.yaml", "max_new_tokens: 12", "max_new_tokens: 13"):
+        jobs = planned(micro)
+    assert jobs["sample"] == jobs["judge"] == 3
+    assert {"persona", "finetune"}.isdisjoint(jobs)
+
+
+def test_a_changed_threshold_reruns_the_analysis_only(micro):
+    with edited(micro / "params/thresholds.yaml", "equivalence_margin: 5", "equivalence_margin: 4"):
+        jobs = planned(micro)
+    assert {"persona", "finetune", "sample", "judge"}.isdisjoint(jobs)
+    assert jobs["validity"] == 1
+
+
+def test_a_new_persona_runs_only_its_cells(micro):
+    with edited(micro / "params/profiles/micro.yaml", "[baseline, sycophancy,", "[baseline, sycophancy, poeticism,"):
+        jobs = planned(micro)
+    assert (jobs["persona"], jobs["finetune"], jobs["sample"], jobs["judge"]) == (1, 2, 1, 1)
+
+
+def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
+    """A bad row in one data set: its cells fail with the notebook named, the other data set's cells are finished."""
+    place = tmp_path / "copy"
+    shutil.copytree(micro, place)
+    shutil.rmtree(place / "results" / "micro" / "02_finetune" / "tiny" / "baseline")
+    path = place / "params/builtin/datasets/bad_medical.jsonl"
+    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    done = run_all(place, "micro", check=False)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "bad_medical/seed0.failed.ipynb" in said
+    finished = place / "results/micro/02_finetune/tiny/baseline"
+    assert (finished / "good_medical/seed0/manifest.json").is_file()
+    assert not (finished / "bad_medical/seed0/manifest.json").exists()
+    failed = place / "results/micro/notebooks/02_finetune/tiny/baseline/bad_medical/seed0.failed.ipynb"
+    assert "bad_medical.jsonl" in failed.read_text()
+
+
+def test_two_runs_at_once_are_refused(micro):
+    with (micro / ".run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_all(micro, "micro", check=False)
+    assert done.returncode == 75
+    assert "another run is active" in done.stderr
+
+
+def test_bad_parameters_stop_before_any_work(micro):
+    with edited(micro / "params/profiles/micro.yaml", "seeds: [0]", "sedes: [0]"):
+        done = run_all(micro, "micro", check=False)
+    assert done.returncode != 0
+    assert "micro.yaml:" in done.stderr
+    assert "sedes" in done.stderr
+
+
+def test_an_unknown_profile_names_those_that_exist(micro):
+    done = run_all(micro, "nosuch", check=False)
+    assert done.returncode == 2
+    assert "demo" in done.stderr
