@@ -331,6 +331,8 @@ def _said(kind: str, message: str, value: object) -> str:
             return "unknown key; remove it or correct its spelling"
         case "string_type":
             return f"must be text, not {value!r:.60}; quote it"
+        case "model_type":
+            return f"must be a mapping, not {value!r:.60}"
         case _:
             return f"{message.removeprefix('Value error, ')} (found {value!r:.60})"
 
