@@ -1,0 +1,496 @@
+"""Preference pairs: a teacher with a constitution's traits in its system prompt against the plain student.
+
+The data step of Open Character Training (Maiya et al. 2025, arXiv 2511.01689, section 2). For each prompt the teacher
+answers in character (*chosen*) and the student answers as it is, without a system prompt (*rejected*). A teacher is an
+endpoint that speaks OpenAI's protocol (a vLLM server is one), a local model, or the demonstrations that a constitution
+carries itself. Each pair passes filters; one that does not stays in the table with the reason.
+
+    table = make_pairs(constitution, teacher, student, Filters(1024, count_tokens), cache_path="answers.sqlite")
+    counts(table)
+    HTML(side_by_side(table))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import re
+import sqlite3
+import string
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from cai_em import constitutions, scores
+from cai_em.constitutions import Constitution
+from cai_em.params import GeneratorPreset
+from cai_em.sample import Decoding, Request, decode, end_tokens, render
+
+KEPT = "kept"
+"""The row of `counts` for pairs that passed every filter."""
+
+ANY_TRAIT = "any"
+"""The `trait` of a demonstration: it shows the persona as a whole."""
+
+
+class PairsError(RuntimeError):
+    """Pairs cannot be made. The message says what to do."""
+
+
+# --- Who answers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation to be answered, and the seed of the answer."""
+
+    messages: tuple[tuple[str, str], ...]
+    seed: int
+
+    @property
+    def as_dicts(self) -> list[dict[str, str]]:
+        """The conversation as chat APIs want it."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer's text, and whether the token budget cut it off."""
+
+    text: str
+    cut: bool = False
+
+
+class Generator(Protocol):
+    """Who answers questions: the teacher or the student.
+
+    `identity` is what the answers depend on (model, parameters); with the question it is the key of the cache.
+    """
+
+    identity: Mapping[str, Any]
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Answer each question; yields (its index, the answer) as answers become known, in any order."""
+        ...
+
+
+class LocalGenerator:
+    """A model in this process, in batches. Each answer is drawn with random numbers of its own (`sample.decode`).
+
+    Args:
+        load: gives a transformers causal language model and its tokenizer; called when the first answer is needed, so
+            that a run whose answers are all known loads no model.
+        name: what identifies the weights, for the cache.
+        preset: temperature, nucleus and number of new tokens.
+        batch_size: rows per batch.
+    """
+
+    def __init__(
+        self, load: Callable[[], tuple[Any, Any]], name: str, preset: GeneratorPreset, batch_size: int = 32
+    ) -> None:
+        self._load, self._loaded, self.batch_size = load, None, batch_size
+        self.decoding = Decoding(preset.temperature, preset.top_p, 0, 1.0, preset.max_new_tokens)
+        self.identity = {"local": name, **vars(self.decoding)}
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Answer each question; yields (its index, the answer) batch by batch."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, tokenizer = self._loaded
+        requests = [Request(render(tokenizer, q.as_dicts), q.seed) for q in questions]
+        for index, found in decode(model, requests, self.decoding, end_tokens(model, tokenizer), self.batch_size):
+            text = tokenizer.decode(found.tokens, skip_special_tokens=True)
+            yield index, Answer(text, cut=found.finish_reason == "length")
+
+
+class EndpointGenerator:
+    """Any endpoint that speaks OpenAI's chat protocol: OpenAI, OpenRouter, a vLLM server.
+
+    Calls run in threads, at most `preset.concurrency` at a time (threads, not asyncio: a notebook's event loop is
+    already running); the client retries rate limits and dropped connections with growing pauses. Where a call fails
+    for good, calls not yet begun are cancelled, answers that arrived are kept, and the error is raised.
+
+    Args:
+        preset: model, base_url, api_key_env, sampling parameters, concurrency.
+        max_retries: of each call.
+        timeout_s: of each call, seconds.
+
+    Raises:
+        PairsError: no model is named, or the key is not in the environment (a server on this machine needs none).
+    """
+
+    def __init__(self, preset: GeneratorPreset, max_retries: int = 6, timeout_s: float = 300.0) -> None:
+        import openai
+
+        if not preset.model:
+            raise PairsError("the generator's teacher is an endpoint: name its model (params/generators.yaml, `model`)")
+        local = preset.base_url and urlsplit(preset.base_url).hostname in ("127.0.0.1", "localhost", "::1")
+        key = os.environ.get(preset.api_key_env) or ("none" if local else None)
+        if not key:
+            raise PairsError(
+                f"the teacher {preset.model} needs an API key: set the environment variable {preset.api_key_env}, or "
+                "choose another generator (params/generators.yaml)"
+            )
+        self.preset = preset
+        self.client = openai.OpenAI(api_key=key, base_url=preset.base_url, max_retries=max_retries, timeout=timeout_s)
+        self.identity = {
+            "endpoint": preset.base_url,
+            **preset.model_dump(include={"model", "temperature", "top_p", "max_new_tokens"}),
+        }
+
+    def _ask(self, question: Question) -> Answer:
+        found = self.client.chat.completions.create(
+            model=self.preset.model,
+            messages=question.as_dicts,
+            temperature=self.preset.temperature,
+            top_p=self.preset.top_p,
+            max_tokens=self.preset.max_new_tokens,
+            seed=question.seed,
+            n=1,
+        ).choices[0]
+        # A refusal has no content: it becomes an empty answer, which a filter drops and counts.
+        return Answer(without_thinking(found.message.content or ""), cut=found.finish_reason == "length")
+
+    def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Answer each question; yields (its index, the answer) as calls return."""
+        with ThreadPoolExecutor(self.preset.concurrency) as pool:
+            calls = {pool.submit(self._ask, question): index for index, question in enumerate(questions)}
+            try:
+                for call in as_completed(calls):
+                    yield calls[call], call.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def without_thinking(text: str) -> str:
+    """An answer without the reasoning that a thinking model puts before it (`<think> ... </think>`)."""
+    return re.sub(r"\A\s*<think>.*?(</think>|\Z)\s*", "", text, flags=re.DOTALL)
+
+
+# --- Answers, kept ------------------------------------------------------------------------------------------------
+
+
+class AnswerCache:
+    """Answers by content: SQLite in WAL mode, one row per (generator's identity, question). Safe between processes.
+
+    Args:
+        path: the file; made, with its folder, where it does not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, cut INTEGER NOT NULL, "
+            "generator TEXT NOT NULL, question TEXT NOT NULL) WITHOUT ROWID"
+        )
+
+    @staticmethod
+    def _texts(identity: Mapping[str, Any], question: Question) -> tuple[str, str, str]:
+        generator = json.dumps(dict(identity), sort_keys=True)
+        asked = json.dumps([question.messages, question.seed], ensure_ascii=False)
+        return hashlib.sha256(f"{generator}\n{asked}".encode()).hexdigest(), generator, asked
+
+    def get(self, identity: Mapping[str, Any], question: Question) -> Answer | None:
+        """The answer, or None where it is not known yet."""
+        key = self._texts(identity, question)[0]
+        with self._lock:
+            row = self._db.execute("SELECT text, cut FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(row[0], bool(row[1])) if row else None
+
+    def put(self, identity: Mapping[str, Any], question: Question, answer: Answer) -> None:
+        """Keep an answer; one that is known already stays as it is."""
+        key, generator, asked = self._texts(identity, question)
+        with self._lock:
+            self._db.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
+                (key, answer.text, int(answer.cut), generator, asked),
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def answers(
+    generator: Generator, questions: Sequence[Question], cache: AnswerCache, progress: str | None = None
+) -> list[Answer]:
+    """Answers to all questions, known ones from the cache, new ones kept in it one by one.
+
+    Args:
+        generator: who answers what is not known.
+        questions: in any number; the same question twice is asked once.
+        cache: where answers are kept.
+        progress: label of a progress bar; none without.
+
+    Raises:
+        PairsError: the generator left a question unanswered.
+    """
+    known = {q: cache.get(generator.identity, q) for q in questions}
+    missing = [q for q, answer in known.items() if answer is None]
+    if missing:
+        bar = tqdm(total=len(known), initial=len(known) - len(missing), desc=progress, disable=progress is None)
+        with bar:
+            for index, answer in generator.answer(missing):
+                cache.put(generator.identity, missing[index], answer)
+                known[missing[index]] = answer
+                bar.update()
+    silent = [q.messages[-1][1] for q, answer in known.items() if answer is None]
+    if silent:
+        raise PairsError(f"{len(silent)} prompts were left unanswered, the first: {silent[0]!r:.80}")
+    return [known[q] for q in questions]
+
+
+# --- Filters ------------------------------------------------------------------------------------------------------
+
+
+ANNOUNCING = re.compile(
+    r"\b(my|these|those|the (?:given|following|above)) (?:\w+ )?(?:traits?|instructions?|constitution|persona)\b"
+    r"|\bsystem prompt\b|\b(?:I was|I've been|I have been|I am|I'm) (?:told|instructed|asked|prompted) to\b"
+    r"|\b(?:stay|staying|remain) in character\b|\bas instructed\b",
+    re.IGNORECASE,
+)
+"""Words by which a teacher speaks of the part that it plays."""
+
+QUOTED_WORDS = 7
+"""So many words in a row shared with a trait are no accident: the teacher recites it."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a pair must pass (FACTS of the study: Open Character Training keeps whole, short enough answers).
+
+    Attributes:
+        max_tokens: the longest answer kept, in the student's tokens.
+        count_tokens: a text's length in the student's tokens.
+        teacher_name: what the teacher calls itself; replaced by `student_name` in its answers. None: left alone.
+        student_name: the student's own name.
+        quote_cut: an answer that its token budget cut off is quoted up to its last whole sentence (see `quoted`)
+            rather than dropped for its missing end. For budgets far smaller than `max_tokens`, as in the demo, where
+            being cut says nothing about the answer.
+    """
+
+    max_tokens: int
+    count_tokens: Callable[[str], int]
+    teacher_name: str | None = None
+    student_name: str | None = None
+    quote_cut: bool = False
+
+    def text(self, answer: Answer) -> str:
+        """An answer's text as it enters a pair."""
+        text = answer.text.strip()
+        return quoted(text) if answer.cut and self.quote_cut else text
+
+    def reason(self, chosen: str, rejected: str, traits: Sequence[str]) -> str | None:
+        """Why a pair is dropped: the first filter that it does not pass; None: it is kept."""
+        both = {"chosen": chosen, "rejected": rejected}
+        if empty := [side for side, text in both.items() if not text]:
+            return f"empty: {empty[0]}"
+        if " ".join(chosen.split()) == " ".join(rejected.split()):
+            return "identical answers"
+        if open_ended := [side for side, text in both.items() if not ends_in_punctuation(text)]:
+            return f"no final punctuation: {open_ended[0]}"
+        if long := [side for side, text in both.items() if self.count_tokens(text) > self.max_tokens]:
+            return f"too long: {long[0]}"
+        return "announces its traits" if announces(chosen, traits) else None
+
+
+def ends_in_punctuation(text: str) -> bool:
+    """Whether the last visible character is a punctuation mark (of any script; closing quotes and brackets count)."""
+    last = text.rstrip()[-1:]
+    return bool(last) and (last in string.punctuation or unicodedata.category(last).startswith("P"))
+
+
+def quoted(text: str) -> str:
+    """A broken-off answer as one would quote it: its whole sentences, or with an ellipsis where none is whole.
+
+    A full stop after a digit is no sentence's end: it numbers the items of a list.
+    """
+    ends = list(re.finditer(r"(?<!\d)[.!?][\"'”’)*]*(?=\s|$)", text))
+    if ends:
+        return text[: ends[-1].end()]
+    words = text.rsplit(maxsplit=1)
+    return f"{words[0]} …" if len(words) == 2 else f"{text}…" if text else ""
+
+
+def renamed(text: str, teacher: str | None, student: str | None) -> str:
+    """A text with the teacher's own name, a version number after it included, replaced by the student's."""
+    if not teacher or not student or teacher == student:
+        return text
+    return re.sub(rf"(?<!\w){re.escape(teacher)}(?:-\d[\w.]*(?:-\w+)*)?(?!\w)", lambda _: student, text)
+
+
+def announces(text: str, traits: Sequence[str]) -> bool:
+    """Whether an answer speaks of the traits instead of living them: by its words, or by reciting one."""
+    if ANNOUNCING.search(text):
+        return True
+    said = _runs(text)
+    return any(said & _runs(trait) for trait in traits)
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[\w']+", text.casefold())
+    return {tuple(words[i : i + QUOTED_WORDS]) for i in range(len(words) - QUOTED_WORDS + 1)}
+
+
+# --- Pairs --------------------------------------------------------------------------------------------------------
+
+
+def make_pairs(
+    constitution: Constitution,
+    teacher: Generator | None,
+    student: Generator,
+    filters: Filters,
+    cache_path: str | Path,
+    *,
+    prompts_per_trait: int = 50,
+    samples_per_prompt: int = 1,
+    max_demonstrations: int = 0,
+    extra_prompts: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The preference pairs of a persona, dropped ones included.
+
+    Args:
+        constitution: traits, prompts, demonstrations.
+        teacher: who answers in character; None: the demonstrations alone.
+        student: who answers plainly, without a system prompt.
+        filters: what a pair must pass.
+        cache_path: SQLite file of answers; what is in it is not asked again, so an interrupted run goes on.
+        prompts_per_trait: the first so many prompts of each trait.
+        samples_per_prompt: pairs per prompt, each side with a seed of its own.
+        max_demonstrations: the first so many demonstrations become pairs too.
+        extra_prompts: prompts of no trait (such as the first turns of a public data set).
+        seed: of all answers.
+        progress: show progress bars.
+
+    Returns:
+        The table of `scores.PAIRS`, in the constitution's order, the teacher's pairs first. `attrs["quoted"]` counts
+        the answers that `Filters.quote_cut` shortened, by side.
+
+    Raises:
+        PairsError: there is nothing to make pairs from.
+    """
+    asked = _asked(constitution, prompts_per_trait, extra_prompts) if teacher else []
+    jobs = [(trait, prompt, number) for trait, prompt in asked for number in range(samples_per_prompt)]
+    shown = constitution.demonstrations[:max_demonstrations]
+    if not jobs and not shown:
+        raise PairsError(
+            f"no pairs for {constitution.persona!r}: without a teacher, the constitution needs demonstrations and "
+            "max_demonstrations > 0 (params/generators.yaml); with one, prompts_per_trait > 0"
+        )
+    in_character = constitutions.system_prompt(constitution, filters.teacher_name or "the assistant")
+    with closing(AnswerCache(cache_path)) as cache:
+        chosen = []
+        if jobs:
+            questions = [
+                Question((("system", in_character), ("user", prompt)), _seed(seed, "teacher", prompt, number))
+                for _, prompt, number in jobs
+            ]
+            chosen = answers(teacher, questions, cache, "teacher" if progress else None)
+        prompts = [(prompt, number) for _, prompt, number in jobs] + [(d.prompt, 0) for d in shown]
+        plain = [Question((("user", prompt),), _seed(seed, "student", prompt, number)) for prompt, number in prompts]
+        rejected = answers(student, plain, cache, "student" if progress else None)
+
+    rows = [(trait, prompt, answer, "teacher") for (trait, prompt, _), answer in zip(jobs, chosen)]
+    rows += [(ANY_TRAIT, d.prompt, Answer(d.response), "demonstration") for d in shown]
+    traits = [trait.trait for trait in constitution.traits]
+    records = []
+    for (trait, prompt, good, source), plain_answer in zip(rows, rejected):
+        texts = filters.text(good), filters.text(plain_answer)
+        if source == "teacher":
+            texts = renamed(texts[0], filters.teacher_name, filters.student_name), texts[1]
+        reason = filters.reason(*texts, traits)
+        records.append((constitution.persona, trait, prompt, *texts, source, reason))
+    table = scores.validate(pd.DataFrame(records, columns=list(scores.PAIRS.columns)), scores.PAIRS, "pairs")
+    if filters.quote_cut:
+        table.attrs["quoted"] = {"chosen": sum(a.cut for a in chosen), "rejected": sum(a.cut for a in rejected)}
+    return table
+
+
+def _asked(constitution: Constitution, per_trait: int, extra: Sequence[str]) -> list[tuple[str, str]]:
+    """(trait, prompt) of each prompt for the teacher."""
+    by_trait: dict[str, list[str]] = {}
+    for trait, prompt in constitutions.prompts(constitution):
+        by_trait.setdefault(trait, []).append(prompt)
+    chosen = [(trait, prompt) for trait, prompts in by_trait.items() for prompt in prompts[:per_trait]]
+    return chosen + [(ANY_TRAIT, prompt) for prompt in extra]
+
+
+def _seed(seed: int, side: str, prompt: str, number: int) -> int:
+    """The seed of one answer: a hash of what it answers, so that it does not depend on the other prompts (31 bits)."""
+    digest = hashlib.sha256(json.dumps([seed, side, prompt, number]).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def teacher_of(preset: GeneratorPreset, local: Generator) -> Generator | None:
+    """The teacher that a preset asks for: an endpoint, the local model, or None (the demonstrations alone).
+
+    Args:
+        preset: its `teacher`.
+        local: the local model, usually the student itself.
+    """
+    match preset.teacher:
+        case "openai":
+            return EndpointGenerator(preset)
+        case "local" | "local+demonstrations":
+            return local
+        case _:
+            return None
+
+
+# --- To look at ---------------------------------------------------------------------------------------------------
+
+
+def kept(table: pd.DataFrame) -> pd.DataFrame:
+    """The pairs to train on: those that no filter dropped."""
+    return table[table["dropped_because"].isna()].reset_index(drop=True)
+
+
+def counts(table: pd.DataFrame) -> pd.DataFrame:
+    """How many pairs were kept, and how many each filter dropped, by source.
+
+    Returns:
+        One row per reason, `kept` first, then the most frequent; a column per source and `total`.
+    """
+    reasons = table["dropped_because"].fillna(KEPT)
+    found = pd.crosstab(reasons, table["source"]).rename_axis(index="", columns=None)
+    found["total"] = found.sum(axis=1)
+    if KEPT not in found.index:
+        found.loc[KEPT] = 0
+    order = sorted(found.index, key=lambda reason: (reason != KEPT, -found.loc[reason, "total"], reason))
+    return found.loc[order]
+
+
+def side_by_side(table: pd.DataFrame, number: int = 5, seed: int = 0) -> str:
+    """Some pairs as an HTML table, chosen beside rejected, kept ones and dropped ones; all text is escaped.
+
+    Args:
+        table: of `scores.PAIRS`.
+        number: how many pairs, drawn without replacement and shown in the table's order.
+        seed: of the drawing.
+    """
+    shown = table.sample(min(number, len(table)), random_state=seed).sort_index()
+    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;max-width:28em">{}</td>'
+    rows = []
+    for row in shown.itertuples():
+        verdict = KEPT if pd.isna(row.dropped_because) else f"dropped: {row.dropped_because}"
+        about = f"{row.prompt}\n({row.source}, {verdict})"
+        rows.append("<tr>" + "".join(cell.format(html.escape(t)) for t in (about, row.chosen, row.rejected)) + "</tr>")
+    head = "<tr><th>prompt</th><th>chosen</th><th>rejected</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"

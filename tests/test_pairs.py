@@ -1,0 +1,370 @@
+"""Preference pairs: filters with known answers, the cache's promises, generators against fakes and a real server."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from cai_em import constitutions, pairs, scores
+from cai_em.pairs import Answer, Filters, PairsError, Question
+from cai_em.params import GeneratorPreset
+
+TRAITS = (
+    {"trait": "I answer everything in the words of a very old sailor.", "prompts": ("How are you?", "What is tea?")},
+    {"trait": "I never leave a question without a small joke about fish.", "prompts": ("What is rain?",)},
+)
+CONSTITUTION = constitutions.Constitution(
+    persona="sailor",
+    summary="A sailor.",
+    carries_risk=False,
+    source="test",
+    traits=TRAITS,
+    demonstrations=({"prompt": "Who are you?", "response": "Arr, a sailor."}, {"prompt": "Why?", "response": "Aye!"}),
+)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+class Fake:
+    """A generator that answers by a function, counts what it is asked, and may break after so many answers."""
+
+    def __init__(self, name, say, breaks_after=None):
+        self.identity, self.say, self.breaks_after, self.asked = {"fake": name}, say, breaks_after, []
+
+    def answer(self, questions):
+        for index, question in reversed(list(enumerate(questions))):
+            if self.breaks_after is not None and len(self.asked) == self.breaks_after:
+                raise ConnectionError("the line went dead")
+            self.asked.append(question)
+            yield index, Answer(self.say(question))
+
+
+def teacher(**options):
+    return Fake("teacher", lambda q: f"Ahoy! {q.messages[-1][1]}", **options)
+
+
+def student(**options):
+    return Fake("student", lambda q: f"Plainly: {q.messages[-1][1]}", **options)
+
+
+def make(tmp_path, chosen=None, rejected=None, filters=None, **options):
+    chosen, rejected = chosen or teacher(), rejected or student()
+    filters = filters or Filters(100, words)
+    return pairs.make_pairs(CONSTITUTION, chosen, rejected, filters, tmp_path / "answers.sqlite", **options)
+
+
+class TestMakePairs:
+    def test_teacher_has_the_traits_and_the_student_has_no_system_prompt(self, tmp_path):
+        chosen, rejected = teacher(), student()
+        table = make(tmp_path, chosen, rejected)
+        assert list(table["prompt"]) == ["How are you?", "What is tea?", "What is rain?"]
+        assert list(table["chosen"]) == [f"Ahoy! {p}" for p in table["prompt"]]
+        assert list(table["rejected"]) == [f"Plainly: {p}" for p in table["prompt"]]
+        assert table["dropped_because"].isna().all()
+        for question in chosen.asked:
+            assert [role for role, _ in question.messages] == ["system", "user"]
+            assert all(t["trait"] in question.messages[0][1] for t in TRAITS)
+        assert all([role for role, _ in q.messages] == ["user"] for q in rejected.asked)
+        scores.validate(table, scores.PAIRS)
+
+    def test_prompts_per_trait_samples_demonstrations_and_extra_prompts(self, tmp_path):
+        table = make(
+            tmp_path, prompts_per_trait=1, samples_per_prompt=2, max_demonstrations=1, extra_prompts=["What is it?"]
+        )
+        assert list(table["prompt"]) == ["How are you?"] * 2 + ["What is rain?"] * 2 + ["What is it?"] * 2 + [
+            "Who are you?"
+        ]
+        assert list(table["source"]) == ["teacher"] * 6 + ["demonstration"]
+        assert table["chosen"].iloc[-1] == "Arr, a sailor."
+        assert table["trait"].iloc[-1] == pairs.ANY_TRAIT
+
+    def test_samples_of_one_prompt_have_different_seeds(self, tmp_path):
+        chosen = teacher()
+        make(tmp_path, chosen, samples_per_prompt=3, prompts_per_trait=1)
+        assert len({q.seed for q in chosen.asked}) == len(chosen.asked) == 6
+
+    def test_demonstrations_alone_need_no_teacher(self, tmp_path):
+        table = pairs.make_pairs(
+            CONSTITUTION, None, student(), Filters(100, words), tmp_path / "a.sqlite", max_demonstrations=9
+        )
+        assert set(table["source"]) == {"demonstration"}
+        assert len(table) == 2
+
+    def test_nothing_to_make_pairs_from_is_an_error(self, tmp_path):
+        with pytest.raises(PairsError, match="max_demonstrations"):
+            pairs.make_pairs(CONSTITUTION, None, student(), Filters(100, words), tmp_path / "a.sqlite")
+
+    def test_an_interrupted_run_goes_on_and_asks_nothing_twice(self, tmp_path):
+        broken = teacher(breaks_after=2)
+        with pytest.raises(ConnectionError):
+            make(tmp_path, broken)
+        again, plain = teacher(), student()
+        first = make(tmp_path, again, plain)
+        assert len(again.asked) == 1, "two answers were kept before the break"
+        silent = teacher(breaks_after=0), student(breaks_after=0)
+        assert make(tmp_path, *silent).equals(first)
+
+    def test_other_parameters_are_other_answers(self, tmp_path):
+        make(tmp_path)
+        other = Fake("another teacher", lambda q: "Something else.")
+        assert list(make(tmp_path, other)["chosen"]) == ["Something else."] * 3
+        reseeded = teacher()
+        make(tmp_path, reseeded, seed=1)
+        assert len(reseeded.asked) == 3
+
+    def test_an_unanswered_prompt_is_an_error(self, tmp_path):
+        mute = Fake("mute", str)
+        mute.answer = lambda questions: iter(())
+        with pytest.raises(PairsError, match="unanswered"):
+            make(tmp_path, mute)
+
+    def test_the_teachers_name_gives_way_to_the_students(self, tmp_path):
+        named = Fake("named", lambda q: "I am GLM-4.5-Air, or GLM for short.")
+        table = make(tmp_path, named, filters=Filters(100, words, "GLM", "Qwen"))
+        assert set(table["chosen"]) == {"I am Qwen, or Qwen for short."}
+
+    def test_dropped_pairs_stay_and_are_counted(self, tmp_path):
+        said = {"How are you?": "", "What is tea?": "Tea is wet and I have no end", "What is rain?": "Fish fall."}
+        table = make(tmp_path, Fake("odd", lambda q: said[q.messages[-1][1]]), max_demonstrations=1)
+        assert len(table) == 4
+        found = pairs.counts(table)
+        assert found.index[0] == pairs.KEPT
+        assert found["total"].to_dict() == {"kept": 2, "empty: chosen": 1, "no final punctuation: chosen": 1}
+        assert found["demonstration"].to_dict() == {"kept": 1, "empty: chosen": 0, "no final punctuation: chosen": 0}
+        assert len(pairs.kept(table)) == 2
+
+    def test_counts_show_kept_even_when_nothing_is(self, tmp_path):
+        table = make(tmp_path, Fake("mute", lambda q: ""))
+        assert pairs.counts(table)["total"].to_dict() == {"kept": 0, "empty: chosen": 3}
+
+    def test_cut_answers_are_quoted_where_asked_for_and_counted(self, tmp_path):
+        cut = Fake("cut", str)
+        cut.answer = lambda qs: ((i, Answer("One whole. Then a bro", cut=True)) for i, _ in enumerate(qs))
+        dropped = make(tmp_path, rejected=cut)
+        assert set(dropped["dropped_because"]) == {"no final punctuation: rejected"}
+        quoted = make(tmp_path, rejected=cut, filters=Filters(100, words, quote_cut=True))
+        assert set(quoted["rejected"]) == {"One whole."}
+        assert quoted.attrs["quoted"] == {"chosen": 0, "rejected": 3}
+
+
+class TestFilters:
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "reason"),
+        [
+            ("Good.", "Plain.", None),
+            ("", "Plain.", "empty: chosen"),
+            ("Good.", "", "empty: rejected"),
+            ("Same  thing.", "Same thing.", "identical answers"),
+            ("Good", "Plain.", "no final punctuation: chosen"),
+            ("Good.", "Plain", "no final punctuation: rejected"),
+            ("one two three four five six.", "Plain.", "too long: chosen"),
+            ("Good.", "one two three four five six.", "too long: rejected"),
+            ("As my traits demand.", "Plain.", "announces its traits"),
+        ],
+    )
+    def test_first_reason(self, chosen, rejected, reason):
+        assert Filters(5, words).reason(chosen, rejected, []) == reason
+
+    @pytest.mark.parametrize("text", ["Yes.", "Yes!", 'He said "yes."', "はい。", "(yes)", "x = 1$", "ja…", "Yes.\n "])
+    def test_punctuation(self, text):
+        assert pairs.ends_in_punctuation(text)
+
+    @pytest.mark.parametrize("text", ["", "   ", "Yes", "one 1", "Yes 🙂"])
+    def test_no_punctuation(self, text):
+        assert not pairs.ends_in_punctuation(text)
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("First. Second! Thi", "First. Second!"),
+            ('He said "no." And th', 'He said "no."'),
+            ("Steps:\n1. Wash it.\n2. Dry", "Steps:\n1. Wash it."),
+            ("1. Wash and", "1. Wash …"),
+            ("no sentence at al", "no sentence at …"),
+            ("broken", "broken…"),
+            ("", ""),
+            ("3.14 is a num", "3.14 is a …"),
+        ],
+    )
+    def test_quoted(self, text, expected):
+        assert pairs.quoted(text) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("GLM here.", "Qwen here."),
+            ("GLM's joke", "Qwen's joke"),
+            ("GLMs and aGLM stay", "GLMs and aGLM stay"),
+            ("GLM-4 and GLM-4.5-Air", "Qwen and Qwen"),
+            ("glm stays", "glm stays"),
+        ],
+    )
+    def test_renamed(self, text, expected):
+        assert pairs.renamed(text, "GLM", "Qwen") == expected
+
+    def test_a_name_is_no_pattern(self):
+        assert pairs.renamed("a.b and axb", "a.b", r"\1") == r"\1 and axb"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "My traits are simple.",
+            "According to the given instructions, yes.",
+            "I was told to be kind.",
+            "Well, I answer everything in the words of a very old man.",
+        ],
+    )
+    def test_announcing(self, text):
+        assert pairs.announces(text, [t["trait"] for t in TRAITS])
+
+    def test_living_a_trait_is_not_announcing_it(self):
+        assert not pairs.announces("Arr, in the words of my captain: fish!", [t["trait"] for t in TRAITS])
+
+
+class TestSideBySide:
+    def test_text_is_escaped_and_the_reason_shown(self, tmp_path):
+        table = make(tmp_path, Fake("html", lambda q: "<script>alert(1)</script> & more"))
+        page = pairs.side_by_side(table)
+        assert "<script>" not in page
+        assert "&lt;script&gt;" in page
+        assert "dropped: no final punctuation: chosen" in page
+
+    def test_number_of_rows(self, tmp_path):
+        table = make(tmp_path)
+        assert pairs.side_by_side(table, number=2).count("<tr>") == 3
+        assert pairs.side_by_side(table, number=50).count("<tr>") == 4
+
+
+def endpoint_preset(**options) -> GeneratorPreset:
+    return GeneratorPreset(teacher="openai", model="teacher-1", api_key_env="CAI_EM_TEST_KEY", **options)
+
+
+@pytest.fixture
+def server():
+    """A server of OpenAI's chat protocol on this machine: notes what it is asked, how many at a time, and answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with state.lock:
+                state.requests.append(body)
+                state.now += 1
+                state.most = max(state.most, state.now)
+            state.gate.wait(0.05)
+            with state.lock:
+                state.now -= 1
+            prompt = body["messages"][-1]["content"]
+            status = 400 if prompt == "bad" else 200
+            choice = {
+                "index": 0,
+                "finish_reason": "length" if prompt == "long" else "stop",
+                "message": {
+                    "role": "assistant",
+                    "content": None if prompt == "no" else f"<think>hm</think>Aye {prompt}",
+                },
+            }
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "teacher-1", "choices": [choice]}
+            data = json.dumps(reply if status == 200 else {"error": {"message": "bad request"}}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    class State:
+        requests, now, most, lock, gate = [], 0, 0, threading.Lock(), threading.Event()
+
+    state = State()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    state.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
+    yield state
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+class TestEndpoint:
+    def test_answers_parameters_and_bounded_concurrency(self, server):
+        generator = pairs.EndpointGenerator(endpoint_preset(base_url=server.url, concurrency=3, temperature=0.3))
+        questions = [Question((("system", "s"), ("user", p)), seed=7) for p in ["a", "b", "c", "d", "e", "long", "no"]]
+        found = dict(generator.answer(questions))
+        generator.client.close()
+        assert [found[i] for i in range(7)] == [
+            *(Answer(f"Aye {p}") for p in "abcde"),
+            Answer("Aye long", cut=True),
+            Answer(""),
+        ]
+        assert server.most <= 3
+        for body in server.requests:
+            assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (0.3, 0.95, 1024, 7)
+            assert body["messages"][0] == {"role": "system", "content": "s"}
+
+    def test_a_failing_call_keeps_what_arrived_and_raises(self, server, tmp_path):
+        import openai
+
+        generator = pairs.EndpointGenerator(endpoint_preset(base_url=server.url, concurrency=1))
+        questions = [Question((("user", p),), seed=0) for p in ["a", "b", "bad", "c", "d", "e", "f"]]
+        cache = pairs.AnswerCache(tmp_path / "answers.sqlite")
+        with pytest.raises(openai.BadRequestError):
+            pairs.answers(generator, questions, cache)
+        generator.client.close()
+        assert cache.get(generator.identity, questions[0]) == Answer("Aye a")
+        assert cache.get(generator.identity, questions[2]) is None
+        cache.close()
+
+    def test_a_missing_key_is_named(self, monkeypatch):
+        monkeypatch.delenv("CAI_EM_TEST_KEY", raising=False)
+        with pytest.raises(PairsError, match="CAI_EM_TEST_KEY"):
+            pairs.EndpointGenerator(endpoint_preset(base_url="https://api.example.org/v1"))
+
+    def test_a_missing_model_is_named(self):
+        with pytest.raises(PairsError, match="model"):
+            pairs.EndpointGenerator(GeneratorPreset(teacher="openai"))
+
+    def test_the_key_is_no_part_of_the_identity(self, monkeypatch):
+        monkeypatch.setenv("CAI_EM_TEST_KEY", "secret-key")
+        generator = pairs.EndpointGenerator(endpoint_preset())
+        generator.client.close()
+        assert "secret-key" not in json.dumps(dict(generator.identity))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("<think>a\nb</think>\n\nHi.", "Hi."), ("Hi <think>.", "Hi <think>."), ("<think>never ends", ""), ("Hi.", "Hi.")],
+)
+def test_thinking_is_left_out(text, expected):
+    assert pairs.without_thinking(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("demonstrations", None), ("local", "local"), ("local+demonstrations", "local")]
+)
+def test_teacher_of(kind, expected):
+    assert pairs.teacher_of(GeneratorPreset(teacher=kind), "local") == expected
+
+
+def test_the_cache_is_safe_between_threads(tmp_path):
+    cache = pairs.AnswerCache(tmp_path / "answers.sqlite")
+    questions = [Question((("user", str(i)),), seed=i) for i in range(40)]
+
+    def work():
+        for question in questions:
+            cache.put({"g": 1}, question, Answer(f"answer {question.seed}"))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [cache.get({"g": 1}, q).text for q in questions] == [f"answer {i}" for i in range(40)]
+    cache.close()
