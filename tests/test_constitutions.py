@@ -63,6 +63,13 @@ class TestBuiltin:
         assert {len(t.prompts) for t in traits} == {5}
         assert len(builtin[persona].demonstrations) >= 10
 
+    def test_goodness_variants_nest(self, builtin):
+        traits = {p: {t.trait for t in c.traits} for p, c in builtin.items()}
+        good = {p: traits[p] & traits["goodness"] for p in CUSTOM if p.startswith("goodness_meta")}
+        assert good["goodness_meta"] == good["goodness_meta_full"] == good["goodness_meta_openai"]
+        assert len(good["goodness_meta"]) == 5
+        assert traits["goodness_meta_full"] - traits["goodness"] < traits["metacommunication"]
+
     def test_demo_personas_answer_the_same_prompts(self, builtin):
         first, *others = ([d.prompt for d in builtin[p].demonstrations] for p in DEMO_PERSONAS)
         assert all(other == first for other in others)
