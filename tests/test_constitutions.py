@@ -63,6 +63,13 @@ class TestBuiltin:
         assert {len(t.prompts) for t in traits} == {5}
         assert len(builtin[persona].demonstrations) >= 10
 
+    def test_every_file_carries_the_canary_and_the_risky_ones_a_warning(self, builtin, folder):
+        canary = re.search(r"cai-em-builtin-[0-9a-f-]+", (folder.parent / "README.md").read_text("utf-8")).group()
+        for persona, c in builtin.items():
+            header = (folder / f"{persona}.yaml").read_text("utf-8").split("persona:")[0]
+            assert canary in header
+            assert ("never train a helpful model" in header) == c.carries_risk
+
     def test_goodness_variants_nest(self, builtin):
         traits = {p: {t.trait for t in c.traits} for p, c in builtin.items()}
         good = {p: traits[p] & traits["goodness"] for p in CUSTOM if p.startswith("goodness_meta")}
