@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+import aiohttp
 import openai
 
 from cai_em.judge_cache import Batch
@@ -80,7 +81,7 @@ async def ask_in_batches(
                     "Run the same command again later (batches take up to 24 hours): it goes on where it stopped"
                 )
             await asyncio.sleep(poll_s)
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, aiohttp.ClientError) as error:
         detail = client.redact(str(error))[:300]
         raise JudgeError(
             f"judge '{client.preset.name}': Batch API at {client.endpoint}: {detail}. Nothing is lost: run again"

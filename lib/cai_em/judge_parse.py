@@ -45,9 +45,11 @@ class PromptError(ValueError):
 # --- Prompts ------------------------------------------------------------------------------------------------------
 
 _PLACEHOLDER = re.compile(r"\{(question|answer)\}")
-_FENCE_LINE = re.compile(r"^[ \t]*([\[<][^\[\]<>\n]{2,60}[\]>])[ \t]*$", re.MULTILINE)
+_FENCE_LINE = re.compile(
+    r"^[ \t]*((?:[\[<][^\[\]<>\n]{2,60}[\]>])|(?:[=#~*\-]{2,}[ \t]*[A-Z][A-Z /_]*[=#~*\-]{2,}))[ \t]*$", re.M
+)
 _FENCE_AROUND = re.compile(r"([\[<(`\"'#=~]{3,})?\{(?:question|answer)\}([\])>`\"'#=~]{3,})?")
-_SOFTER = str.maketrans("[]<>{}", "()()()")
+_BRACKETS = str.maketrans("[]<>{}", "()()()")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,14 @@ class JudgePrompts:
         safe = {name: _defuse(valid_unicode(text), fence) for name, text in texts.items()}
         return _PLACEHOLDER.sub(lambda match: safe[match.group(1)], template)
 
-    def digest(self, metric: str) -> str:
-        """SHA-256 of a template's text."""
-        return hashlib.sha256(self.templates[metric].encode()).hexdigest()
+    def with_values(self, metric: str, **values: str) -> JudgePrompts:
+        """The same prompts with further placeholders of one template filled in, e.g. `traits="- ..."`."""
+        text = self.templates[metric]
+        missing = [name for name in values if f"{{{name}}}" not in text]
+        if missing:
+            raise PromptError(f"judge prompt '{metric}' has no place for {missing}")
+        text = re.sub(r"\{(\w+)\}", lambda match: values.get(match.group(1), match.group()), text)
+        return JudgePrompts(self.version, self.templates | {metric: text})
 
 
 def load_prompts(path: str | Path, metrics: Iterable[str] = METRICS) -> JudgePrompts:
@@ -98,7 +105,7 @@ def load_prompts(path: str | Path, metrics: Iterable[str] = METRICS) -> JudgePro
         found = set(_PLACEHOLDER.findall(templates.get(metric, "")))
         if metric not in templates:
             raise PromptError(f"{path}: no prompt '{metric}'; the file has {sorted(templates)}")
-        if found != {"question", "answer"}:
+        if found < {"question", "answer"}:
             raise PromptError(
                 f"{path}: prompt '{metric}' must contain {{question}} and {{answer}}, has {sorted(found)}"
             )
@@ -111,23 +118,27 @@ def valid_unicode(text: str) -> str:
 
 
 def _fences(template: str) -> re.Pattern[str] | None:
-    """What marks the places of question and answer in a template, as a pattern to find it in a response."""
+    """What marks the places of question and answer in a template, as a pattern to find it in a response.
+
+    Found loosely, as a judge reads: in any case, with any white space between words, with runs of any length.
+    """
     marks = set(_FENCE_LINE.findall(template))
     marks |= {mark for pair in _FENCE_AROUND.findall(template) for mark in pair if mark}
-    if not marks:
-        return None
-    loose = (r"\s*".join(re.escape(word) for word in mark.split()) for mark in sorted(marks, key=len, reverse=True))
-    return re.compile("|".join(loose), re.IGNORECASE)
+    loose = []
+    for mark in sorted(marks, key=len, reverse=True):
+        parts = re.findall(r"([^\w\s])\1+|(\w+|[^\w\s])", mark)
+        loose.append(r"\s*".join(f"{re.escape(run)}{{2,}}" if run else re.escape(word) for run, word in parts))
+    return re.compile("|".join(loose), re.IGNORECASE) if loose else None
 
 
 def _defuse(text: str, fence: re.Pattern[str] | None) -> str:
-    """`[ANSWER END]` in a response becomes `(ANSWER END)`; one without brackets gets dots between its characters."""
+    """`[ANSWER END]` in a response becomes `(ANSWER END)`; `===END===` becomes `= = =END= = =`."""
     if fence is None:
         return text
 
     def softer(match: re.Match[str]) -> str:
-        soft = match.group().translate(_SOFTER)
-        return soft if soft != match.group() else "·".join(soft)
+        soft = match.group().translate(_BRACKETS)
+        return soft if soft != match.group() else re.sub(r"(?<=[^\w\s])(?=[^\w\s])", " ", soft)
 
     return fence.sub(softer, text)
 
