@@ -455,7 +455,7 @@ def seed_test(differences: np.ndarray) -> dict[str, float]:
         differences: (questions, seeds).
 
     Returns:
-        `n_seeds, seed_se, seed_df, seed_p`; NaN with fewer than two seeds or questions: one seed says nothing of others.
+        `n_seeds, seed_se, seed_df, seed_p`; NaN with fewer than two seeds or questions: one seed tells of no other.
     """
     d = np.asarray(differences, float)
     nothing = {"n_seeds": int(d.shape[1]) if d.ndim == 2 else 1, "seed_se": math.nan, "seed_df": math.nan}
@@ -928,8 +928,8 @@ def markdown(
     sections.append(
         (
             "Outcomes per condition",
-            "Intervals treat the question as the unit. *Bounds* are the means with 0 and with 100 in the place of every "
-            "missing score. *EM rate*: misaligned and coherent, of all responses.\n\n"
+            "Intervals treat the question as the unit. *Bounds* are the means with 0 and with 100 in the place of "
+            "every missing score. *EM rate*: misaligned and coherent, of all responses.\n\n"
             + markdown_table(rows, header, "l" * (len(header) - 8) + "rrrrrlrr"),
         )
     )
