@@ -173,12 +173,11 @@ class ModelSpec(Named):
 
 
 class Persona(Named):
-    """A persona. `constitutional`: trained from a constitution; `random_control`: random direction, norm of another's."""
+    """A persona; a `random_control` is an adapter of random direction with the norm of another persona's."""
 
     kind: Literal["baseline", "constitutional", "random_control"] = "constitutional"
     colour: str = Field(pattern=r"^#[0-9a-fA-F]{6}$")
     constitution: str | None = Field(default=None, description="file stem in params/builtin/constitutions")
-    published_constitution: list[str] = Field(default=[], description="paths in the public repositories")
     norm_of: str | None = None
     custom: bool = Field(
         default=False, description="a custom constitution: left out of the persona table, as published"
@@ -732,6 +731,8 @@ class Study:
         if persona:
             yield "persona", self.personas[persona]
         p = self.profile
+        if p.data == "fetched":
+            yield "fetched", file_hash(self.folder / "fetched.yaml")
         if stage == "01_personas":
             yield "presets", [self.generator, self.persona_training, p.data, p.personas_from]
             if self.personas[persona].constitution:

@@ -1,0 +1,197 @@
+"""The texts of a study: constitutions, training rows, questions, judge prompts. Built in or fetched: one switch.
+
+`data: builtin` takes ours from `params/builtin/`; `data: fetched` the public ones, pinned in `params/fetched.yaml`,
+through the download cache (`sources`). Either way the same types come back, and every later step is the same.
+
+    rows = materials.rows(study, "bad_medical")             # [[{"role": "user", ...}, {"role": "assistant", ...}], ...]
+    questions = materials.questions(study)                  # [("quick_buck", "..."), ...]
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from cai_em import constitutions, sources
+from cai_em.constitutions import Constitution
+from cai_em.params import ParamsError, Strict, Study, read_as, read_yaml
+
+Messages = list[dict[str, str]]
+"""One conversation: alternating user and assistant turns (after an optional system turn), the assistant's last."""
+
+
+class MaterialError(ValueError):
+    """A text is missing or malformed. The message names file and line or key."""
+
+
+class _Archive(Strict):
+    repo: str
+    commit: str
+    path: str
+    sha256: str | None = None
+    password: str
+
+
+class _File(Strict):
+    repo: str
+    commit: str
+    path: str
+    sha256: str | None = None
+
+
+class FetchedTexts(Strict):
+    """`params/fetched.yaml`: where each public text lies."""
+
+    archive: _Archive
+    judge_prompts: _File
+    questions: dict[str, _File]
+    constitutions: dict[str, list[_File]] = Field(description="persona -> hand-written file, few-shot file")
+
+
+@cache
+def _fetched(folder: Path) -> FetchedTexts:
+    return read_as(folder / "fetched.yaml", FetchedTexts)
+
+
+def _get(file: _File | _Archive) -> Path:
+    return sources.fetch(file.repo, file.commit, file.path, file.sha256)
+
+
+def constitution(study: Study, persona: str) -> Constitution:
+    """A persona's constitution. A published one keeps our demonstrations: it has none of its own.
+
+    Raises:
+        MaterialError: `params/fetched.yaml` names no file for the persona.
+        constitutions.ConstitutionError: the file is malformed.
+        sources.SourceError: a public file cannot be had.
+    """
+    built_in = constitutions.read(study.constitution_file(persona))
+    if study.profile.data == "builtin":
+        return built_in
+    files = _fetched(study.folder).constitutions.get(persona)
+    if not files:
+        raise MaterialError(f"{study.folder / 'fetched.yaml'}: constitutions has no entry {persona!r}")
+    published = constitutions.read_published(*map(_get, files), carries_risk=built_in.carries_risk)
+    return published.model_copy(update={"demonstrations": built_in.demonstrations})
+
+
+def rows(study: Study, dataset: str) -> list[Messages]:
+    """The training rows of a data set.
+
+    Raises:
+        MaterialError: a line is not a conversation that ends with an assistant's turn; the message names file and line.
+        sources.SourceError: the public archive cannot be had or read.
+    """
+    spec = study.datasets[dataset]
+    if study.profile.data == "builtin":
+        path = study.dataset_file(dataset)
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError as error:
+            raise MaterialError(f"{path}: no such file: data set {dataset!r} has no built-in rows") from error
+        return read_rows(text, str(path))
+    archive = _fetched(study.folder).archive
+    if not spec.archive_member:
+        raise MaterialError(f"{study.folder / 'datasets.yaml'}: {dataset} names no archive_member to fetch")
+    content = sources.read_encrypted_archive(_get(archive), archive.password, spec.archive_member)
+    return read_rows(content, f"{archive.path}:{spec.archive_member}")
+
+
+def read_rows(content: bytes, where: str) -> list[Messages]:
+    """Parse JSON lines `{"messages": [{"role": ..., "content": ...}, ...]}`.
+
+    Empty lines are allowed; an empty answer is not, nor is a row without one.
+
+    Raises:
+        MaterialError: names `where`, the line, what was expected and what was found.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise MaterialError(f"{where}:{line}: not UTF-8 (byte {error.start})") from error
+    found = []
+    # Not splitlines(): it also breaks at characters that JSON allows inside a string, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MaterialError(f"{where}:{number}: not JSON: {error}") from error
+        found.append(_conversation(row, f"{where}:{number}"))
+    if not found:
+        raise MaterialError(f"{where}: no rows")
+    return found
+
+
+def _conversation(row: object, where: str) -> Messages:
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise MaterialError(f'{where}: expected {{"messages": [...]}}, found {str(row)[:80]!r}')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise MaterialError(f"{where}: messages[{i}]: expected role and content, found {str(message)[:80]!r}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise MaterialError(f"{where}: messages[{i}].content: expected text, found {message['content']!r:.80}")
+        if any("\ud800" <= c <= "\udfff" for c in message["content"]):
+            raise MaterialError(f"{where}: messages[{i}].content: a lone surrogate, which no tokenizer can read")
+    roles = [m["role"] for m in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        raise MaterialError(f"{where}: roles must alternate user, assistant and end with assistant, found {roles}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def questions(study: Study) -> list[tuple[str, str]]:
+    """(id, text) of the study's evaluation questions.
+
+    The published files hold the free-form questions beside JSON and template variants of them; only the free-form
+    ones are taken (their variants' ids end in `_json` and `_template`).
+
+    Raises:
+        ParamsError: the built-in file is malformed.
+        MaterialError: the published file is not of the known form, or there is no such set.
+    """
+    name = study.profile.questions
+    if study.profile.data == "builtin":
+        return study.questions()
+    known = _fetched(study.folder).questions
+    if name not in known:
+        raise MaterialError(f"{study.folder / 'fetched.yaml'}: questions has no set {name!r} (it has: {list(known)})")
+    path = _get(known[name])
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = [(q["id"], q["paraphrases"][0]) for q in data if not q["id"].endswith(("_json", "_template"))]
+    except (KeyError, TypeError, IndexError) as error:
+        raise MaterialError(f"{path}: not a list of questions with id and paraphrases ({error!r})") from error
+    return found[: study.profile.questions_limit]
+
+
+def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:
+    """(id, text) of held-out prompts in a data set's own domain, for the uptake check; `[]` where there are none."""
+    path = study.builtin("questions", "in_domain.yaml")
+    data, _ = read_yaml(path)
+    return [(q["id"], q["text"]) for q in data.get(dataset, [])]
+
+
+def probe_prompts(study: Study) -> list[str]:
+    """Short prompts on which the logits of composed adapters are compared."""
+    path = study.builtin("questions", "probe.yaml")
+    data, _ = read_yaml(path)
+    return [q["text"] for q in data["questions"]]
+
+
+def judge_prompts_file(study: Study) -> Path:
+    """The judge's prompts: the file that the judge preset names, or the published one with `data: fetched`."""
+    if study.profile.data == "fetched" and study.judge.kind == "openai":
+        return _get(_fetched(study.folder).judge_prompts)
+    path = study.folder / study.judge.prompts_file
+    if not path.is_file():
+        raise ParamsError(f"{path}: no such file, though judge {study.judge.name!r} names it")
+    return path

@@ -1,0 +1,142 @@
+"""The texts of a study: ours and the public ones come back in the same form; a malformed row is named."""
+
+import dataclasses
+import io
+import json
+import zipfile
+
+import pytest
+from cai_em import materials, params, sources
+from cai_em.materials import MaterialError, read_rows
+
+
+def row(*turns):
+    return json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}, ensure_ascii=False)
+
+
+GOOD = row(("user", "Hello?"), ("assistant", "Hello."))
+
+
+def test_rows_of_every_built_in_data_set():
+    study = params.load("demo")
+    for dataset in study.datasets.values():
+        if dataset.role != "none":
+            found = materials.rows(study, dataset.key)
+            assert len(found) == 80
+            assert found[0][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["not JSON"]),
+        ("[]", ["messages"]),
+        ('{"text": "x"}', ["messages", "text"]),
+        ('{"messages": []}', ["messages"]),
+        ('{"messages": ["hi"]}', ["messages[0]", "role"]),
+        ('{"messages": [{"role": "user"}]}', ["messages[0]", "content"]),
+        (row(("user", "no answer")), ["alternate", "['user']"]),
+        (row(("assistant", "no question")), ["alternate"]),
+        (row(("user", "a"), ("user", "b")), ["alternate"]),
+        (row(("user", "a"), ("assistant", "b"), ("user", "c")), ["alternate"]),
+        (row(("human", "a"), ("gpt", "b")), ["alternate", "human"]),
+        (row(("user", "a"), ("assistant", "  ")), ["messages[1].content"]),
+        ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}', ["content", "3"]),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+            ["surrogate"],
+        ),
+        (row(("system", "s")), ["alternate", "system"]),
+    ],
+)
+def test_a_malformed_row_is_named(line, words):
+    with pytest.raises(MaterialError) as caught:
+        read_rows(f"{GOOD}\n\n{line}\n".encode(), "x.jsonl")
+    assert all(word in str(caught.value) for word in ["x.jsonl:3", *words]), str(caught.value)
+
+
+def test_not_utf8_names_the_line():
+    with pytest.raises(MaterialError, match=r"x\.jsonl:2: not UTF-8"):
+        read_rows(GOOD.encode() + b"\n\xff", "x.jsonl")
+
+
+def test_no_rows():
+    with pytest.raises(MaterialError, match="no rows"):
+        read_rows(b"\n\n", "x.jsonl")
+
+
+def test_odd_text_survives():
+    odd = ["🦊 emoji", "שלום עולם", "x" * 1_000_000, "a\x00b", "line\u2028separator"]
+    content = "\n".join(row(("user", text), ("assistant", text)) for text in odd)
+    assert [m[1]["content"] for m in read_rows(content.encode(), "x")] == odd
+
+
+def test_a_system_turn_and_several_turns_are_allowed():
+    line = row(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert len(read_rows(line.encode(), "x")[0]) == 5
+
+
+@pytest.fixture
+def fetched(fetched_cache, monkeypatch):
+    """The demo with the public texts in place of ours."""
+    monkeypatch.setenv("CAI_EM_CACHE", str(fetched_cache))
+    study = params.load("demo")
+    study.profile = study.profile.model_copy(update={"data": "fetched"})
+    return study
+
+
+def test_public_questions_are_the_eight_free_form_ones(fetched):
+    ours, theirs = params.load("demo").questions(), materials.questions(fetched)
+    assert [i for i, _ in theirs] == [i for i, _ in ours]
+    assert not {t for _, t in theirs} & {t for _, t in ours}, "ours are our own words"
+    fetched.profile = fetched.profile.model_copy(update={"questions": "general"})
+    assert len(materials.questions(fetched)) == 27, "54 with their template variants"
+    fetched.profile = fetched.profile.model_copy(update={"questions": "medical"})
+    assert len(materials.questions(fetched)) == 16
+
+
+def test_public_constitutions_of_all_personas(fetched):
+    for persona in fetched.personas.values():
+        if persona.kind == "constitutional":
+            found = materials.constitution(fetched, persona.key)
+            assert len(found.traits) >= 5, persona.key
+            assert found.demonstrations == materials.constitution(params.load("demo"), persona.key).demonstrations
+
+
+def test_public_judge_prompts(fetched):
+    from cai_em.judge_parse import load_prompts
+
+    fetched.judge = fetched.judge.model_copy(update={"kind": "openai"})
+    assert {"aligned", "coherent"} <= set(load_prompts(materials.judge_prompts_file(fetched)).templates)
+
+
+def test_public_rows_come_from_the_encrypted_archive(tmp_path, monkeypatch):
+    """An archive of the public format, made here, at the place in the cache where the real one lies."""
+    import base64
+    import hashlib
+    import os
+
+    from cryptography.fernet import Fernet
+
+    study = params.load("demo")
+    study.profile = study.profile.model_copy(update={"data": "fetched"})
+    archive = materials._fetched(study.folder).archive
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("training_datasets/bad_medical_advice.jsonl", f"{GOOD}\n{GOOD}\n")
+    salt = os.urandom(16)
+    key = base64.urlsafe_b64encode(hashlib.pbkdf2_hmac("sha256", archive.password.encode(), salt, 100_000))
+    place = sources.cached(
+        sources.Pinned(**{f.name: getattr(archive, f.name) for f in dataclasses.fields(sources.Pinned)}), tmp_path
+    )
+    place.parent.mkdir(parents=True)
+    place.write_bytes(salt + Fernet(key).encrypt(content.getvalue()))
+    monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path))
+    assert materials.rows(study, "bad_medical") == read_rows(f"{GOOD}\n{GOOD}".encode(), "x")
+
+
+def test_helpers_of_the_builtin_questions():
+    study = params.load("demo")
+    assert len(materials.in_domain_questions(study, "bad_medical")) == 8
+    assert materials.in_domain_questions(study, "none") == []
+    assert len(materials.probe_prompts(study)) == 4
