@@ -196,7 +196,8 @@ def two_sample(
 
     Returns:
         `estimate, low, high` (AUC within question, mean over questions, bootstrap over questions), `chance`, `p`
-        (one-sided), `estimate_one_step` (the AUC that `p` belongs to), `n, n_questions, permutations`.
+        (one-sided), `estimate_one_step` (the AUC that `p` belongs to), `chance_low, chance_high` (its middle 95 % under
+        permutation), `n, n_questions, permutations`.
     """
     rng = np.random.default_rng(seed)
     y = np.asarray(y, int)
@@ -310,6 +311,8 @@ def _result(
         "chance": chance,
         "p": float((1 + np.sum(null >= observed - 1e-9)) / (1 + len(null))),
         "estimate_one_step": float(observed),
+        "chance_low": float(np.quantile(null, 0.025)),
+        "chance_high": float(np.quantile(null, 0.975)),
         "n": n,
         "n_questions": len(by_group),
         "permutations": len(null),
@@ -484,7 +487,8 @@ def evidence(test: Mapping[str, Any], *, minimum: float, p_max: float) -> Gate:
     questions, and one that chance could give.
     """
     seen = test["estimate"] >= minimum and test["low"] > test["chance"] and test["p"] < p_max
-    what = SCOPES[test["scope"]].replace("persona", str(test["persona"])).replace("data set", str(test["dataset"]), 1)
+    subject = test["dataset"] if test["scope"].startswith("dataset") else test["persona"]
+    what = f"{subject}, {SCOPES[test['scope']]}"
     interval = f"[{test['low']:.2f}, {test['high']:.2f}]"
     return Gate(SHOWN if seen else NOT_SHOWN, f"{what}: AUC {test['estimate']:.2f} {interval}, p {p_value(test['p'])}")
 
@@ -706,6 +710,18 @@ def gated(verdict: str, gates: pd.DataFrame, *, personas: Collection[str], min_s
 
 
 # --- Words ---------------------------------------------------------------------------------------------------------
+
+
+def for_figure(
+    tests: pd.DataFrame, *, persona_auc_min: float = 0.6, uptake_auc_min: float = 0.6, p_max: float = 0.05
+) -> pd.DataFrame:
+    """The tests of single conditions as `figures.gates` draws them: `kind, model, persona, dataset, value, chance_low,
+    chance_high, verdict`."""
+    single = tests[~tests["scope"].isin(["personas", "datasets"])]
+    least = np.where(single["scope"].str.startswith("dataset"), uptake_auc_min, persona_auc_min)
+    status = [evidence(t, minimum=m, p_max=p_max).status for t, m in zip(single.to_dict("records"), least)]
+    columns = single[["model", "persona", "dataset", "chance_low", "chance_high"]]
+    return columns.assign(kind=single["scope"].map(SCOPES), value=single["estimate"], verdict=status)
 
 
 def _auc(x: float) -> str:
