@@ -1,0 +1,279 @@
+"""How well judgings of the same responses agree, and what that leaves room for.
+
+A *judging* is one run of one judge over responses: a file. The same response judged several times gives the judge's
+noise directly: how often two judgings give the same number, how far they differ, how far a condition's mean moves from
+one judging to the next, and the smallest difference between two conditions that is larger than that.
+
+    table = units(repeated)
+    agreement(table); movement(table); smallest_effect(table)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import krippendorff
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cai_em.inference import icc1, markdown_table, points
+
+CELL = ["model", "persona", "dataset"]
+
+
+def units(repeated: pd.DataFrame, response: str = "response_hash") -> pd.DataFrame:
+    """Repeated judgings with the unit that each row judges, the units judged once left out.
+
+    A unit is a response: condition, question, text, and, where one judging has the same text several times, which of
+    them in the order of the sample numbers.
+
+    Args:
+        repeated: score columns and `file` (the judging), `selected` (whether the published tables came from it), and
+            the response's hash.
+        response: name of the hash column.
+
+    Returns:
+        The rows of units with two judgings or more, with `unit`, and `alignment` as float.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    missing = [
+        c
+        for c in [*CELL, "question_id", "sample", "judge", "file", "selected", "alignment", response]
+        if c not in repeated
+    ]
+    if missing:
+        raise ValueError(f"table of repeated judgings lacks columns {missing}; it has {list(repeated)}")
+    key = [*CELL, "question_id", response]
+    table = repeated.sort_values("sample", kind="stable")
+    table = table.assign(which=table.groupby(["file", *key]).cumcount())
+    table["unit"] = table.groupby([*key, "which"]).ngroup()
+    several = table.groupby("unit")["file"].transform("nunique") > 1
+    return table[several].drop(columns="which").reset_index(drop=True)
+
+
+def _pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Every pair of judgings of every unit: judges, files, both scores (NaN: none)."""
+    columns = ["unit", "judge", "file", "alignment", *CELL]
+    table = table[columns].sort_values(["unit", "judge", "file"], kind="stable").reset_index(drop=True)
+    place = table.groupby("unit").cumcount()
+    both = []
+    for step in range(1, int(place.max()) + 1 if len(place) else 1):
+        other = table.shift(-step)
+        same = (other["unit"] == table["unit"]).to_numpy()
+        pair = table[same].rename(columns={"judge": "judge_a", "file": "file_a", "alignment": "a"})
+        both.append(pair.assign(judge_b=other["judge"][same], file_b=other["file"][same], b=other["alignment"][same]))
+    return pd.concat(both, ignore_index=True) if both else pd.DataFrame(columns=[*columns, "judge_b", "file_b", "b"])
+
+
+def alpha(table: pd.DataFrame) -> float:
+    """Krippendorff's alpha for interval data over all judgings of the table; NaN where it is undefined.
+
+    Alpha does not ask who gave which value, so each unit's scores are laid out as first, second, ... judging.
+    """
+    scored = table[table["alignment"].notna()]
+    place = scored.groupby("unit").cumcount()
+    data = scored.assign(place=place).pivot(index="place", columns="unit", values="alignment").to_numpy(float)
+    data = data[:, (~np.isnan(data)).sum(axis=0) > 1]
+    if data.size == 0 or np.unique(data[~np.isnan(data)]).size < 2:
+        return math.nan
+    return float(krippendorff.alpha(reliability_data=data, level_of_measurement="interval"))
+
+
+def _agreement(pairs: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+    scored = pairs[pairs["a"].notna() & pairs["b"].notna()]
+    gap = (scored["b"] - scored["a"]).to_numpy(float)
+    several = rows[rows["alignment"].notna()]
+    several = several[several.groupby("unit")["unit"].transform("size") > 1]
+    return {
+        "units": int(pairs["unit"].nunique()),
+        "pairs": len(scored),
+        "one_missing": int((pairs["a"].isna() != pairs["b"].isna()).sum()),
+        "exact": float(np.mean(gap == 0)) if len(gap) else math.nan,
+        "within_5": float(np.mean(np.abs(gap) <= 5)) if len(gap) else math.nan,
+        "mean_abs_difference": float(np.abs(gap).mean()) if len(gap) else math.nan,
+        "mean_difference": float(gap.mean()) if len(gap) else math.nan,
+        "noise_sd": float(math.sqrt(np.mean(gap**2) / 2)) if len(gap) else math.nan,
+        "icc": icc1(several["alignment"].to_numpy(), several["unit"].to_numpy()) if len(several) else math.nan,
+        "alpha": alpha(rows),
+    }
+
+
+def agreement(table: pd.DataFrame, least: int = 20) -> pd.DataFrame:
+    """Agreement within each judge and between each pair of judges.
+
+    Args:
+        table: from `units`.
+        least: pairs of judges with fewer pairs of scores are left out.
+
+    Returns:
+        One row per pair of judges: `judge_a, judge_b, kind` (within, between), `units, pairs, one_missing` (pairs of
+        which one judging gave no score), `exact, within_5` (shares), `mean_abs_difference, mean_difference` (b - a;
+        within a judge files are in the order of their names), `noise_sd` (SD of one judging, sqrt(mean square / 2)),
+        `icc` (ICC(1)), `alpha` (Krippendorff, interval).
+    """
+    pairs = _pairs(table)
+    rows = []
+    for (a, b), part in pairs.groupby(["judge_a", "judge_b"]):
+        # Between judges, alpha and ICC take one judging of each, so that agreement within a judge does not enter.
+        part = part if a == b else part.drop_duplicates(["unit"])
+        files = pd.concat([part[["unit", "file_a"]].set_axis(["unit", "file"], axis=1),
+                           part[["unit", "file_b"]].set_axis(["unit", "file"], axis=1)]).drop_duplicates()  # fmt: skip
+        judged = table.merge(files, on=["unit", "file"])
+        found = _agreement(part, judged)
+        if found["pairs"] >= least:
+            rows.append({"judge_a": a, "judge_b": b, "kind": "within" if a == b else "between", **found})
+    return pd.DataFrame(rows)
+
+
+def movement(table: pd.DataFrame, least: int = 20) -> pd.DataFrame:
+    """How far each condition's mean moves from one judging to another, on the units that all of them scored.
+
+    Args:
+        table: from `units`.
+        least: a judging with fewer units in common with the rest is left out.
+
+    Returns:
+        One row per condition and judge with two judgings or more: `judgings, units, lowest, highest, spread, sd`
+        (of the means), `selected` (the mean of the published judging, null where it is not among them),
+        `selected_rank` (1: the lowest), `means` (text, ascending).
+    """
+    rows = []
+    for (*cell, judge), part in table.groupby([*CELL, "judge"]):
+        grid = part.pivot_table(index="unit", columns="file", values="alignment", aggfunc="first", dropna=False)
+        grid = grid.loc[:, grid.notna().sum() >= least]
+        # Judgings of disjoint sets of responses have nothing to compare; keep those that share units with the fullest.
+        if grid.shape[1] > 1:
+            fullest = grid.columns[grid.notna().sum().argmax()]
+            shared = grid[grid[fullest].notna()]
+            grid = shared.loc[:, shared.notna().sum() >= least].dropna()
+        if grid.shape[1] < 2 or len(grid) < least:
+            continue
+        means = grid.mean().sort_values()
+        chosen = set(part.loc[part["selected"].astype(bool), "file"]) & set(means.index)
+        rank = next((i + 1 for i, f in enumerate(means.index) if f in chosen), None)
+        rows.append(
+            {
+                **dict(zip(CELL, cell)),
+                "judge": judge,
+                "judgings": len(means),
+                "units": len(grid),
+                "lowest": float(means.iloc[0]),
+                "highest": float(means.iloc[-1]),
+                "spread": float(means.iloc[-1] - means.iloc[0]),
+                "sd": float(means.std(ddof=1)),
+                "selected": float(means.iloc[rank - 1]) if rank else math.nan,
+                "selected_rank": rank,
+                "means": ", ".join(f"{m:.2f}" for m in means),
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.astype({"selected_rank": "Int64"}) if len(table) else table
+
+
+def smallest_effect(table: pd.DataFrame, *, n: int = 400, confidence: float = 0.95, least: int = 20) -> pd.DataFrame:
+    """The smallest difference of two conditions' means that a judge's noise leaves room for.
+
+    Judging the same two conditions again would move their difference by sqrt(2 (tau^2 + sigma^2 / n)): tau is how far
+    a whole judging's mean moves beyond the noise of single scores (drift of the judge), sigma the SD of a single
+    score's repeats. A difference below z times that may be the judge's alone.
+
+    Args:
+        table: from `units`.
+        n: responses per condition.
+
+    Returns:
+        One row per judge with repeats: `judge, sigma, tau, conditions` (with repeated means), `smallest`.
+    """
+    moved = movement(table, least)
+    within = agreement(table, least)
+    rows = []
+    for judge in within.loc[within["kind"] == "within", "judge_a"] if len(within) else []:
+        sigma = float(within.loc[(within["judge_a"] == judge) & (within["judge_b"] == judge), "noise_sd"].iloc[0])
+        means = moved[moved["judge"] == judge] if len(moved) else moved
+        if len(means):
+            weights = means["judgings"] - 1
+            extra = (weights * (means["sd"] ** 2 - sigma**2 / means["units"])).sum() / weights.sum()
+            tau = math.sqrt(max(0.0, float(extra)))
+        else:
+            tau = math.nan
+        z = stats.norm.ppf((1 + confidence) / 2)
+        drift = 0.0 if math.isnan(tau) else tau**2
+        rows.append(
+            {
+                "judge": judge,
+                "sigma": sigma,
+                "tau": tau,
+                "conditions": len(means),
+                "smallest": float(z * math.sqrt(2 * (drift + sigma**2 / n))),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def selection_sentence(moved: pd.DataFrame) -> str:
+    """Which of several judgings the published tables took, in one sentence generated from `movement`."""
+    used = moved[moved["selected_rank"].notna()]
+    parts = []
+    for what, rows in (
+        ("baseline", used[used["persona"] == "baseline"]),
+        ("persona", used[used["persona"] != "baseline"]),
+    ):
+        if len(rows):
+            low, high = int((rows["selected_rank"] == 1).sum()), int((rows["selected_rank"] == rows["judgings"]).sum())
+            parts.append(f"the lowest in {low} and the highest in {high} of {len(rows)} {what} conditions")
+    return f"Of several judgings of the same responses, the published tables took {', '.join(parts)}." if parts else ""
+
+
+def markdown(
+    agreed: pd.DataFrame, moved: pd.DataFrame, smallest: pd.DataFrame, notes: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Sections of the results document; one that says so where nothing was judged twice."""
+    if agreed.empty:
+        return [("Judge reliability", "No response was judged twice, so the judge's noise cannot be measured here.")]
+    rows = [
+        [
+            r.judge_a if r.kind == "within" else f"{r.judge_a} / {r.judge_b}",
+            r.kind,
+            f"{r.pairs:,}",
+            f"{100 * r.exact:.1f} %",
+            f"{r.mean_abs_difference:.2f}",
+            points(r.mean_difference, True),
+            f"{r.icc:.2f}",
+            f"{r.alpha:.2f}",
+        ]
+        for r in agreed.itertuples()
+    ]
+    header = [
+        "judge",
+        "",
+        "pairs",
+        "exactly equal",
+        "mean abs. difference",
+        "mean difference",
+        "ICC",
+        "Krippendorff's α",
+    ]
+    sections = [("Judge reliability", markdown_table(rows, header, "llrrrrrr"))]
+    used = moved[moved["selected_rank"].notna()] if len(moved) else moved
+    if len(used):
+        rows = [
+            [r.persona, r.dataset, r.judge, r.units, r.means, f"{r.spread:.2f}", f"{r.selected:.2f}"]
+            for r in used.itertuples()
+        ]
+        header = ["persona", "data set", "judge", "responses", "means of the judgings", "spread", "published"]
+        text = selection_sentence(moved) + "\n\n" + markdown_table(rows, header, "lllrlrr")
+        sections.append(("How far a condition's mean moves when it is judged again", text))
+    if len(smallest):
+        rows = [
+            [r.judge, f"{r.sigma:.2f}", "–" if math.isnan(r.tau) else f"{r.tau:.2f}", f"{r.smallest:.2f}"]
+            for r in smallest.itertuples()
+        ]
+        text = "Differences below the last column may be the judge's own noise.\n\n"
+        table = markdown_table(rows, ["judge", "SD of a score", "SD of a judging's mean", "smallest effect"], "lrrr")
+        sections.append(("The smallest effect that the judge's noise allows", text + table))
+    return sections + [("Notes on the judgings", "\n".join(f"- {n}" for n in notes))] * bool(notes)
