@@ -1,0 +1,479 @@
+"""The results document: one layout for every profile, written from the tables of `cai_em.stats`.
+
+The first part has the published document's sections, columns, order, number formats and verdict rules. What that
+document lacked follows under a heading of its own, and then whatever other stages add (gates, inference, claims).
+
+    tables = read_tables("results/demo/06_results/tables")
+    write_results("results/demo/RESULTS.md", tables, look=look, hypotheses=hypotheses, judge="gpt-4.1-mini")
+
+Published numbers were rounded twice: stored with 2 decimals (3 for d, 6 for p), then printed with fewer. So 89.6497
+is stored as 89.65 and printed as 89.7. `_twice` does the same, or the last digits would not be the published ones.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from cai_em.run import atomic, write_text
+
+TITLE = "Constitutional AI × Emergent Misalignment — Final Results"
+STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+NONE = "–"
+"""Printed where there is no number."""
+
+
+class Labels(Protocol):
+    """What names things: `cai_em.style.Look` does."""
+
+    def persona(self, key: str) -> str: ...
+    def dataset(self, key: str) -> str: ...
+    def model(self, key: str) -> str: ...
+
+
+# --- Tables on disk -----------------------------------------------------------------------------------------------
+
+
+def write_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> list[Path]:
+    """Write each table as Parquet (exact) and CSV (to read), atomically; returns the paths."""
+    paths = []
+    for name, table in tables.items():
+        for suffix, write in ((".parquet", table.to_parquet), (".csv", table.to_csv)):
+            path = Path(folder) / f"{name}{suffix}"
+            with atomic(path) as part:
+                write(part, index=False)
+            paths.append(path)
+    return paths
+
+
+def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables that `write_tables` wrote.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    paths = sorted(Path(folder).glob("*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no tables there: run the stage that writes them (./run_all.sh) first")
+    return {path.stem: pd.read_parquet(path) for path in paths}
+
+
+# --- Text and numbers ---------------------------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """Somebody else's text (a response, a judge's answer) as text: neither Markdown nor HTML, on one line.
+
+    Every ASCII punctuation mark gets a backslash (CommonMark 2.4), but for HTML's own, which become entities; control
+    characters become U+FFFD. So nothing in it can end a table cell, open a tag, a link, an include or a code block.
+    """
+    text = re.sub(r"[^\S ]+", " ", text)
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    text = re.sub(r"([!#$%()*+,\-./:;=?@\[\\\]^_`{|}~])", r"\\\1", text)
+    return html.escape(text, quote=True)
+
+
+def _cell(value: Any) -> str:
+    """A label or number of our own in a table cell: only what would break the table is escaped."""
+    return html.escape(str(value), quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def markdown_table(header: Sequence[str], marks: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A pipe table; `marks` are the delimiter cells (`---`, `--:`, `:-:`)."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(marks) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
+
+
+def _twice(value: float, stored: int, printed: int, sign: bool = False) -> str:
+    """A number as the published study has it: rounded to `stored` decimals, then printed with `printed`."""
+    if math.isnan(value):
+        return NONE
+    return f"{round(value, stored):{'+' if sign else ''}.{printed}f}"
+
+
+def points(value: float) -> str:
+    """Points of alignment: 89.7."""
+    return _twice(value, 2, 1)
+
+
+def delta(value: float) -> str:
+    """A difference in points: +0.4."""
+    return _twice(value, 2, 1, sign=True)
+
+
+def effect(value: float) -> str:
+    """An effect size: 0.045."""
+    return _twice(value, 3, 3)
+
+
+def p_value(value: float) -> str:
+    """A p value with four decimals."""
+    return _twice(value, 6, 4)
+
+
+def stars(p: float) -> str:
+    """`***` below 0.001, `**` below 0.01, `*` below 0.05."""
+    return next((mark for limit, mark in STARS if p < limit), "")
+
+
+def interval(low: float, high: float) -> str:
+    """[89.1, 90.2]."""
+    return f"[{points(low)}, {points(high)}]"
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """A share as per cent: 11.0 %."""
+    return NONE if math.isnan(share) else f"{100 * share:.{decimals}f} %"
+
+
+def _plain(value: float, decimals: int = 2) -> str:
+    return NONE if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def judge_label(judge: str) -> str:
+    """A judge's name as the published document spells it: GPT-4.1-mini."""
+    return re.sub(r"^gpt", "GPT", judge)
+
+
+# --- The published sections ---------------------------------------------------------------------------------------
+
+
+def by_persona_section(table: pd.DataFrame, look: Labels) -> str:
+    """Alignment by Persona, of one model."""
+    rows = [
+        (
+            look.persona(r.persona),
+            f"{r.n:,}",
+            points(r.mean),
+            points(r.sd),
+            interval(r.ci_low, r.ci_high),
+            interval(r.boot_low, r.boot_high),
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Persona", "N", "Mean", "Std", "95% CI", "Bootstrap CI"]
+    marks = ["---------", "---:", "-----:", "----:", "--------", "--------------"]
+    return "### Alignment by Persona\n\n" + markdown_table(header, marks, rows)
+
+
+def hypothesis_section(
+    hypothesis: Any, table: pd.DataFrame, verdict: Any, look: Labels, gated: tuple[str, str] | None = None
+) -> str:
+    """One hypothesis, of one model: the published rules' verdict and, where gates are known, the gated one.
+
+    Args:
+        hypothesis: object with `label` and `title`.
+        table: its rows of `stats.hypothesis_table`.
+        verdict: its row of `stats.verdicts`.
+        look: labels.
+        gated: verdict and reason from the stage that tests manipulations.
+    """
+    lines = [f"#### {hypothesis.label}: {hypothesis.title}", ""]
+    lines += [f"**Overall verdict: {verdict.verdict}** ({verdict.supporting}/{verdict.datasets} datasets)", ""]
+    if gated:
+        lines += [f"**Gated verdict: {gated[0]}** ({_cell(gated[1])})", ""]
+    if table.empty:
+        return "\n".join([*lines, f"No condition of this run has the persona {look.persona(verdict.persona)}."])
+    rows = [
+        (
+            look.dataset(r.dataset),
+            points(r.mean),
+            points(r.mean_baseline),
+            delta(r.delta),
+            effect(r.d),
+            p_value(r.p) + stars(r.p),
+            "Yes" if r.supports else "No",
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Dataset", "Persona", "Baseline", "Δ", "Cohen's d", "p-value", "Supports?"]
+    marks = ["---------", "--------:", "--------:", "---:", "----------:", "--------:", ":---------:"]
+    return "\n".join([*lines, markdown_table(header, marks, rows)])
+
+
+def significant_section(table: pd.DataFrame, look: Labels, alpha: float, notes: Mapping[str, str]) -> str:
+    """Comparisons with adjusted p below alpha, by adjusted p (as stored, 6 decimals), then persona and data set.
+
+    Args:
+        table: `stats.comparisons` of one model, in the study's order of personas and data sets.
+        look: labels.
+        alpha: level of the false discovery rate.
+        notes: persona -> what is known to be wrong with its rows.
+    """
+    found = table[table["p_adj"] < alpha]
+    found = found.iloc[np.argsort(found["p_adj"].round(6), kind="stable")]
+    rows = [
+        (look.persona(r.persona), look.dataset(r.dataset), delta(r.delta), effect(r.d), p_value(r.p_adj))
+        for r in found.itertuples()
+    ]
+    text = f"### Significant Comparisons (FDR-corrected, α={alpha:g})\n\n"
+    if not rows:
+        return text + f"None of {len(table)} comparisons."
+    header = ["Persona", "Dataset", "Δ", "Cohen's d", "p-adj"]
+    text += markdown_table(header, ["---------", "---------", "---:", "----------:", "------:"], rows)
+    by_note: dict[str, list[str]] = {}
+    for persona in dict.fromkeys(found["persona"]):
+        if notes.get(persona):
+            by_note.setdefault(notes[persona], []).append(look.persona(persona))
+    for note, personas in by_note.items():
+        text += f"\n\n> **Known issue** with {', '.join(personas)}: {_cell(note)}."
+    return text
+
+
+def medical_section(table: pd.DataFrame, look: Labels) -> str:
+    """Bad advice against its benign twin, of one model; one table per pair of data sets."""
+    parts = ["### Medical Dataset Comparison"]
+    for (dataset, twin), pair in table.groupby(["dataset", "twin"], sort=False):
+        first, second = (look.dataset(d).replace("_", " ").title() for d in (dataset, twin))
+        rows = [
+            (look.persona(r.persona), points(r.mean), points(r.mean_twin), delta(r.delta), effect(r.d), p_value(r.p))
+            for r in pair.itertuples()
+        ]
+        header = ["Persona", first, second, "Δ", "Cohen's d", "p-value"]
+        marks = ["---------", "----------:", "------------:", "---:", "----------:", "--------:"]
+        parts.append(markdown_table(header, marks, rows))
+    return "\n\n".join(parts)
+
+
+def model_sections(
+    model: str,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    look: Labels,
+    hypotheses: Sequence[Any],
+    alpha: float = 0.05,
+    gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """Everything that the published document says about one model. Arguments as in `results_document`."""
+    of = {name: table[table["model"] == model] for name, table in tables.items() if "model" in table}
+    (total,) = of["design"].itertuples()
+    parts = [
+        f"## {look.model(model)}",
+        f"**Total conditions:** {total.conditions} · **Total scored responses:** {total.scored:,}",
+        by_persona_section(of["by_persona"], look),
+    ]
+    if hypotheses:
+        parts.append("### Key Hypotheses")
+    for hypothesis in hypotheses:
+        rows = of["hypotheses"][of["hypotheses"]["hypothesis"] == hypothesis.key]
+        (verdict,) = of["verdicts"][of["verdicts"]["hypothesis"] == hypothesis.key].itertuples()
+        parts.append(hypothesis_section(hypothesis, rows, verdict, look, (gated or {}).get((model, hypothesis.key))))
+    parts.append(significant_section(of["comparisons"], look, alpha, notes or {}))
+    if len(of["medical"]):
+        parts.append(medical_section(of["medical"], look))
+    return "\n\n".join(parts)
+
+
+def methodology(tables: Mapping[str, pd.DataFrame], look: Labels, judge: str, resamples: int) -> str:
+    """The published bullet points, with this run's models, numbers and judge."""
+    design = tables["design"]
+    samples, questions = (" to ".join(map(str, sorted({design[c].min(), design[c].max()}))) for c in _SIZES)
+    lines = {
+        "Models": " + ".join(look.model(m) for m in design["model"]) + ", fine-tuned with LoRA",
+        "Training": "Constitutional AI persona shaping → Emergent Misalignment SFT",
+        "Evaluation": f"{samples} samples per question × {questions} questions per dataset",
+        "Judge": f"{judge_label(judge)} (alignment + coherence scoring, 0-100)",
+        "Statistics": "Mann-Whitney U tests, Cohen's d, Benjamini-Hochberg FDR correction",
+        "Bootstrap CIs": f"{resamples:,} resamples, percentile method",
+    }
+    return "## Methodology\n\n" + "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
+
+
+_SIZES = ("samples", "questions")
+
+
+# --- What the published document lacked ---------------------------------------------------------------------------
+
+
+def conditions_section(table: pd.DataFrame, look: Labels) -> str:
+    """Missing scores by cause, coherence and EM rate of every condition of one model."""
+    several = table["seed"].nunique() > 1
+    rows = [
+        (
+            look.persona(r.persona),
+            look.dataset(r.dataset),
+            *([r.seed] if several else []),
+            f"{r.scored:,} / {r.responses:,}",
+            r.REFUSAL,
+            r.CODE,
+            r.PARSE,
+            r.API,
+            f"{_plain(r.mean, 1)} [{_plain(r.ci_low, 1)}, {_plain(r.ci_high, 1)}]",
+            _plain(r.coherence, 1),
+            percent(r.em_rate, 2),
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Persona", "Dataset", *(["Seed"] if several else []), "Scored", "Refusal", "Code", "Unparsed", "Failed"]
+    header += ["Alignment [95% CI]", "Coherence", "EM rate"]
+    return markdown_table(header, ["---", "---"] + ["--:"] * (len(header) - 2), rows)
+
+
+def distribution_section(table: pd.DataFrame, look: Labels) -> str:
+    """The shape of alignment by persona, of one model."""
+    rows = [
+        (
+            look.persona(r.persona),
+            f"{r.n:,}",
+            *(_plain(v, 1) for v in (r.mean, r.median)),
+            *(_plain(v) for v in (r.skew, r.kurtosis)),
+            *(_plain(v, 1) for v in (r.p5, r.p10, r.p25, r.p75)),
+            *(percent(v) for v in (r.below_30, r.below_50, r.below_80, r.at_100)),
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Persona", "N", "Mean", "Median", "Skew", "Kurtosis", "P5", "P10", "P25", "P75"]
+    header += ["< 30", "< 50", "< 80", "= 100"]
+    return markdown_table(header, ["---"] + ["--:"] * (len(header) - 1), rows)
+
+
+def difficulty_section(table: pd.DataFrame, look: Labels) -> str:
+    """Data sets of one model, hardest first."""
+    rows = [
+        (
+            look.dataset(r.dataset),
+            r.personas,
+            f"{r.n:,}",
+            *(_plain(v, 1) for v in (r.mean, r.sd, r.baseline)),
+            f"{look.persona(r.lowest_persona)} ({_plain(r.lowest, 1)})",
+            f"{look.persona(r.highest_persona)} ({_plain(r.highest, 1)})",
+            percent(r.em_rate, 2),
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Dataset", "Personas", "N", "Mean", "Std", "Baseline", "Lowest", "Highest", "EM rate"]
+    return markdown_table(header, ["---", *["--:"] * 5, "---", "---", "--:"], rows)
+
+
+def cross_model_section(table: pd.DataFrame, look: Labels) -> str:
+    """Personas between models, like for like."""
+    rows = [
+        (
+            look.persona(r.persona),
+            look.model(r.model),
+            r.datasets,
+            f"{r.n:,}",
+            _plain(r.mean, 1),
+            NONE if math.isnan(r.difference) else f"{r.difference:+.1f}",
+            _plain(r.d, 3),
+        )
+        for r in table.itertuples()
+    ]
+    header = ["Persona", "Model", "Shared datasets", "N", "Mean", "Δ to first model", "Cohen's d"]
+    return markdown_table(header, ["---", "---", *["--:"] * 5], rows)
+
+
+def lacking_sections(tables: Mapping[str, pd.DataFrame], models: Sequence[str], look: Labels) -> str:
+    """The tables that the published document did not have."""
+    parts = [
+        "## What the published document lacked",
+        "A response without an alignment score stays here with its cause. *EM rate*: the share of all responses that "
+        "are misaligned and yet coherent (thresholds in `params/thresholds.yaml`). Intervals in these tables treat "
+        "responses as independent, as published; intervals that do not follow further below.",
+    ]
+    titles = {
+        "conditions": ("Coverage, coherence and EM rate by condition", conditions_section),
+        "distribution": ("Distribution of alignment by persona", distribution_section),
+        "difficulty": ("Data-set difficulty, hardest first", difficulty_section),
+    }
+    for name, (title, section) in titles.items():
+        for model in models:
+            parts.append(f"### {title}: {look.model(model)}")
+            parts.append(section(tables[name][tables[name]["model"] == model], look))
+    if len(tables["cross_model"]):
+        parts += [
+            "### Personas between models",
+            "Means over the data sets that a persona has in every model.",
+            cross_model_section(tables["cross_model"], look),
+        ]
+    return "\n\n".join(parts)
+
+
+def figures_section(figures: Iterable[Any], folder: str, look: Labels) -> str:
+    """Figures with captions and alternative text.
+
+    Args:
+        figures: objects with `title, model, caption, alt, svg` (`cai_em.figures.FigureRecord`).
+        folder: where they lie, relative to the document.
+        look: labels.
+    """
+    parts = ["## Figures"]
+    for number, figure in enumerate(figures, 1):
+        parts.append(f"![{escape(figure.alt)}]({folder}/{figure.svg})")
+        parts.append(f"**Figure {number}. {_cell(figure.title)}.** {_cell(figure.caption)}")
+    return "\n\n".join(parts)
+
+
+# --- The document -------------------------------------------------------------------------------------------------
+
+
+def results_document(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    look: Labels,
+    hypotheses: Sequence[Any],
+    judge: str,
+    models: Sequence[str] | None = None,
+    generated: str = "",
+    alpha: float = 0.05,
+    resamples: int = 10_000,
+    gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
+    notes: Mapping[str, str] | None = None,
+    caveat: str = "",
+    missing: Mapping[str, str] | None = None,
+    extra: Sequence[tuple[str, str]] = (),
+    figures: Sequence[Any] = (),
+    figures_folder: str = "06_results/figures",
+) -> str:
+    """The whole results document as Markdown.
+
+    Args:
+        tables: from `stats.analyse`.
+        look: labels of personas, data sets and models.
+        hypotheses: objects with `key, label, title`, in order.
+        judge: the judge's name.
+        models: order; those without data are left out (name them in `missing`).
+        generated: date and time, or whatever identifies the run; no line where empty.
+        alpha: level of the significant comparisons.
+        resamples: of the bootstrap, for the methodology.
+        gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
+        notes: persona -> what is known to be wrong with its rows.
+        caveat: what this run cannot show; stands at the top.
+        missing: model -> why it is left out; stands at the top too.
+        extra: further sections, (heading, Markdown), e.g. gates, inference, claims.
+        figures: records as in `figures_section`.
+        figures_folder: where they lie, relative to the document.
+    """
+    there = list(tables["design"]["model"])
+    models = [m for m in models if m in there] if models is not None else there
+    head = [f"# {TITLE}", ""]
+    if generated:
+        head += [f"**Generated:** {generated}"]
+    parts = ["\n".join([*head, f"**Judge Model:** {judge_label(judge)}"])]
+    parts += [f"> **Left out: {look.model(m)}.** {_cell(why)}" for m, why in (missing or {}).items()]
+    if caveat:
+        parts.append(f"> **What this run cannot show.** {_cell(caveat)}")
+    for model in models:
+        sections = model_sections(
+            model, tables, look=look, hypotheses=hypotheses, alpha=alpha, gated=gated, notes=notes
+        )
+        parts += ["---", sections]
+    parts += ["---", methodology(tables, look, judge, resamples), "---", lacking_sections(tables, models, look)]
+    for heading, text in extra:
+        parts.append(f"## {heading}\n\n{text.strip()}")
+    if figures:
+        parts.append(figures_section(figures, figures_folder, look))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_results(path: str | Path, tables: Mapping[str, pd.DataFrame], **how: Any) -> Path:
+    """Write `results_document(tables, **how)` to a file, atomically."""
+    return write_text(path, results_document(tables, **how))
