@@ -99,6 +99,7 @@ class JudgeServer:
         self.received: Counter = Counter()
         self.completed: Counter = Counter()
         self.injected: Counter = Counter()
+        self.refused_keys = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.under_way = self.most_under_way = 0
@@ -145,6 +146,7 @@ class JudgeServer:
             return await self._reply(writer, self.counts())
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and given != self.api_key:
+            self.refused_keys += 1
             # Like real ones, it quotes the key; unlike them, in full: the client must not pass it on.
             return await self._refuse(writer, 401, f"Incorrect API key provided: {given}.", "invalid_api_key")
         if (method, path) == ("POST", "/v1/chat/completions"):

@@ -574,6 +574,7 @@ def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitab
         tick: called in the calling thread a few times a second, and once at the end, to show progress.
     """
     outcome: dict[str, Any] = {}
+    done = threading.Event()  # Thread.join forgets a running thread when it is interrupted (Python 3.11)
     stops: list[Callable[[], None]] = []
 
     def main() -> None:
@@ -585,13 +586,15 @@ def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitab
             outcome["result"] = asyncio.run(run())
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             outcome["error"] = error
+        finally:
+            done.set()
 
     thread = threading.Thread(target=main, name="judge", daemon=True)
     thread.start()
     interrupted = False
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join(0.2)
+            done.wait(0.2)
             tick()
         except KeyboardInterrupt:
             if interrupted:
