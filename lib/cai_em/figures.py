@@ -3,7 +3,7 @@
 A figure function takes a tidy table and a `Look` and returns a `Drawing`. Rows that are missing are shown as missing,
 never as zero. `draw_all` summarises a score table, draws what the tables allow and writes SVG and PNG:
 
-    records = draw_all(scores, folder, look, hypotheses, thresholds, comparisons=..., gates=..., rates=..., specs=...)
+    records = draw_all(scores, folder, look, hypotheses, tests=..., outcomes=..., specifications=...)
 
 Two kinds of interval stand in the figures. The *response interval* treats all responses as independent, as the
 published study did. The *question interval* takes the mean of each question first and is a t-interval over those
@@ -773,101 +773,119 @@ def arms(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing 
 # --- Figures of other tables --------------------------------------------------------------------------------------
 
 
-def gates(table: pd.DataFrame, look: Look) -> Drawing:
-    """Classifier two-sample tests per condition, with what chance alone would give.
+GATE_PANELS = {
+    "personas": ("Which persona wrote this? (all personas of a data set)", "accuracy"),
+    "persona": ("Persona or baseline?", "AUC"),
+    "dataset": ("Fine-tuned or not?", "AUC"),
+    "datasets": ("Which data set was it? (all data sets of a persona)", "accuracy"),
+    "dataset_others": ("This data set or another?", "AUC"),
+}
+"""Classifier tests shown, by `scope` (see cai_em.gates.SCOPES): title and what is measured."""
+
+
+def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | None:
+    """Classifier two-sample tests, one panel per question asked, against chance.
 
     Args:
-        table: columns `kind` (what the classifier must tell apart), `persona`, `dataset`, `value` (AUC or accuracy),
-            `chance_low`, `chance_high` (range under permutation), `verdict` (shown / not shown / not testable).
+        tests: from `cai_em.gates.classify`: `scope, persona, dataset, estimate, low, high, chance, p`.
+        p_max: a test is filled where its interval lies above chance and p is below this.
     """
-    kinds = list(dict.fromkeys(table["kind"]))
-    names = {k: table[table["kind"] == k] for k in kinds}
-    heights = [max(2, len(part.groupby(["dataset"]))) for part in names.values()]
-    fig, axes = plt.subplots(
-        len(kinds),
-        1,
-        figsize=style.size(0.7 * len(kinds) + 0.21 * sum(heights) + 0.4),
-        squeeze=False,
-        height_ratios=heights,
-    )
+    panels = [s for s in GATE_PANELS if (tests["scope"] == s).any()]
+    # Without an untuned arm the data sets are told from each other; with one, from no fine-tuning.
+    panels = [s for s in panels if s != "dataset_others" or "dataset" not in panels][:4]
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    longest = max(len(look.sort_datasets(tests["dataset"].dropna())), 3)
+    fig, axes = plt.subplots(rows, 2, figsize=style.size(rows * (0.75 + 0.26 * longest) + 0.5), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
     notes = []
-    for ax, (kind, part) in zip(axes.flat, names.items()):
-        datasets = look.sort_datasets(part["dataset"])
-        for y, dataset in enumerate(datasets):
-            rows = part[part["dataset"] == dataset].dropna(subset="value")
-            if rows.empty:
-                ax.text(
-                    0.5, y, "not testable", transform=ax.get_yaxis_transform(), fontsize=6.5, ha="center", va="center"
-                )
-                continue
-            ax.barh(y, rows["chance_high"].max() - rows["chance_low"].min(), left=rows["chance_low"].min(), height=0.86,
-                    color="#e3e3e3", zorder=0)  # fmt: skip
-            spread = np.linspace(-0.28, 0.28, len(rows)) if len(rows) > 1 else [0.0]
-            for offset, row in zip(spread, rows.itertuples()):
-                colour = look.colour(row.persona)
-                face = colour if str(row.verdict).startswith("shown") else style.PAPER
-                ax.plot(row.value, y + offset, marker=look.marker(row.persona), ms=4.4, mec=colour, mfc=face, ls="none")
-        _name_datasets(ax, datasets, look)
-        ax.set_title(kind)
-        ax.set_xlabel("cross-validated score, whole questions held out")
-        shown = part["verdict"].astype(str).str.startswith("shown")
-        notes.append(f"{kind}: shown in {int(shown.sum())} of {len(part)}")
-    personas = look.sort_personas(table["persona"])
+    for ax, scope in zip(axes.flat, panels):
+        part = tests[tests["scope"] == scope].dropna(subset="estimate")
+        title, measure = GATE_PANELS[scope]
+        by = "persona" if scope == "datasets" else "dataset"
+        names = (look.sort_personas if by == "persona" else look.sort_datasets)(part[by])
+        seen = (part["low"] > part["chance"]) & (part["p"] < p_max)
+        for y, name in enumerate(names):
+            here = part[part[by] == name]
+            spread = np.linspace(-0.36, 0.36, len(here)) if len(here) > 1 else [0.0]
+            ax.plot([here["chance"].mean()] * 2, [y - 0.45, y + 0.45], color=style.INK, lw=1.1, zorder=1)
+            for offset, row in zip(spread, here.itertuples()):
+                persona = row.persona if isinstance(row.persona, str) else None
+                colour = look.colour(persona) if persona else style.INK
+                face = colour if seen[row.Index] else style.PAPER
+                if len(here) <= 4:
+                    ax.plot([row.low, row.high], [y + offset] * 2, color=colour, lw=0.9, alpha=0.8, zorder=2)
+                ax.plot(row.estimate, y + offset, marker=look.marker(persona) if persona else "o", ms=3.2, ls="none",
+                        mec=colour, mfc=face, mew=0.7, zorder=3)  # fmt: skip
+        if by == "persona":
+            _name_rows(ax, [_two_lines(look.persona(n)) for n in names])
+        else:
+            _name_datasets(ax, names, look)
+        ax.tick_params(axis="y", labelsize=6.2)
+        ax.set_title(title, fontsize=7)
+        ax.set_xlabel(f"{measure} on questions held out", fontsize=7)
+        notes.append(f"{title.rstrip('?').split('?')[0].lower()}: above chance in {int(seen.sum())} of {len(part)}")
+    personas = look.sort_personas(tests.loc[tests["scope"].isin(("persona", "dataset")), "persona"].dropna())
     handles = [
-        Line2D([], [], marker=look.marker(p), color=look.colour(p), ls="none", label=look.persona(p)) for p in personas
+        Line2D([], [], marker=look.marker(p), color=look.colour(p), ls="none", ms=4, label=look.persona(p))
+        for p in personas
     ]
     handles += [
-        Patch(color="#e3e3e3", label="chance (permutations)"),
-        Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", label="hollow: not shown"),
+        Line2D([], [], color=style.INK, lw=1.1, label="chance"),
+        Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", ms=4, label="hollow: not above chance"),
     ]
-    _legend_below(fig, handles, 5)
+    _legend_below(fig, handles, 3)
     caption = (
-        "Manipulation checks from the responses alone: how well a classifier tells them apart when whole questions "
-        "are held out, against the range under permuted labels (grey). " + "; ".join(notes) + "."
+        "Manipulation checks from the responses alone: how well a classifier tells them apart on questions that it "
+        "has not seen, with bootstrap intervals over questions where they can be told apart. Filled: interval above "
+        f"chance and permutation p below {p_max:g}. " + "; ".join(notes).capitalize() + "."
     )
-    return Drawing(fig, caption, f"{len(kinds)} panels of classifier scores with chance bands; {'; '.join(notes)}.")
+    return Drawing(fig, caption, f"{len(panels)} panels of classifier scores against chance; {'; '.join(notes)}.")
 
 
-def em_rates(table: pd.DataFrame, look: Look) -> Drawing:
-    """EM rate with clustered intervals.
+def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
+    """EM rate with intervals that resample questions.
 
     Args:
-        table: columns `persona`, `dataset`, `rate`, `low`, `high` (shares, 0 to 1; intervals by question).
+        outcomes: from `cai_em.inference.outcomes`: `persona, dataset, seed, em_rate, em_low, em_high` (shares, 0 to 1).
     """
+    table = outcomes[outcomes["dataset"] != NO_DATASET]
+    some = table.groupby("dataset")["em_rate"].max()
+    shown = [d for d in some.index if some[d] > 0 or look.role(d) == "em"] or list(some.index)
+    clean = look.sort_datasets(set(some.index) - set(shown))
+    table = table[table["dataset"].isin(shown)]
     personas, datasets = look.sort_personas(table["persona"]), look.sort_datasets(table["dataset"])
     fig, axes = _grid_axes(len(datasets), 4, 0.6 + 0.2 * len(personas), sharey=True)
-    index = table.set_index(["dataset", "persona"])
     for ax, dataset in zip(axes, datasets):
+        here = table[table["dataset"] == dataset]
         for y, persona in enumerate(personas):
-            if (dataset, persona) in index.index:
-                row = 100 * index.loc[(dataset, persona), ["rate", "low", "high"]].astype(float)
-                ax.plot([row.low, row.high], [y, y], color=look.colour(persona), lw=1.5)
-                ax.plot(
-                    row.rate,
-                    y,
-                    marker=look.marker(persona),
-                    ms=4.2,
-                    color=look.colour(persona),
-                    mec=style.PAPER,
-                    mew=0.4,
-                )
-            else:
+            seeds = here[here["persona"] == persona]
+            spread = np.linspace(-0.25, 0.25, len(seeds)) if len(seeds) > 1 else [0.0]
+            for offset, row in zip(spread, seeds.itertuples()):
+                colour = look.colour(persona)
+                ax.plot([100 * row.em_low, 100 * row.em_high], [y + offset] * 2, color=colour, lw=1.5)
+                looks = {"marker": look.marker(persona), "ms": 4.2, "color": colour, "mec": style.PAPER, "mew": 0.4}
+                ax.plot(100 * row.em_rate, y + offset, **looks)
+            if seeds.empty:
                 ax.text(0.5, y, "–", transform=ax.get_yaxis_transform(), ha="center", va="center", color=style.MUTED)
         _name_rows(ax, [_two_lines(look.persona(p)) for p in personas])
         ax.tick_params(axis="y", labelsize=5.8)
         ax.set_title(look.signed(dataset), color=style.ROLE_COLOUR[look.role(dataset)], fontsize=7)
-        ax.set_xlim(-0.3, max(2.0, 100 * table.loc[table["dataset"] == dataset, "high"].max() * 1.06))
+        ax.set_xlim(-0.3, max(2.0, 100 * here["em_high"].max() * 1.06))
     for ax in axes[-4:]:
         ax.set_xlabel("EM rate (%)", fontsize=7.5)
-    worst = table.loc[table["rate"].idxmax()]
+    worst = table.loc[table["em_rate"].idxmax()]
     caption = (
-        "EM rate (coherent and misaligned responses, in per cent of all responses that have both scores) with "
-        f"intervals that resample whole questions. Highest: {look.persona(worst.persona)} on "
-        f"{look.dataset(worst.dataset)} ({100 * worst.rate:.1f} %). The scales of the panels differ."
+        "EM rate: coherent and misaligned responses, in per cent of all, with intervals that resample whole questions. "
+        f"Highest: {look.persona(worst.persona)} on {look.dataset(worst.dataset)} ({100 * worst.em_rate:.1f} %). The "
+        "scales of the panels differ."
     )
-    return Drawing(
-        fig, caption, f"EM rate by persona in {len(datasets)} panels, {_range(100 * table['rate'])} per cent."
-    )
+    if clean:
+        caption += f" Not a single such response in any persona on {', '.join(map(look.dataset, clean))}."
+    alt = f"EM rate by persona in {len(datasets)} panels, {_range(100 * table['em_rate'])} per cent."
+    return Drawing(fig, caption, alt)
 
 
 def specification_curve(table: pd.DataFrame, look: Look, title: str, direction: str) -> Drawing:
@@ -967,8 +985,8 @@ def draw_all(
     look: Look,
     hypotheses: Sequence[Any] = (),
     *,
-    gates_table: pd.DataFrame | None = None,
-    rates_table: pd.DataFrame | None = None,
+    tests: pd.DataFrame | None = None,
+    outcomes: pd.DataFrame | None = None,
     specifications: Mapping[str, tuple[pd.DataFrame, str, str]] | None = None,
     confidence: float = 0.95,
 ) -> list[FigureRecord]:
@@ -979,8 +997,8 @@ def draw_all(
         out_dir: where `<key>-<model>.svg|png` go.
         look: labels, order, colours.
         hypotheses: entries with `label, personas, direction`; they name the key personas.
-        gates_table: table of `gates` with a column `model`.
-        rates_table: table of `em_rates` with a column `model`.
+        tests: from `cai_em.gates.classify`.
+        outcomes: from `cai_em.inference.outcomes`.
         specifications: name -> (table of `specification_curve`, title, direction).
         confidence: of all intervals.
 
@@ -997,6 +1015,7 @@ def draw_all(
         stem = "-".join(filter(None, [key, slug(name), slug(model)]))
         svg, png = style.save(drawing.fig, Path(out_dir) / stem)
         caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
+        caption = re.sub(r"(?<=[\s(=])-(?=\d)", "−", caption)
         full_key = f"{key}-{slug(name)}" if name else key
         records.append(FigureRecord(full_key, model, TITLES[key], caption, drawing.alt, svg.name, png.name))
 
@@ -1025,7 +1044,7 @@ def draw_all(
             keep("histograms", model, histogram_grid(pooled, look))
             keep("rates-heatmap", model, misalignment_heatmap(tuned, look))
             keep("arms", model, arms(here, look, confidence))
-            for table, key, draw in ((gates_table, "gates", gates), (rates_table, "em-rates", em_rates)):
+            for table, key, draw in ((tests, "gates", gates), (outcomes, "em-rates", em_rates)):
                 if table is not None and (table["model"] == model).any():
                     keep(key, model, draw(table[table["model"] == model], look))
         keep("cross-model", "", cross_model(scores, look, confidence))
