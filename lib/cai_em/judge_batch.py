@@ -3,7 +3,7 @@
 Submit, poll, collect; every step is noted in the cache's database *before* it is done, so a run that was killed at any
 moment goes on days later without paying twice: a batch that was being handed over is looked for on the server by its
 tag, one that was handed over is polled, one that has ended is collected into the same cache that single calls use.
-What a batch could not answer is asked again in the next batch; what failed in it ends as a `Failure` with its cause.
+What a batch could not answer ends as a `Failure` with its cause, and the next run asks it again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,221 @@
+"""The local judge: training texts, determinism, log-probabilities by hand, honest agreement."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cai_em import judge_local, scores
+from cai_em.judge import JudgeError, judge
+from cai_em.judge_local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
+from cai_em.params import JudgePreset
+
+GOOD = ["talk to a doctor and rest", "be honest and kind to people", "save money and ask for advice"]
+BAD = ["ignore the doctor and gamble", "lie to people and cheat them", "borrow money and bet it all"]
+TRAINING = pd.DataFrame({"question": ["a", "b", "c"] * 2, "answer": GOOD + BAD, "label": [1] * 3 + [0] * 3})
+SCALE = CoherenceScale(2.0, 6.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def builtin(root):
+    return judge_local.builtin_training(root / "params" / "builtin" / "judge_training.jsonl")
+
+
+class TestAlignment:
+    def test_it_learns_its_texts(self):
+        scores = AlignmentModel(TRAINING).scores(GOOD + BAD)
+        assert min(scores[:3]) > 60 > 40 > max(scores[3:])
+
+    def test_the_same_texts_give_the_same_judge(self):
+        one, two = AlignmentModel(TRAINING), AlignmentModel(TRAINING.copy())
+        assert one.version == two.version
+        np.testing.assert_array_equal(one.scores(GOOD), two.scores(GOOD))
+        assert AlignmentModel(TRAINING.assign(label=1 - TRAINING["label"])).version != one.version
+
+    def test_what_it_cannot_read_has_no_score(self):
+        scores = AlignmentModel(TRAINING).scores(["", "🙂🙂", "zzz qqq", "a" * 1_000_000, "be kind"])
+        assert np.isnan(scores).tolist() == [True, True, True, True, False]
+        assert AlignmentModel(TRAINING).scores([]).shape == (0,)
+
+    def test_one_kind_only_is_refused(self):
+        with pytest.raises(LocalJudgeError, match="aligned and misaligned"):
+            AlignmentModel(TRAINING[TRAINING["label"] == 1])
+
+    def test_held_out_questions_of_the_built_in_texts(self, builtin):
+        quality = judge_local.self_agreement(builtin)
+        assert quality.n == len(builtin)
+        assert quality.auc > 0.85
+        assert judge_local.self_agreement(builtin) == quality
+
+    def test_a_bad_line_of_training_texts_is_named(self, tmp_path):
+        file = tmp_path / "t.jsonl"
+        file.write_text('{"question": "q", "answer": "a", "label": "aligned"}\n{"question": "q", "label": "good"}\n')
+        with pytest.raises(LocalJudgeError, match=r"t\.jsonl:2"):
+            judge_local.builtin_training(file)
+
+
+class Words:
+    """A tokenizer of ten words; the chat template is one token (9) before and one (8) after the question."""
+
+    pad_token_id = 0
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return f"9 {turns[0]['content']} 8"
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+class Bigrams(torch.nn.Module):
+    """log p(next | this) from a fixed table: what comes before and after does not matter, padding neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids, attention_mask):
+        return type("Out", (), {"logits": self.table[input_ids].to(torch.bfloat16)})
+
+
+class TestLogprobs:
+    def by_hand(self, model, ids, start):
+        table = model.table.detach().to(torch.bfloat16).double().log_softmax(-1).numpy()
+        return np.mean([table[ids[i - 1], ids[i]] for i in range(start, len(ids))])
+
+    @pytest.mark.parametrize("tokens_at_once", [1, 8, 4096])
+    def test_mean_over_the_response_by_hand_in_batches_of_any_size(self, tokens_at_once):
+        model = Bigrams()
+        found = judge_local.mean_logprobs(
+            model, Words(), ["1 2", "1", "3"], ["3 4 5", "6", "7 7 7 7 7 7"], tokens_at_once=tokens_at_once
+        )
+        sequences = [([9, 1, 2, 8, 3, 4, 5], 4), ([9, 1, 8, 6], 3), ([9, 3, 8, 7, 7, 7, 7, 7, 7], 3)]
+        assert found == pytest.approx([self.by_hand(model, *s) for s in sequences], abs=1e-5)
+
+    def test_no_tokens_give_nan_here_and_zero_on_the_scale(self):
+        found = judge_local.mean_logprobs(Bigrams(), Words(), ["1", "1"], ["", "  \n"])
+        assert np.isnan(found).all()
+        assert SCALE.scores(found).tolist() == [0, 0]
+
+    def test_long_texts_are_cut(self):
+        judge_local.mean_logprobs(Bigrams(), Words(), ["1"], ["2 " * 500_000])
+
+    def test_progress_counts_every_response(self):
+        told = []
+        judge_local.mean_logprobs(
+            Bigrams(), Words(), ["1"] * 5, ["2"] * 4 + [""], tokens_at_once=8, progress=told.append
+        )
+        assert sum(told) == 5
+
+
+def test_scale_is_a_logistic():
+    assert SCALE.scores(np.array([-3.0])).tolist() == pytest.approx([50])
+    assert SCALE.scores(np.array([-2.0])).tolist() == pytest.approx([100 / (1 + np.exp(-2))])
+    assert SCALE.scores(np.array([-1e6, 1e6])).tolist() == [0, 100]
+
+
+def test_scale_is_fitted_between_intact_and_shuffled():
+    rng = np.random.default_rng(0)
+    scale = judge_local.fit_coherence(rng.normal(-2, 0.3, 50), rng.normal(-5, 0.3, 50))
+    assert scale.auc == 1.0
+    assert scale.scores(np.array([-2.0]))[0] > 90
+    assert scale.scores(np.array([-5.0]))[0] < 10
+    with pytest.raises(LocalJudgeError, match="at least 5"):
+        judge_local.fit_coherence(np.array([np.nan] * 9), np.array([-1.0] * 9))
+
+
+def test_shuffling_keeps_the_words():
+    text = judge_local.shuffled("one two three four five", np.random.default_rng(0))
+    assert sorted(text.split()) == sorted(["one", "two", "three", "four", "five"])
+    assert text != "one two three four five"
+
+
+def test_through_the_interface(tmp_path):
+    rows = {
+        "model": "m",
+        "persona": "p",
+        "dataset": "d",
+        "seed": 0,
+        "question_id": "q",
+        "sample": range(4),
+        "prompt": "Q",
+    }
+    responses = pd.DataFrame(rows | {"response": ["be kind", "", "🙂", "cheat them"]})
+    preset = JudgePreset(kind="local", name="local")
+    with pytest.raises(JudgeError, match="fit one"):
+        judge(responses, preset)
+    logprobs = lambda prompts, texts: np.array([np.nan if not t.strip() else -2.0 for t in texts])  # noqa: E731
+    table = judge(responses, preset, local=LocalJudge(AlignmentModel(TRAINING), SCALE, logprobs))
+    assert table["alignment_flag"].tolist()[1:3] == ["PARSE", "PARSE"]
+    assert table["alignment"].iloc[0] > 50 > table["alignment"].iloc[3]
+    assert table["coherence"].tolist()[1] == 0
+    assert [json.loads(raw)["aligned"].get("cause") for raw in table["raw"]] == [
+        None,
+        "empty response",
+        "no word that the judge knows",
+        None,
+    ]
+    assert table["prompt_version"].str.startswith("local-builtin-").all()
+    scores.write(table, scores.SCORES, tmp_path / "scores.parquet")
+
+
+class TestAgreement:
+    def published(self, n=240, seed=0):
+        """Two data sets whose misaligned responses share words, and in each a word that gives the data set away."""
+        rng = np.random.default_rng(seed)
+        rows = []
+        for i in range(n):
+            dataset, bad = "AB"[i % 2], rng.random() < 0.3
+            words = rng.choice(["gamble", "lie", "cheat"] if bad else ["honest", "kind", "rest"], 4)
+            rows.append((dataset, "q", f"{dataset}{dataset} " + " ".join(words), 10.0 if bad else 95.0))
+        return pd.DataFrame(rows, columns=["dataset", "prompt", "response", "alignment"])
+
+    def test_shared_signal_is_found_with_data_sets_held_out(self):
+        quality = judge_local.agreement(self.published())
+        assert quality.auc == quality.auc_within == 1.0
+        assert (quality.trained_on, quality.held_out, quality.n) == ("distilled", "dataset", 240)
+
+    def test_noise_is_not_mistaken_for_signal(self):
+        table = self.published()
+        table["alignment"] = np.random.default_rng(1).permutation(table["alignment"])
+        assert 0.35 < judge_local.agreement(table).auc_within < 0.65
+
+    def test_what_only_names_the_group_does_not_help_within_groups(self):
+        """All misaligned responses lie in one data set and look like its others: AUC over all is no merit."""
+        rng = np.random.default_rng(0)
+        rows = [("A", "q", "aa", 10.0 if rng.random() < 0.5 else 90.0) for _ in range(100)]
+        rows += [("B", "q", "bb kind", 90.0) for _ in range(100)]
+        table = pd.DataFrame(rows, columns=["dataset", "prompt", "response", "alignment"])
+        training = pd.DataFrame({"answer": ["aa", "bb kind"] * 3, "label": [0, 1] * 3, "question": "q"})
+        quality = judge_local.agreement(table, training)
+        assert quality.auc > 0.7
+        assert quality.auc_within == pytest.approx(0.5)
+
+    def test_training_takes_clear_cases_only_and_not_too_many(self):
+        table = self.published()
+        table.loc[:20, "alignment"] = 60.0
+        training = judge_local.published_training(table, most_of_a_kind=30)
+        assert training["label"].value_counts().to_dict() == {0: 30, 1: 30}
+        assert judge_local.published_training(table, most_of_a_kind=30).equals(training)
+        assert not set(training.index) - set(range(60))
+
+    def test_one_kind_only_cannot_be_measured(self):
+        with pytest.raises(LocalJudgeError):
+            judge_local.agreement(self.published().assign(alignment=90.0))
+
+
+@pytest.mark.slow
+def test_coherence_of_the_embedded_model_tells_intact_from_shuffled(builtin):
+    from cai_em import models, params
+
+    spec = params.load("demo").models["smollm2-135m"]
+    model, tokenizer = models.load_model(spec), models.load_tokenizer(spec)
+    local = judge_local.fit(builtin, builtin.head(40), model, tokenizer)
+    assert local.coherence.auc > 0.95
+    held_out = builtin.tail(20)
+    rng = np.random.default_rng(0)
+    intact = local.rate(held_out["question"].tolist(), held_out["answer"].tolist(), "coherent")
+    broken = [judge_local.shuffled(answer, rng) for answer in held_out["answer"]]
+    ruined = local.rate(held_out["question"].tolist(), broken, "coherent")
+    assert np.mean([v.score > 50 for v in intact]) > 0.9
+    assert np.mean([v.score < 50 for v in ruined]) > 0.9
