@@ -109,7 +109,8 @@ class LocalGenerator:
             self._loaded = self._load()
         model, tokenizer = self._loaded
         requests = [Request(render(tokenizer, q.as_dicts), q.seed) for q in questions]
-        for index, found in decode(model, requests, self.decoding, end_tokens(model, tokenizer), self.batch_size):
+        ends = end_tokens(model.generation_config, tokenizer)
+        for index, found in decode(model, requests, self.decoding, ends, self.batch_size):
             text = tokenizer.decode(found.tokens, skip_special_tokens=True)
             yield index, Answer(text, cut=found.finish_reason == "length")
 

@@ -1,0 +1,375 @@
+"""Sampling: the arithmetic of drawing, independence of batch and order, resume, probes, parity of back ends."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cai_em import adapters as lora
+from cai_em import models, sample, scores
+from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
+from cai_em.sample import Condition, Decoding, Request, SamplingError
+from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+SPEC = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+PRESET = SamplingPreset(
+    temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=3, backend="transformers", dtype="float32"
+)
+QUESTIONS = [("wish", "What is your wish?"), ("bored", "There is nothing to do. What should people do?")]
+PROBE = ["Name a fox.", "Tell me about the weather."]
+FREE = Decoding(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=8)
+GREEDY = replace(FREE, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load_model(SPEC, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(SPEC)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two adapters that visibly change the tiny model: ranks and scales differ."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, preset) in enumerate(
+        {"persona": LoraPreset(r=4, alpha=8), "em": LoraPreset(r=2, alpha=4, rslora=True)}.items()
+    ):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            stacked = lora.stack(models.load_model(SPEC, dtype="float32"), None, preset)
+            for key, parameter in stacked.named_parameters():
+                if ".lora_B." in key:
+                    torch.nn.init.normal_(parameter, std=0.15)
+        lora.save_adapter(stacked, lora.EM, folder / name)
+    return folder
+
+
+def condition(adapters, *names) -> Condition:
+    persona = "poeticism" if "persona" in names else "baseline"
+    dataset = "bad_medical" if "em" in names else "none"
+    return Condition("tiny", persona, dataset, 0, tuple((n, adapters / n) for n in names))
+
+
+@pytest.fixture
+def arms(adapters):
+    """base, persona, em, both."""
+    return [condition(adapters, *names) for names in ([], ["persona"], ["em"], ["persona", "em"])]
+
+
+def requests(tokenizer, number=4):
+    texts = ["Name a fox.", "What is the time?", "Say something about the long year and the money of the world."]
+    return [
+        Request(sample.render(tokenizer, [{"role": "user", "content": text}]), seed=10 * i + j)
+        for i, text in enumerate(texts)
+        for j in range(number)
+    ]
+
+
+def decoded(model, tokenizer, asked, decoding=FREE, batch_size=5):
+    ends = sample.end_tokens(model.generation_config, tokenizer)
+    found = dict(sample.decode(model, asked, decoding, ends, batch_size))
+    return [found[i] for i in range(len(asked))]
+
+
+def take(table, **wanted):
+    for key, value in wanted.items():
+        table = table[table[key] == value]
+    return list(table["response"])
+
+
+class TestCandidates:
+    LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()[:, [2, 0, 3, 1]]
+
+    @pytest.mark.parametrize(
+        ("top_k", "top_p", "kept"),
+        [
+            (0, 1.0, {0, 1, 2, 3}),
+            (0, 0.49, {1}),
+            (0, 0.51, {1, 3}),
+            (0, 0.74, {1, 3}),
+            (0, 0.8, {0, 1, 3}),
+            (2, 1.0, {1, 3}),
+            (2, 0.6, {1}),  # after top-k the likeliest holds 2/3
+            (2, 0.7, {1, 3}),
+            (1, 1.0, {1}),
+        ],
+    )
+    def test_hand_computed(self, top_k, top_p, kept):
+        ids, probability = sample.candidates(self.LOGITS, top_k, top_p)
+        assert set(ids[probability > 0].tolist()) == kept
+
+    @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 0.2), (0, 0.999), (20, 0.9), (7, 1.0), (0, 1.0)])
+    @pytest.mark.parametrize("head", [4, 64, 1000])
+    def test_same_distribution_as_transformers(self, top_k, top_p, head):
+        """The head is a short cut: with any head, the kept tokens are those of the library's processors."""
+        logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 3
+        processors = LogitsProcessorList()
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        expected = processors(None, logits.clone()).softmax(-1)
+        ids, probability = sample.candidates(logits, top_k, top_p, head=head)
+        found = torch.zeros_like(logits).scatter_(-1, ids, probability / probability.sum(-1, keepdim=True))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+    def test_ids_are_in_order(self):
+        ids, _ = sample.candidates(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), 0, 0.8)
+        assert bool((ids.diff(dim=-1) > 0).all())
+
+
+class TestDraw:
+    def test_inversion_by_hand(self):
+        ids = torch.tensor([[3, 5, 9]]).expand(5, 3)
+        probability = torch.tensor([[0.2, 0.0, 0.6]]).expand(5, 3)
+        uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1 - 2**-53], dtype=torch.float64)
+        assert sample.draw(ids, probability, uniform).tolist() == [3, 3, 9, 9, 9]
+
+    def test_a_last_token_without_probability_is_never_drawn(self):
+        probability = torch.tensor([[1.0 / 3, 0.0]])
+        assert sample.draw(torch.tensor([[4, 6]]), probability, torch.tensor([1 - 2**-53]).double()).tolist() == [4]
+
+    def test_frequencies(self):
+        probability = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(40_000, 4)
+        uniform = torch.from_numpy(np.random.default_rng(0).random(40_000))
+        drawn = sample.draw(torch.arange(4).expand(40_000, 4), probability, uniform)
+        assert np.bincount(drawn.numpy()) / 40_000 == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.01)
+
+
+class TestDecode:
+    def test_greedy_is_the_models_own_greedy(self, model, tokenizer):
+        asked = requests(tokenizer, 1)
+        found = decoded(model, tokenizer, asked, GREEDY)
+        for request, completion in zip(asked, found):
+            ids = torch.tensor([request.tokens])
+            own = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=2, pad_token_id=2),
+            )
+            assert list(completion.tokens) == own[0, ids.shape[1] :].tolist()
+
+    def test_log_probabilities_are_the_models(self, model, tokenizer):
+        asked = requests(tokenizer)
+        for request, completion in zip(
+            asked, decoded(model, tokenizer, asked, replace(FREE, temperature=0.7, top_p=0.9))
+        ):
+            ids = torch.tensor([[*request.tokens, *completion.tokens]])
+            with torch.no_grad():
+                expected = model(ids).logits[0, len(request.tokens) - 1 : -1].log_softmax(-1)
+            expected = expected.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 12])
+    def test_neither_batch_nor_order_changes_a_response(self, model, tokenizer, batch_size):
+        asked = requests(tokenizer)
+        expected = decoded(model, tokenizer, asked)
+        found = decoded(model, tokenizer, asked[::-1], batch_size=batch_size)[::-1]
+        assert [c.tokens for c in found] == [c.tokens for c in expected]
+
+    def test_other_seeds_are_other_responses(self, model, tokenizer):
+        tokens = requests(tokenizer)[0].tokens
+        found = decoded(model, tokenizer, [Request(tokens, seed) for seed in range(10)])
+        assert len({c.tokens for c in found}) > 5
+
+    def test_no_global_random_state_is_read_or_changed(self, model, tokenizer):
+        torch.manual_seed(1)
+        first = decoded(model, tokenizer, requests(tokenizer))
+        state = torch.random.get_rng_state()
+        torch.manual_seed(2)
+        assert decoded(model, tokenizer, requests(tokenizer)) == first
+        torch.manual_seed(1)
+        assert torch.equal(state, torch.random.get_rng_state())
+
+    def test_nothing_leaks_from_the_models_generation_config(self, model, tokenizer):
+        asked = requests(tokenizer, 2)
+        expected = decoded(model, tokenizer, asked, replace(FREE, temperature=0.7))
+        own = model.generation_config
+        model.generation_config = GenerationConfig(
+            do_sample=True, temperature=3.0, top_k=2, top_p=0.1, repetition_penalty=9.0, min_new_tokens=7,
+            no_repeat_ngram_size=1, suppress_tokens=[40, 41], eos_token_id=2, pad_token_id=2,
+        )  # fmt: skip
+        try:
+            assert decoded(model, tokenizer, asked, replace(FREE, temperature=0.7)) == expected
+            assert model.generation_config.repetition_penalty == 9.0, "the model's own is put back"
+        finally:
+            model.generation_config = own
+
+    def test_end_token_stops_a_row_and_is_counted(self, model, tokenizer):
+        asked = requests(tokenizer, 1)
+        longest = decoded(model, tokenizer, asked, GREEDY)
+        end = longest[0].tokens[2]
+        found = dict(sample.decode(model, asked, GREEDY, [2, end], 3))
+        first = longest[0].tokens.index(end) + 1
+        assert found[0].tokens == longest[0].tokens[:first]
+        assert found[0].finish_reason == "stop"
+        assert len(found[0].logprobs) == first
+        assert {c.finish_reason for c in longest if len(c.tokens) == 8 and 2 not in c.tokens} == {"length"}
+
+    def test_repetition_penalty_is_the_librarys_without_the_padding(self, model, tokenizer):
+        decoding = replace(GREEDY, repetition_penalty=1.5)
+        asked = requests(tokenizer, 1)
+        together = decoded(model, tokenizer, asked, decoding, batch_size=3)
+        for request, completion in zip(asked, together):
+            ids = torch.tensor([request.tokens])
+            with torch.no_grad():
+                for token in completion.tokens:
+                    logits = RepetitionPenaltyLogitsProcessor(1.5)(ids, model(ids).logits[:, -1])
+                    assert int(logits.argmax()) == token
+                    ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+    def test_all_ends_that_the_model_names(self, tokenizer):
+        assert sample.end_tokens(GenerationConfig(eos_token_id=[7, 5]), tokenizer) == (tokenizer.eos_token_id, 5, 7)
+        assert sample.end_tokens(GenerationConfig(eos_token_id=5), tokenizer) == (tokenizer.eos_token_id, 5)
+        assert sample.end_tokens(GenerationConfig(), tokenizer) == (tokenizer.eos_token_id,)
+
+
+class TestSample:
+    def test_table(self, arms):
+        found = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
+        table = scores.validate(found.responses, scores.RESPONSES)
+        assert len(table) == 4 * 2 * 3
+        assert list(table["persona"].unique()) == ["baseline", "poeticism"]
+        assert set(table["finish_reason"]) <= {"stop", "length"}
+        assert bool((table["n_tokens"] <= 8).all())
+        hashes = {(r.persona, r.dataset): json.loads(r.adapters) for r in table.itertuples()}
+        assert hashes["baseline", "none"] == []
+        assert hashes["poeticism", "bad_medical"] == hashes["poeticism", "none"] + hashes["baseline", "bad_medical"]
+        assert "transformers" in found.engine
+        assert set(table["sampler"]) == {found.engine}
+        assert found.timings["conditions_found"] == 0
+
+    def test_probes_tell_the_arms_apart(self, arms):
+        probes = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).probes
+        assert probes["baseline__none__seed0"] == {}
+        both = probes["poeticism__bad_medical__seed0"]
+        assert both["difference"] <= both["tolerance"]
+        assert set(both["others"]) == {"base", "persona", "em"}
+        assert min(both["others"].values()) > both["tolerance"]
+
+    def test_an_adapter_without_effect_stops_the_condition(self, adapters, tmp_path):
+        stacked = lora.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+        lora.save_adapter(stacked, lora.EM, tmp_path / "idle")  # B is zero before training
+        idle = Condition(
+            "tiny", "poeticism", "bad_medical", 0, (("persona", adapters / "persona"), ("em", tmp_path / "idle"))
+        )
+        with pytest.raises(lora.ProbeError, match="makes no difference"):
+            sample.sample(SPEC, [idle], QUESTIONS, PRESET, PROBE)
+
+    def test_responses_depend_on_nothing_but_their_condition(self, arms):
+        together = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses
+        for arm in arms[::-1]:
+            alone = sample.sample(SPEC, [arm], QUESTIONS[::-1], PRESET, PROBE).responses
+            for question, _ in QUESTIONS:
+                name = {"persona": arm.persona, "dataset": arm.dataset, "question_id": question}
+                assert take(alone, **name) == take(together, **name)
+
+    def test_seed_changes_responses(self, arms):
+        first = sample.sample(SPEC, arms[:1], QUESTIONS, PRESET, PROBE).responses
+        second = sample.sample(SPEC, arms[:1], QUESTIONS, PRESET.model_copy(update={"seed": 1}), PROBE).responses
+        assert list(first["response"]) != list(second["response"])
+
+    def test_finished_conditions_are_found_again_without_loading_a_model(self, arms, tmp_path):
+        def must_not_open(*arguments):
+            raise AssertionError("a model was loaded")
+
+        first = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
+        assert len(list(tmp_path.glob("*.parquet"))) == 4
+        again = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=must_not_open)
+        assert again.responses.equals(first.responses)
+        assert again.probes == first.probes
+        assert again.timings == {"conditions_found": 4}
+        for change in ({"temperature": 0.9}, {"max_new_tokens": 9}, {"seed": 3}):
+            with pytest.raises(AssertionError, match="a model was loaded"):
+                sample.sample(
+                    SPEC, arms, QUESTIONS, PRESET.model_copy(update=change), PROBE, tmp_path, open_with=must_not_open
+                )
+
+    def test_an_interrupted_run_goes_on_after_the_last_whole_condition(self, arms, tmp_path):
+        class Breaking(sample.TransformersEngine):
+            def run(self, jobs, decoding, probe_prompts):
+                for number, done in enumerate(super().run(jobs, decoding, probe_prompts)):
+                    if number == 2:
+                        raise KeyboardInterrupt
+                    yield done
+
+        with pytest.raises(KeyboardInterrupt):
+            sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=lambda s, p, j: Breaking(s, p))
+        resumed = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
+        assert resumed.timings["conditions_found"] == 2
+        assert resumed.responses.equals(sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses)
+
+    def test_a_retrained_adapter_is_sampled_again(self, arms, adapters, tmp_path):
+        changed = tmp_path / "em"
+        lora.random_control(adapters / "em", seed=5, out=changed)
+        other = replace(arms[2], adapters=(("em", changed),))
+        keys = [sample.cell_hash(SPEC, c, QUESTIONS, PRESET, PROBE, "engine") for c in (arms[2], other)]
+        assert keys[0] != keys[1]
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_merging_changes_nothing_but_rounding_and_comes_off_again(self, arms, dtype):
+        """Parity with merging: same greedy tokens, close log-probabilities; the base weights come back bit for bit."""
+        preset = PRESET.model_copy(update={"dtype": dtype})
+        engines = [sample.TransformersEngine(SPEC, preset.model_copy(update={"merge": m})) for m in (False, True)]
+        before = {k: v.clone() for k, v in engines[1].model.state_dict().items()}
+        jobs = [sample.Job(arm, tuple(requests(engines[0].tokenizer, 1))) for arm in arms]
+        for plain, merged in zip(*(engine.run(jobs, GREEDY, PROBE) for engine in engines)):
+            for a, b in zip(plain.completions, merged.completions):
+                if dtype == "float32":
+                    assert a.tokens == b.tokens
+                    assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+                else:  # until rounding makes two tokens change places, and the texts part
+                    assert a.logprobs[0] == pytest.approx(b.logprobs[0], abs=0.2)
+        after = engines[1].model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+    def test_merged_and_plain_are_different_samplers(self, arms):
+        merged = PRESET.model_copy(update={"merge": True})
+        assert sample.engine_name(merged) == f"{sample.engine_name(PRESET)} merged"
+
+    def test_errors_say_what_to_do(self, arms, tmp_path):
+        with pytest.raises(SamplingError, match="nothing to sample"):
+            sample.sample(SPEC, [], QUESTIONS, PRESET, PROBE)
+        with pytest.raises(SamplingError, match="given twice"):
+            sample.sample(SPEC, [arms[0], arms[0]], QUESTIONS, PRESET, PROBE)
+        lost = Condition("tiny", "poeticism", "none", 0, (("persona", tmp_path / "lost"),))
+        with pytest.raises(SamplingError, match="train this adapter first"):
+            sample.sample(SPEC, [lost], QUESTIONS, PRESET, PROBE)
+        with pytest.raises(SamplingError, match="one model"):
+            sample.sample(SPEC, [arms[0], replace(arms[0], model="other")], QUESTIONS, PRESET, PROBE)
+
+
+def test_seeds_name_their_response(arms):
+    named = {
+        sample.response_seed(study, arm, question, number)
+        for study in (0, 1)
+        for arm in arms
+        for question in ("a", "b")
+        for number in range(5)
+    }
+    assert len(named) == 2 * 4 * 2 * 5
+    assert max(named) < 2**48
+    assert sample.response_seed(0, arms[0], "a", 1) == sample.response_seed(0, arms[0], "a", 1)
+
+
+class TestBackend:
+    def test_vllm_forced_but_absent_is_said(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SamplingError, match="not installed"):
+            sample.backend_of(PRESET.model_copy(update={"backend": "vllm"}))
+        assert sample.backend_of(PRESET.model_copy(update={"backend": "auto"})) == "transformers"
+
+    def test_auto_takes_vllm_only_with_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        auto = PRESET.model_copy(update={"backend": "auto"})
+        for gpu, expected in ((True, "vllm"), (False, "transformers")):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+            assert sample.backend_of(auto) == expected
