@@ -1,0 +1,224 @@
+"""The results document: layout, formats, rounding twice, what stands where; escaping of other people's text."""
+
+import math
+from types import SimpleNamespace as Entry
+
+import pandas as pd
+import pypandoc
+import pytest
+from cai_em import report, stats
+
+
+class Look:
+    """Labels for tests: capitals for personas and models."""
+
+    persona = staticmethod(str.capitalize)
+    dataset = staticmethod(str)
+    model = staticmethod(str.upper)
+
+
+def scores(model="m", shift=0):
+    rows = [
+        {
+            "model": model, "persona": persona, "dataset": dataset, "seed": 0, "question_id": f"q{i % 2}",
+            "sample": i // 2, "judge": "gpt-x", "judge_mode": "integer", "prompt_version": "v",
+            "alignment": math.nan if i == 9 and persona == "good" else float(base + shift + i % 5),
+            "alignment_flag": "REFUSAL" if i == 9 and persona == "good" else None,
+            "coherence": 90.0, "coherence_flag": None, "raw": "{}",
+        }
+        for (persona, dataset), base in {
+            ("baseline", "bad"): 20, ("baseline", "fine"): 90, ("good", "bad"): 80, ("good", "fine"): 90,
+            ("baseline", "none"): 95, ("good", "none"): 96,
+        }.items()
+        for i in range(10)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+UP = Entry(key="h2", label="H2", title="Good → higher", direction="higher", published_persona="good")
+LOST = Entry(key="h1", label="H1", title="Evil → lower", direction="lower", published_persona="evil")
+
+
+def tables(table):
+    return stats.analyse(
+        table,
+        hypotheses=[LOST, UP],
+        personas=[Entry(key=k) for k in ("baseline", "good", "evil")],
+        datasets=[Entry(key="bad", twin="fine"), Entry(key="fine"), Entry(key="none")],
+        thresholds=Entry(alpha=0.05, confidence=0.95, bootstrap_resamples=200, bootstrap_seed=1,
+                         em_alignment_below=30, em_coherence_above=50),
+    )  # fmt: skip
+
+
+def document(table=None, **how):
+    made = tables(scores() if table is None else table)
+    return report.results_document(made, **({"look": Look, "hypotheses": [LOST, UP], "judge": "gpt-x"} | how))
+
+
+def test_headings_stand_in_the_published_order():
+    headings = [line for line in document().splitlines() if line.startswith("#")]
+    assert headings == [
+        "# Constitutional AI × Emergent Misalignment — Final Results",
+        "## M",
+        "### Alignment by Persona",
+        "### Key Hypotheses",
+        "#### H1: Evil → lower",
+        "#### H2: Good → higher",
+        "### Significant Comparisons (FDR-corrected, α=0.05)",
+        "### Medical Dataset Comparison",
+        "## Methodology",
+        "## What the published document lacked",
+        "### Coverage, coherence and EM rate by condition: M",
+        "### Distribution of alignment by persona: M",
+        "### Data-set difficulty, hardest first: M",
+    ]
+
+
+def test_rows_are_printed_as_published():
+    text = document(generated="2026-01-01 00:00")
+    assert "**Generated:** 2026-01-01 00:00\n**Judge Model:** GPT-x\n" in text
+    assert "**Total conditions:** 6 · **Total scored responses:** 57\n" in text
+    assert "| Persona | N | Mean | Std | 95% CI | Bootstrap CI |\n" in text
+    # Baseline, fine-tuned conditions only: ten scores 20 to 24 and ten 90 to 94.
+    assert "| Baseline | 20 | 57.0 | 35.9 | [40.2, 73.8] | " in text
+    assert "**Overall verdict: MIXED** (1/2 datasets)" in text
+    # Nine scores 80 to 84 against ten scores 20 to 24; d, p and intervals as numpy and scipy give them.
+    assert "| bad | 81.8 | 22.0 | +59.8 | 41.334 | 0.0003*** | Yes |" in text
+    assert "| fine | 91.8 | 92.0 | -0.2 | -0.154 | 0.7707 | No |" in text
+    assert "| Good | bad | +59.8 | 41.334 | 0.0005 |" in text
+    assert "| Persona | Bad | Fine | Δ | Cohen's d | p-value |\n" in text
+    assert "| Baseline | 22.0 | 92.0 | -70.0 |" in text
+    assert "- **Evaluation:** 5 samples per question × 2 questions per dataset\n" in text
+
+
+def test_what_was_lacking_is_there():
+    text = document()
+    assert "| Good | bad | 9 / 10 | 1 | 0 | 0 | 0 | 81.8 [80.7, 82.8] | 90.0 | 0.00 % |" in text
+    assert "| Baseline | bad | 10 / 10 | 0 | 0 | 0 | 0 | 22.0 [20.9, 23.1] | 90.0 | 100.00 % |" in text
+    assert "| Baseline | none | 10 / 10 |" in text, "conditions without fine-tuning are listed too"
+    assert "| bad | 2 | 19 | 50.3 |" in text
+
+
+def test_models_stand_in_the_order_given_and_missing_ones_are_named_at_the_top():
+    both = pd.concat([scores("a"), scores("b", 1)])
+    text = document(both, models=["b", "c", "a"], missing={"c": "44 of 44 files | could not be had"})
+    assert [line for line in text.splitlines() if line in ("## A", "## B")] == ["## B", "## A"]
+    assert text.index("> **Left out: C.** 44 of 44 files \\| could not be had") < text.index("## B")
+    assert "### Personas between models" in text
+    assert "- **Models:** A + B, fine-tuned with LoRA" in text
+
+
+def test_absent_personas_gates_notes_caveats_and_extra_sections():
+    text = document(
+        gated={("m", "h2"): ("NOT INTERPRETABLE", "the persona is not shown")},
+        notes={"good": "its rows differ in two things"},
+        caveat="It is small.",
+        extra=[("Gates", "| a |\n|---|\n| 1 |\n")],
+        figures=[
+            Entry(title="Alignment", model="m", caption="What it shows.", alt="Dots [x](y)", svg="alignment-m.svg")
+        ],
+    )
+    assert "**Overall verdict: NOT TESTABLE** (0/0 datasets)\n\nNo condition of this run has the persona Evil." in text
+    published_rule, gated = text.index("**Overall verdict: MIXED**"), text.index("**Gated verdict: NOT INTERPRETABLE**")
+    assert 0 < gated - published_rule < 60
+    assert "> **Known issue** with Good: its rows differ in two things." in text
+    assert text.index("> **What this run cannot show.** It is small.") < text.index("## M")
+    assert "## Gates\n\n| a |\n|---|\n| 1 |\n" in text
+    assert "](06_results/figures/alignment-m.svg)\n\n**Figure 1. Alignment.** What it shows." in text
+
+
+def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_order():
+    rows = [("z", "d1", 3e-8), ("a", "d1", 2e-9), ("a", "d2", 0.01), ("b", "d1", 0.2), ("b", "d2", 0.001)]
+    table = pd.DataFrame(rows, columns=["persona", "dataset", "p_adj"]).assign(delta=1.0, d=0.5)
+    text = report.significant_section(table, Look, 0.05, {})
+    assert [line.split(" | ")[:2] for line in text.splitlines()[4:]] == [
+        ["| Z", "d1"], ["| A", "d1"], ["| B", "d2"], ["| A", "d2"],
+    ]  # fmt: skip
+    assert report.significant_section(table.assign(p_adj=1.0), Look, 0.05, {}).endswith("None of 5 comparisons.")
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        (report.points(89.6497), "89.7"),  # 89.65 when stored: once rounded it would be 89.6
+        (report.points(81.225), "81.2"),
+        (report.delta(-0.001), "-0.0"),
+        (report.delta(4.2), "+4.2"),
+        (report.effect(-0.0555), "-0.056"),
+        (report.p_value(0.000049), "0.0000"),
+        (report.p_value(0.00004999), "0.0001"),
+        (report.p_value(1.2e-9), "0.0000"),
+        (report.p_value(math.nan), "–"),
+        (report.points(math.nan), "–"),
+        (report.interval(89.06, 90.24), "[89.1, 90.2]"),
+        (report.stars(0.0009), "***"),
+        (report.stars(0.001), "**"),
+        (report.stars(0.0499), "*"),
+        (report.stars(0.05), ""),
+        (report.percent(0.0025, 2), "0.25 %"),
+        (report.judge_label("gpt-4.1-mini"), "GPT-4.1-mini"),
+    ],
+)
+def test_number_formats(printed, expected):
+    assert printed == expected
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "| end of the cell |\n\n# A heading\n- a list",
+    "![x](http://127.0.0.1/x.png) [link](javascript:alert(1)) <http://x>",
+    "```\ncode\n``` `tick` *bold* _em_ ~~struck~~ $math$ ^up^",
+    "{{< include /etc/passwd >}} {{< var x >}} ::: {.callout} @fig-x [@cite] &lt;b&gt; &amp;",
+    "\\<b>\\\\",
+    "1. one\n2) two\n> quote\n---\n: definition",
+    "control \x00\x07\x1b[31m \u202e and \ud800 end",
+]
+
+
+MARKUP = {
+    *(
+        "Link",
+        "Image",
+        "RawInline",
+        "RawBlock",
+        "Header",
+        "BulletList",
+        "OrderedList",
+        "DefinitionList",
+        "Code",
+        "Cite",
+    ),
+    *("CodeBlock", "Emph", "Strong", "Math", "BlockQuote", "Div", "Span", "Table", "Strikeout", "Superscript"),
+    "Subscript",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_escaped_text_is_shown_as_text(text):
+    """Rendered by pandoc, the page holds one paragraph with the very text, and no element of its making."""
+    escaped = report.escape(text)
+    assert "\n" not in escaped
+    page = pypandoc.convert_text(escaped, "native", format="markdown")
+    kinds = set(page.replace("[", " ").replace("(", " ").split()) - {"]"}
+    assert not kinds & MARKUP
+    plain = pypandoc.convert_text(escaped, "plain", format="markdown-smart", extra_args=["--wrap=none"])
+    clean = "".join("\ufffd" if (ord(c) < 32 and not c.isspace()) or "\ud800" <= c <= "\udfff" else c for c in text)
+    assert " ".join(plain.split()) == " ".join(clean.split())
+    cell = pypandoc.convert_text(f"| a | b |\n|---|---|\n| {escaped} | 2 |\n", "html", format="markdown")
+    assert cell.count("<td") == 2
+    assert "<script" not in cell
+
+
+def test_tables_come_back_as_written(tmp_path):
+    made = tables(scores())
+    paths = report.write_tables(made, tmp_path)
+    assert len(paths) == 2 * len(made)
+    for name, table in report.read_tables(tmp_path).items():
+        pd.testing.assert_frame_equal(table, made[name], check_dtype=False)
+    with pytest.raises(FileNotFoundError, match="no tables there"):
+        report.read_tables(tmp_path / "nowhere")
+
+
+def test_write_results(tmp_path):
+    path = report.write_results(tmp_path / "RESULTS.md", tables(scores()), look=Look, hypotheses=[UP], judge="j")
+    assert path.read_text(encoding="utf-8").startswith("# Constitutional AI")
