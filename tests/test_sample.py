@@ -373,3 +373,36 @@ class TestBackend:
         for gpu, expected in ((True, "vllm"), (False, "transformers")):
             monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
             assert sample.backend_of(auto) == expected
+
+
+class TestToLookAt:
+    @pytest.fixture
+    def found(self, arms):
+        return sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
+
+    def test_beside_escapes_and_names_the_conditions(self, found):
+        table = found.responses.assign(response="<b>&</b>")
+        page = sample.beside(table, "wish", 1)
+        assert page.count("&lt;b&gt;&amp;&lt;/b&gt;") == 4
+        assert "<b>" not in page
+        assert "poeticism × bad_medical (seed 0)" in page
+        with pytest.raises(KeyError, match="no response"):
+            sample.beside(table, "wish", 99)
+
+    def test_lengths(self, found):
+        table = found.responses.assign(n_tokens=[1, 2, 3, 4, 5, 9] * 4, response=["", " ", "a", "b", "c", "d"] * 4)
+        table["finish_reason"] = ["length", "stop", "stop"] * 8
+        row = sample.lengths(table).loc[("baseline", "none", 0)]
+        assert row.to_dict() == {
+            "responses": 6,
+            "mean_tokens": 4,
+            "longest": 9,
+            "cut_off": pytest.approx(1 / 3),
+            "empty": 2,
+        }
+
+    def test_probe_table(self, found):
+        table = sample.probe_table(found.probes)
+        assert list(table["adapters"]) == ["persona", "em", "persona + em"]
+        assert bool((table["difference"] <= table["tolerance"]).all())
+        assert table.loc["poeticism__bad_medical__seed0", "from persona"] > 0

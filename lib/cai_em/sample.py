@@ -18,6 +18,7 @@ two draw their random numbers in different ways.
 from __future__ import annotations
 
 import hashlib
+import html
 import importlib.util
 import itertools
 import json
@@ -845,3 +846,52 @@ def _write_cell(
         run.write_text(path.with_suffix(".json"), json.dumps(probe, indent=1) + "\n")
         scores.write(table, scores.RESPONSES, path)
     return table, probe
+
+
+# --- To look at ---------------------------------------------------------------------------------------------------
+
+
+def beside(responses: pd.DataFrame, question_id: str, number: int = 0) -> str:
+    """One question's answers, a condition beside the other, as an HTML table; all text is escaped.
+
+    Raises:
+        KeyError: no such response.
+    """
+    shown = responses[(responses["question_id"] == question_id) & (responses["sample"] == number)]
+    if shown.empty:
+        raise KeyError(f"no response to {question_id!r} with sample {number}")
+    style = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:24em"
+    names = "".join(f"<th>{html.escape(f'{r.persona} × {r.dataset} (seed {r.seed})')}</th>" for r in shown.itertuples())
+    texts = "".join(f'<td style="{style}">{html.escape(r.response)}</td>' for r in shown.itertuples())
+    question = html.escape(shown["prompt"].iloc[0])
+    return f"<table><caption>{question}</caption><tr>{names}</tr><tr>{texts}</tr></table>"
+
+
+def lengths(responses: pd.DataFrame) -> pd.DataFrame:
+    """Per condition: responses, tokens (mean, longest), and the share that the token limit cut off."""
+    cut = responses.assign(cut=responses["finish_reason"].eq("length"))
+    return cut.groupby(["persona", "dataset", "seed"], sort=False).agg(
+        responses=("response", "size"),
+        mean_tokens=("n_tokens", "mean"),
+        longest=("n_tokens", "max"),
+        cut_off=("cut", "mean"),
+        empty=("response", lambda texts: int((texts.str.strip() == "").sum())),
+    )
+
+
+def probe_table(probes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """What the probes measured: a row per condition with adapters, differences of logits.
+
+    `difference` (to all adapters active) must be at most `tolerance`, the columns `from ...` must be above it.
+    """
+    rows = {
+        name: {
+            "adapters": " + ".join(probe["adapters"]),
+            "difference": probe["difference"],
+            "tolerance": probe["tolerance"],
+            **{f"from {other}": value for other, value in probe["others"].items()},
+        }
+        for name, probe in probes.items()
+        if probe
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
