@@ -32,12 +32,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy import stats as sps
 
 from cai_em.adapters import AdapterFiles
 from cai_em.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
-from cai_em.inference import bootstrap_interval, fdr
+from cai_em.inference import bootstrap_interval
 from cai_em.judge_local import mean_logprobs
+from cai_em.stats import benjamini_hochberg
 
 OUTCOMES = {"em": "EM rate", "alignment": "mean alignment", "coherence": "mean coherence"}
 """Outcomes of a checkpoint's responses, and what they are called."""
@@ -343,7 +344,7 @@ def _weights(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
 
 def _tail(n: int, confidence: float) -> float:
     """Tail probability of the expanded percentile interval (Hesterberg 2015, as in `inference.bootstrap_interval`)."""
-    return float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)))
+    return float(sps.norm.cdf(-math.sqrt(n / (n - 1)) * sps.t.ppf((1 + confidence) / 2, n - 1)))
 
 
 def _rise(y: np.ndarray) -> np.ndarray:
@@ -509,7 +510,7 @@ def comparisons(curves: Mapping[tuple[str, str], Curve], baseline: str = "baseli
             both = common(c, curves[baseline, outcome])
             rows.append({"persona": persona, "outcome": outcome, **compare_transitions(*both, c.steps, **settings)})
     table = pd.DataFrame(rows)
-    return table.assign(p_adjusted=fdr(table["p"])) if len(table) else table
+    return table.assign(p_adjusted=benjamini_hochberg(table["p"])) if len(table) else table
 
 
 # --- Generality: in-domain uptake against emergent misalignment -----------------------------------------------------

@@ -1,0 +1,323 @@
+"""Steering: planted directions are found, added and removed; hooks leave nothing behind; nulls are what they claim."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cai_em import adapters, models, sample, steering
+from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
+from cai_em.steering import Intervention, SteeringError
+from scipy import stats
+from torch import nn
+
+SPEC = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+PRESET = SamplingPreset(
+    temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=3, backend="transformers", dtype="float32"
+)
+QUESTIONS = [("a", "What do you like?"), ("b", "How was the long year for you and for all of your good friends?")]
+CONDITION = sample.Condition("tiny", "baseline", "none", 0)
+
+
+class Planted(nn.Module):
+    """A feed-forward block that writes a constant into the residual stream, besides what it did before."""
+
+    def __init__(self, mlp, vector):
+        super().__init__()
+        self.mlp, self.vector = mlp, vector
+
+    def forward(self, x):
+        return self.mlp(x) + self.vector
+
+
+@pytest.fixture
+def model(tmp_path_factory):
+    return models.load_model(SPEC, cache_dir=tmp_path_factory.getbasetemp() / "models")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return models.load_tokenizer(SPEC, tmp_path_factory.getbasetemp() / "models")
+
+
+def plant(model, layer, vector):
+    block = steering.decoder_layers(model)[layer]
+    block.mlp = Planted(block.mlp, vector)
+    return model
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+TEXTS = [("What do you like?", "I like water."), ("How?", "By a walk at home, and then some more of it."), ("Go", "No")]
+
+
+# --- Activations ---
+
+
+def test_mean_activations_are_the_models_own_over_response_tokens_alone(model, tokenizer):
+    prompts, responses = zip(*TEXTS)
+    found = steering.mean_activations(model, tokenizer, prompts, responses)
+    assert hooks(model) == 0
+    assert found.shape == (3, 2, 64)
+    assert found.dtype == np.float32
+    for i, (prompt, response) in enumerate(TEXTS):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        ids, written = models.encode_conversation(tokenizer, turns)
+        with torch.inference_mode():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        np.testing.assert_allclose(found[i, 0], states[1][0, torch.tensor(written)].mean(0), rtol=1e-4, atol=1e-5)
+    alone = [steering.mean_activations(model, tokenizer, [p], [r])[0] for p, r in TEXTS]
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_found_under_adapters_and_counted_from_either_end(model, tmp_path):
+    assert len(steering.decoder_layers(model)) == 2
+    stacked = adapters.stack(model, None, LoraPreset(r=2, alpha=4))
+    assert len(steering.decoder_layers(stacked)) == 2
+    assert (steering.layer_number(-1, 30), steering.layer_number(3, 30)) == (29, 3)
+    with pytest.raises(SteeringError, match="no layer 30"):
+        steering.layer_number(30, 30)
+    odd = nn.Linear(2, 2)
+    odd.config = model.config
+    with pytest.raises(SteeringError, match="no list"):
+        steering.decoder_layers(odd)
+
+
+# --- A planted direction ---
+
+
+def planted_contrast(tokenizer, tmp_path_factory, layer, vector):
+    """The tiny model before and after a constant was planted in a layer, read on the same responses."""
+    prompts, responses = zip(*TEXTS)
+    folder = tmp_path_factory.getbasetemp() / "models"
+    before = steering.mean_activations(models.load_model(SPEC, cache_dir=folder), tokenizer, prompts, responses)
+    changed = plant(models.load_model(SPEC, cache_dir=folder), layer, vector)
+    after = steering.mean_activations(changed, tokenizer, prompts, responses)
+    return changed, steering.adapter_contrast(before, after, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_planted_direction_is_recovered(tokenizer, tmp_path_factory, layer):
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    _, contrast = planted_contrast(tokenizer, tmp_path_factory, layer, vector)
+    found = steering.direction(contrast)
+    assert steering.cosine(found[layer], vector.numpy()) > 0.999
+    np.testing.assert_allclose(found[layer], vector, rtol=1e-3, atol=1e-4)
+    if layer:
+        assert np.abs(found[0]).max() < 1e-12  # nothing has changed before it
+    assert steering.split_half(contrast.layer(layer)) > 0.99
+
+
+def test_a_planted_behaviour_is_removed_by_ablation_and_given_by_addition(model, tokenizer, tmp_path_factory):
+    token = tokenizer(" water", add_special_tokens=False)["input_ids"][0]
+    vector = 60 * torch.nn.functional.normalize(model.get_output_embeddings().weight[token].detach(), dim=0)
+    changed, contrast = planted_contrast(tokenizer, tmp_path_factory, 1, vector)
+    found = {1: steering.direction(contrast)[1]}
+
+    def share(m, intervention):
+        table = steering.respond(m, tokenizer, CONDITION, QUESTIONS, PRESET, intervention)
+        assert hooks(m) == 0
+        ids = [i for text in table["response"] for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return np.mean([i == token for i in ids])
+
+    assert share(changed, Intervention("none")) > 0.9
+    assert share(changed, Intervention("ablate", "x", vectors=found)) < 0.05
+    assert share(changed, Intervention("add", "x", 1, -1.0, {1: -found[1]})) < 0.05
+    assert share(model, Intervention("none")) < 0.05
+    assert share(model, Intervention("add", "x", 1, 1.0, found)) > 0.9
+    ids = torch.tensor([[5, 60, 70, 80]])
+    with torch.inference_mode():
+        with steering.adding(changed, {1: -vector}):
+            undone = changed(ids).logits
+        torch.testing.assert_close(undone, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_ablation_leaves_nothing_along_the_direction_and_the_rest_alone(model):
+    unit = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(2)), dim=0)
+    seen = {}
+
+    def watch(module, args):
+        seen["x"] = args[0].clone()
+
+    handle = steering.decoder_layers(model)[1].register_forward_pre_hook(watch)
+    ids = torch.tensor([[5, 60, 70, 80]])
+    with torch.inference_mode():
+        model(ids)
+        before = seen["x"]
+        with steering.ablating(model, {0: 3 * unit}):
+            model(ids)
+    handle.remove()
+    assert (seen["x"] @ unit).abs().max() < 1e-5 < (before @ unit).abs().max()
+    torch.testing.assert_close(seen["x"], before - (before @ unit)[..., None] * unit)
+
+
+def test_hooks_are_gone_after_an_error_and_numbers_keep_their_type(model):
+    both = steering.adding(model, {0: np.ones(64), -1: np.ones(64)})
+    with pytest.raises(IndexError), both:  # no such token
+        model(torch.tensor([[10_000]]))
+    assert hooks(model) == 0
+    half = model.to(torch.bfloat16)
+    with torch.inference_mode(), steering.adding(half, {0: np.ones(64)}), steering.ablating(half, {1: np.ones(64)}):
+        assert half(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+    for bad in (np.ones(63), np.full(64, np.nan)):
+        with pytest.raises(SteeringError, match="64 finite numbers"):
+            steering.adding(model, {0: bad})
+    with pytest.raises(SteeringError, match="length 0"):
+        steering.ablating(model, {0: np.zeros(64)})
+    with pytest.raises(SteeringError, match="no layer 7"), steering.adding(model, {0: np.ones(64), 7: np.ones(64)}):
+        pass
+    assert hooks(model) == 0
+
+
+def test_unsteered_responses_are_those_of_the_sampling_stage(model, tokenizer, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path_factory.getbasetemp()))
+    usual = sample.sample(SPEC, [CONDITION], QUESTIONS, PRESET, ["Go"]).responses
+    found = steering.respond(model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("none"))
+    assert list(found["response"]) == list(usual["response"])
+    assert len(found) == 6
+    assert set(found["dataset"]) == {"none+none"}
+    # A vector of length 0 changes nothing, and random numbers do not depend on the intervention.
+    same = steering.respond(
+        model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("add", "x", 0, 0.0, {0: np.zeros(64)})
+    )
+    assert list(same["response"]) == list(usual["response"])
+
+
+# --- Directions from arrays of known making ---
+
+
+def synthetic(rng, n=60, hidden=50, effect=1.0, confound=0.0):
+    """Two labels apart by `effect` along axis 0; questions apart along axis 1, answered unevenly by the labels."""
+    question = rng.choice(list("abcd"), n)
+    label = rng.random(n) < np.where(question == "a", 0.9, 0.3)
+    x = rng.normal(0, 0.1, (n, 1, hidden))
+    x[:, 0, 0] += effect * label
+    x[:, 0, 1] += confound * (question == "a")
+    return steering.response_contrast(x, label, question)
+
+
+def test_questions_that_one_label_answers_more_often_do_not_bend_the_direction():
+    contrast = synthetic(np.random.default_rng(0), n=400, confound=5.0)
+    axis = np.eye(50)[0]
+    x, label = contrast.activations[:, 0], contrast.label
+    naive = x[label].mean(0) - x[~label].mean(0)
+    assert steering.cosine(naive, axis) < 0.6
+    assert steering.cosine(steering.direction(contrast)[0], axis) > 0.99
+
+
+def test_direction_by_hand_and_questions_without_both_labels():
+    x = np.arange(10.0).reshape(5, 1, 2)
+    contrast = steering.response_contrast(x, [True, False, False, True, True], ["a", "a", "a", "b", "b"])
+    np.testing.assert_allclose(steering.direction(contrast), x[0] - (x[1] + x[2]) / 2)
+    assert steering.questions_used(contrast) == 1
+    assert math.isnan(steering.split_half(contrast))
+    with pytest.raises(SteeringError, match="no question has responses of both labels"):
+        steering.direction(steering.response_contrast(x, [True] * 5, list("aabbb")))
+    with pytest.raises(SteeringError, match="a contrast needs"):
+        steering.response_contrast(x, [True], ["a"])
+
+
+def test_random_cosines_are_distributed_as_claimed():
+    rng = np.random.default_rng(1)
+    values = steering.cosine(rng.normal(size=(20_000, 30)), rng.normal(size=(20_000, 30)))
+    assert np.mean(np.abs(values) > steering.random_cosine_bound(30)) == pytest.approx(0.05, abs=0.006)
+    assert steering.random_cosine_p(steering.random_cosine_bound(30), 30) == pytest.approx(0.05)
+    assert stats.kstest([steering.random_cosine_p(v, 30) for v in values[:2000]], "uniform").pvalue > 0.01
+    like = np.arange(30.0)
+    drawn = steering.random_direction(like, 0)
+    assert np.linalg.norm(drawn) == pytest.approx(np.linalg.norm(like))
+    assert abs(steering.cosine(drawn, like)) < 0.5
+
+
+def test_shared_directions_beat_both_nulls_and_unshared_ones_do_not():
+    rng = np.random.default_rng(2)
+    shared = steering.cosine_table({p: synthetic(rng) for p in ("x", "y")}, 0, draws=200).iloc[0]
+    assert shared["cosine"] > 0.9
+    assert shared["p_random"] < 1e-6
+    assert shared["p_shuffled"] < 0.01
+    assert shared["within_one"] > 0.7
+    assert shared["n_one"] == 4
+    p = [
+        steering.cosine_table({k: synthetic(rng, effect=0.0) for k in "xy"}, 0, draws=99).iloc[0]["p_shuffled"]
+        for _ in range(60)
+    ]
+    assert np.mean(np.array(p) <= 0.05) <= 0.12
+
+
+def test_shuffles_share_the_uneven_spread_that_random_directions_lack():
+    rng = np.random.default_rng(3)
+
+    def contrast():
+        found = synthetic(rng, effect=0.0)
+        found.activations[:, 0, 7] += rng.normal(0, 3, len(found.label))  # one loud axis
+        return found
+
+    row = steering.cosine_table({"x": contrast(), "y": contrast()}, 0, draws=300).iloc[0]
+    assert row["shuffled_bound"] > 2 * row["random_bound"]
+
+
+def test_adapter_labels_are_exchanged_within_a_response():
+    before, after = np.zeros((3, 1, 2)), np.ones((3, 1, 2))
+    contrast = steering.adapter_contrast(before, after, ["a", "a", "b"])
+    np.testing.assert_allclose(steering.direction(contrast), [[1, 1]])
+    drawn = steering.shuffled_directions(contrast, 300, 0)[:, 0, 0]
+    assert set(np.round(drawn, 6)) <= {-1.0, -0.5, 0.0, 0.5, 1.0}  # each response's difference changes its sign
+    assert abs(drawn.mean()) < 0.15
+
+
+# --- Effects ---
+
+
+def judged(rows):
+    return pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "alignment", "coherence"])
+
+
+def test_effects_and_transfer_are_paired_by_question():
+    names = {"none": "e+none", "own": "e+own", "other": "e+other"}
+    table = judged(
+        [
+            ("p", names[kind], q, a - 10 * i - {"none": 0, "own": 40, "other": 20}[kind], 90)
+            for i, q in enumerate("abcd")
+            for kind in names
+            for a in (80, 60)
+        ]
+    )
+    same = {"target": "p", "arm": "e", "layer": 3, "strength": 2.0, "norm": 4.0}
+    design = pd.DataFrame(
+        [
+            {**same, "dataset": "e+none", "kind": "none", "source": ""},
+            {**same, "dataset": "e+own", "kind": "add", "source": "p"},
+            {**same, "dataset": "e+other", "kind": "add", "source": "q"},
+        ]
+    )
+    found = steering.effects(table, design).set_index(["source", "outcome"])
+    assert found.loc[("p", "alignment"), ["delta", "low", "high", "per_norm"]].tolist() == [-40, -40, -40, -10]
+    assert found.loc[("q", "alignment"), "delta"] == -20
+    assert found.loc[("p", "alignment"), "reference"] == 55
+    # Below 30: of (80, 60) - 10 i - 40 the pairs 40/20, 30/10, 20/0, 10/-10.
+    assert found.loc[("p", "em"), "delta"] == pytest.approx(np.mean([0.5, 0.5, 1, 1]))
+    assert found.loc[("p", "coherence"), "delta"] == 0
+    moved = steering.transfer_tests(table, design, margin=5).iloc[0]
+    assert (moved["source"], moved["delta"], moved["n_questions"]) == ("q", 20, 4)
+    with pytest.raises(SteeringError, match="no scores of 'e\\+none'"):
+        steering.effects(table[table["dataset"] != "e+none"], design)
+
+
+def test_em_must_be_present_to_be_moved():
+    rows = [("p", d, q, 70 - 30 * (d == "after") - i, 90) for i, q in enumerate("abcd") for d in ("before", "after")]
+    assert steering.em_present(judged(rows), "p", "before", "after").status == "shown"
+    assert steering.em_present(judged(rows), "p", "after", "before").status == "not shown"
+    assert steering.em_present(judged(rows[:4]), "p", "before", "after").status == "not testable"
+
+
+def test_interventions_have_names_and_lengths():
+    add = Intervention("add", "p", 12, 1.5, {12: np.array([3.0, 4.0])})
+    assert (add.name, add.norm) == ("add-p-L12+1.5", 5.0)
+    cut = Intervention("ablate", "p", vectors={0: np.ones(2)})
+    assert cut.name == "ablate-p-all"
+    assert math.isnan(cut.norm)
+    row = steering.design_row(CONDITION, add)
+    assert (row["target"], row["dataset"], row["norm"]) == ("baseline", "none+add-p-L12+1.5", 5.0)
