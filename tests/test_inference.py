@@ -114,9 +114,6 @@ class TestSmallTools:
         d = np.random.default_rng(1).normal(0.4, 1, 40)
         assert inf.sign_flip_p(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.01)
 
-    def test_fdr_by_hand_and_nan(self):
-        np.testing.assert_allclose(inf.fdr([0.01, np.nan, 0.02, 0.5]), [0.03, np.nan, 0.03, 0.5])
-
     def test_wilson(self):
         low, high = inf.wilson_interval(44, 400)
         assert (round(low, 4), round(high, 4)) == (0.0830, 0.1445)

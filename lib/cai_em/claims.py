@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.inference import BASELINE, COMPARISON, fdr, markdown_table, p_value, points, sign_flip_p
+from cai_em.inference import BASELINE, COMPARISON, markdown_table, p_value, points, sign_flip_p
+from cai_em.stats import benjamini_hochberg, mann_whitney, tally
 
 MISSING = {
     "dropped": "missing scores are left out (published)",
@@ -55,7 +56,7 @@ VERDICT_CHOICES = [*CHOICES, "roles", "rule", "personas"]
 
 
 def judgings(
-    scores: pd.DataFrame, repeated: pd.DataFrame | None = None, response: str = "response_hash"
+    scores: pd.DataFrame, repeated: pd.DataFrame | None = None, response: str = "response_sha256"
 ) -> dict[str, pd.DataFrame]:
     """Score tables that differ in which of several judgings of the same responses they take.
 
@@ -86,11 +87,12 @@ def judgings(
     # The published file names each response's sample number; the other judgings are brought to it by the text.
     numbered = chosen[[*unit, "sample"]].rename(columns={"sample": "published_sample"})
     matched = repeated.merge(numbered, on=unit, validate="many_to_one")
-    sizes = matched.groupby([*COMPARISON, "file"])["published_sample"].size()
-    whole = sizes == sizes.groupby(level=COMPARISON).transform("max")
-    matched = matched.merge(whole[whole].index.to_frame(index=False), on=[*COMPARISON, "file"])
+    rows = scores.groupby(COMPARISON).size()
+    sizes = matched.groupby([*COMPARISON, "file"]).size()
+    whole = sizes[sizes.to_numpy() == rows.reindex(sizes.index.droplevel("file")).to_numpy()]
+    matched = matched.merge(whole.index.to_frame(index=False), on=[*COMPARISON, "file"])
     matched = matched.assign(sample=matched["published_sample"])
-    if matched.groupby(COMPARISON)["file"].nunique().max() < 2:
+    if not matched.groupby(COMPARISON)["file"].nunique().gt(1).any():
         raise ValueError("a table of repeated judgings was given, but no condition has a second whole judging")
     matched = matched.sort_values(["stamp", "file"], kind="stable")
     grouped = matched.groupby([*COMPARISON, "question_id", "sample"], sort=False)
@@ -145,7 +147,7 @@ def _p_responses(test: str, a: np.ndarray, b: np.ndarray) -> float:
     if min(len(a), len(b)) < 2 or np.ptp(np.concatenate([a, b])) == 0:
         return math.nan
     if test == "Mann-Whitney":
-        return float(stats.mannwhitneyu(a, b, alternative="two-sided").pvalue)
+        return mann_whitney(tally(a), tally(b))
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         return 0.0
     return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
@@ -211,7 +213,7 @@ class Universe:
                     rows.append((*choice, test, unit, *key, delta, p))
         raw = pd.DataFrame(rows, columns=[*CHOICES[:-1], *COMPARISON, "delta", "p"]).assign(correction="none")
         adjusted = raw.assign(correction="Benjamini-Hochberg")
-        adjusted["p"] = adjusted.groupby(["model", *CHOICES[:-1]])["p"].transform(lambda p: fdr(p.to_numpy()))
+        adjusted["p"] = adjusted.groupby(["model", *CHOICES[:-1]])["p"].transform(lambda p: benjamini_hochberg(p))
         comparisons = pd.concat([raw, adjusted], ignore_index=True)[[*CHOICES, *COMPARISON, "delta", "p"]]
         return cls(comparisons, cells, len(ids), cls._moved(tables))
 

@@ -24,6 +24,7 @@ import pandas as pd
 from scipy import stats
 
 from cai_em.scores import CONDITION, FLAGS
+from cai_em.stats import benjamini_hochberg
 
 COMPARISON = ["model", "persona", "dataset"]
 """Columns that name one comparison of a persona with the baseline on the same model and data set."""
@@ -205,16 +206,6 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 20_000, seed: int = 42)
         return float(np.mean(np.abs(signs @ d) >= observed - slack))
     signs = np.random.default_rng(seed).choice([-1, 1], size=(draws, n))
     return float((1 + np.sum(np.abs(signs @ d) >= observed - slack)) / (1 + draws))
-
-
-def fdr(p: Sequence[float]) -> np.ndarray:
-    """Benjamini-Hochberg adjusted p values over the tests that were made; NaN (not tested) stays NaN, uncounted."""
-    p = np.asarray(p, float)
-    adjusted = np.full(p.shape, np.nan)
-    made = ~np.isnan(p)
-    if made.any():
-        adjusted[made] = stats.false_discovery_control(p[made], method="bh")
-    return adjusted
 
 
 def _one_sample_t(d: np.ndarray, popmean: float = 0.0, alternative: str = "two-sided") -> float:
@@ -621,7 +612,7 @@ def adjust(
     result = comparisons.assign(p_adjusted=np.nan)
     for model in comparisons["model"].unique():
         rows = claimed & (comparisons["model"] == model).to_numpy()
-        result.loc[rows, "p_adjusted"] = fdr(comparisons.loc[rows, column])
+        result.loc[rows, "p_adjusted"] = benjamini_hochberg(comparisons.loc[rows, column])
     return result
 
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import krippendorff
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -24,7 +23,7 @@ from cai_em.inference import icc1, markdown_table, points
 CELL = ["model", "persona", "dataset"]
 
 
-def units(repeated: pd.DataFrame, response: str = "response_hash") -> pd.DataFrame:
+def units(repeated: pd.DataFrame, response: str = "response_sha256") -> pd.DataFrame:
     """Repeated judgings with the unit that each row judges, the units judged once left out.
 
     A unit is a response: condition, question, text, and, where one judging has the same text several times, which of
@@ -73,15 +72,18 @@ def _pairs(table: pd.DataFrame) -> pd.DataFrame:
 def alpha(table: pd.DataFrame) -> float:
     """Krippendorff's alpha for interval data over all judgings of the table; NaN where it is undefined.
 
-    Alpha does not ask who gave which value, so each unit's scores are laid out as first, second, ... judging.
+    1 - observed / expected disagreement (Krippendorff 2011) as sums of squares: the general form, over a matrix of all
+    pairs of values, would need terabytes for scores that are no integers.
     """
     scored = table[table["alignment"].notna()]
-    place = scored.groupby("unit").cumcount()
-    data = scored.assign(place=place).pivot(index="place", columns="unit", values="alignment").to_numpy(float)
-    data = data[:, (~np.isnan(data)).sum(axis=0) > 1]
-    if data.size == 0 or np.unique(data[~np.isnan(data)]).size < 2:
+    several = scored[scored.groupby("unit")["unit"].transform("size") > 1]
+    values = several["alignment"].to_numpy(float)
+    n = len(values)
+    expected = float(((values - values.mean()) ** 2).sum() / (n - 1)) if n else 0.0
+    if expected == 0:
         return math.nan
-    return float(krippendorff.alpha(reliability_data=data, level_of_measurement="interval"))
+    within = several.groupby("unit")["alignment"].agg(["var", "size"])
+    return 1 - float((within["size"] * within["var"]).sum() / n) / expected
 
 
 def _agreement(pairs: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
