@@ -399,6 +399,10 @@ class Trajectory(Strict):
     seeds: list[int] = [0]
     questions: Positive = 8
     samples_per_question: Positive = 4
+    max_new_tokens: Positive | None = Field(default=None, description="null: the sampling preset's")
+    beside: list[str] = Field(default=[], description="further presets, for the first persona and seed: rank, KL")
+    out_of_domain: list[str] = Field(default=[], description="data sets on whose rows the loss is watched too")
+    loss_rows: Positive = Field(default=8, description="rows per data set on which the loss is measured")
 
 
 class Steering(Strict):
@@ -407,8 +411,16 @@ class Steering(Strict):
     personas: list[str]
     dataset: str
     layers: list[int] = Field(description="layers at which the direction is tried; negative counts from the last")
-    strengths: list[float]
+    strengths: list[float] = Field(description="times the direction: above 0 on the untuned model, below on the tuned")
     samples_per_question: Positive = 4
+    questions: Positive = 8
+    max_new_tokens: Positive | None = Field(default=None, description="null: the sampling preset's")
+    contrast: Literal["adapter", "responses"] = "adapter"
+    source_questions: Positive = Field(default=8, description="further questions that the direction is found on")
+    source_samples: Positive = 2
+    transfer_layer: int | None = Field(default=None, description="null: the middle one of layers")
+    transfer_strength: Annotated[float, Field(gt=0)] = 1.0
+    shuffles: Positive = 500
 
 
 class Profile(Strict):
