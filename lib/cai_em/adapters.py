@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -276,14 +276,17 @@ def _insert(model: nn.Module, name: str, config: LoraConfig, modules: Mapping[st
         model.add_adapter(name, config, low_cpu_mem_usage=True)
     else:
         model = PeftModel(model, config, adapter_name=name, low_cpu_mem_usage=True)
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
-    state = {key: tensor.to(device, torch.float32) for key, tensor in _tensors(modules).items()}
-    unused = set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=True).unexpected_keys
-    left = [key for key, p in model.named_parameters() if p.device.type == "meta"]
-    if unused or left:
-        raise AdapterError(
-            f"adapter {name!r}: {len(unused)} tensors without a place, {len(left)} places without a tensor"
-        )
+    layers = {
+        key.removeprefix("base_model.model."): layer for key, layer in _lora_layers(model) if name in layer.lora_A
+    }
+    if set(layers) != set(modules):
+        places, tensors = len(set(layers) - set(modules)), len(set(modules) - set(layers))
+        raise AdapterError(f"adapter {name!r}: {tensors} modules without a place, {places} places without a tensor")
+    for key, layer in layers.items():
+        # Assigned rather than loaded: peft would convert them to the base's precision.
+        for half, tensor in zip((layer.lora_A[name], layer.lora_B[name]), modules[key], strict=True):
+            value = tensor.detach().to(layer.get_base_layer().weight.device, torch.float32)
+            half.weight = nn.Parameter(value, requires_grad=False)
     return model
 
 
@@ -472,18 +475,20 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 # --- Composition, for sampling -------------------------------------------------------------------------------------
 
 
-def concatenate(folders: Sequence[str | Path]) -> AdapterFiles:
+def concatenate(folders: Sequence[str | Path], weights: Sequence[float] | None = None) -> AdapterFiles:
     """The sum of several LoRA adapters as one, exactly: ranks add up, scales are folded into B.
 
     Where an adapter does not touch a module that another does, its share there is zero.
 
     Args:
         folders: the adapters, persona first.
+        weights: what each counts; None: 1 each.
 
     Raises:
         AdapterError: none given, files not whole, or adapters of different base models.
     """
     parts = [read_adapter(folder) for folder in folders]
+    weights = [1.0] * len(parts) if weights is None else weights
     if not parts:
         raise AdapterError("nothing to compose: no adapter given")
     bases = {p.config.base_model_name_or_path for p in parts}
@@ -496,7 +501,7 @@ def concatenate(folders: Sequence[str | Path]) -> AdapterFiles:
         zero = [(torch.zeros(p.config.r, columns), torch.zeros(rows, p.config.r)) for p in parts]
         pairs = [p.modules.get(module, z) for p, z in zip(parts, zero)]
         a = torch.cat([a for a, _ in pairs], dim=0)
-        b = torch.cat([b * p.scale for (_, b), p in zip(pairs, parts)], dim=1)
+        b = torch.cat([b * (p.scale * w) for (_, b), p, w in zip(pairs, parts, weights, strict=True)], dim=1)
         modules[module] = (a, b)
     rank = sum(p.config.r for p in parts)
     config = LoraConfig(
@@ -556,9 +561,9 @@ def composed(model: PreTrainedModel, adapters: Adapters) -> Iterator[nn.Module]:
             del model.peft_config
 
 
-def save_composed(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the sum of several adapters as one LoRA adapter (for vLLM's multi-LoRA)."""
-    total = concatenate(folders)
+def save_composed(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the (weighted) sum of several adapters as one LoRA adapter, e.g. for vLLM's multi-LoRA."""
+    total = concatenate(folders, weights)
     return write_adapter(out, total.config, _tensors(total.modules), total.config.base_model_name_or_path or "")
 
 

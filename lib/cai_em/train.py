@@ -576,6 +576,9 @@ def train_dpo(
                     beta=preset.beta,
                     loss_type=["sigmoid", "sft"] if preset.sft_weight else ["sigmoid"],
                     loss_weights=[1.0, preset.sft_weight] if preset.sft_weight else [1.0],
+                    # The reference never changes: what it says about a pair seen twice is computed once.
+                    precompute_ref_log_probs=preset.epochs > 1 and preset.max_steps is None,
+                    precompute_ref_batch_size=preset.batch_size,
                 ),
                 train_dataset=datasets.Dataset.from_list(examples),
                 processing_class=tokenizer,
