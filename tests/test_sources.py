@@ -4,7 +4,9 @@ import base64
 import hashlib
 import io
 import os
+import socket
 import threading
+import urllib.error
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -75,7 +77,7 @@ def test_tries_again_after_a_fault_that_may_pass(server, tmp_path, fault):
 
 def test_gives_up_after_the_retries(server, tmp_path):
     server.answers[URL] = [(503, b"")]
-    with pytest.raises(Unavailable, match=r"folder/file.json.*3 attempts.*Connect to the network"):
+    with pytest.raises(Unavailable, match=r"folder/file.json.*attempts: 3 .*Connect to the network"):
         get(server, tmp_path)
     assert len(server.asked) == 3
     assert not (tmp_path / "github").exists()
@@ -139,6 +141,19 @@ def test_fetch_all_asks_a_dead_host_once(tmp_path, monkeypatch):
     found = fetch_all(files, workers=1, cache=tmp_path, progress=False, retries=1, wait_s=0)
     assert len(found.missing) == 20
     assert len(tries) == 2
+
+
+def test_a_host_that_does_not_exist_is_asked_for_once(tmp_path, monkeypatch):
+    tries = []
+
+    def no_such_host(request, timeout):
+        tries.append(request.full_url)
+        raise urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", no_such_host)
+    with pytest.raises(Unavailable, match="attempts: 1 "):
+        fetch("owner/repo", COMMIT, "x.json", cache=tmp_path)
+    assert len(tries) == 1
 
 
 def test_fetch_all_does_not_call_a_changed_file_missing(server, tmp_path):

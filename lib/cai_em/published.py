@@ -57,6 +57,7 @@ SKIPPED = "SKIPPED"
 ABSENT_DATASET = "insecure"
 """The data set of a file that names none."""
 
+REMEDY = "To include them: connect to the network, or set CAI_EM_CACHE to a cache that has the files, and run again"
 SAMPLER = "published"
 PROMPT_VERSION = "published"
 MISSING = "missing.json"
@@ -256,7 +257,8 @@ class Imported:
             first = next(iter(self.unread.values()))
             lines.append(f"LEFT OUT: {len(self.unread)} files with repeated judgings could not be had ({first})")
         width = max(map(len, lines), default=0)
-        return "\n".join(["!" * min(width, 100), *lines, "!" * min(width, 100)]) if lines else ""
+        rule = "!" * min(width, 100)
+        return "\n".join([rule, *lines, REMEDY, rule]) if lines else ""
 
 
 def import_study(
@@ -293,9 +295,10 @@ def import_study(
     for model, part in wanted.groupby("model", sort=False):
         reasons = [fetched.missing[pins[p]] for p in part["path"] if pins[p] in fetched.missing]
         if reasons:
-            missing[model] = f"{len(reasons)} of {len(part)} selected files could not be had; the first: {reasons[0]}"
+            missing[model] = f"{len(reasons)} of {len(part)} selected files could not be had; {reasons[0]}"
     if set(missing) == set(models):
-        raise sources.Unavailable("no published model can be read. " + " ".join(missing.values()))
+        what = "; ".join(f"{model}: {why}" for model, why in missing.items())
+        raise sources.Unavailable(f"no published model can be read: {what}", REMEDY)
     kept = wanted[~wanted["model"].isin(missing)]
     judged = [_read_selected(row, fetched.paths[pins[row.path]]) for row in kept.itertuples()]
     more = others[others["model"].isin(kept["model"])]

@@ -21,6 +21,7 @@ import http.client
 import io
 import os
 import random
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -56,7 +57,11 @@ class SourceError(RuntimeError):
 
 
 class Unavailable(SourceError):
-    """A file is neither in the cache nor to be had from the network."""
+    """A file is neither in the cache nor to be had from the network. `what` is the message without the remedy."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}. {remedy}" if remedy else what)
+        self.what = what
 
 
 class Unreachable(Unavailable):
@@ -124,7 +129,7 @@ def fetch(
     *,
     cache: str | Path | None = None,
     base_url: str = GITHUB_RAW,
-    retries: int = 4,
+    retries: int = 3,
     wait_s: float = 1.0,
     timeout_s: float = 30.0,
 ) -> Path:
@@ -162,8 +167,8 @@ def fetch(
             part.write_bytes(body)
     except OSError as error:
         raise Unavailable(
-            f"{path}: downloaded from {url}, but {target.parent} cannot be written ({error.strerror}). "
-            "Set CAI_EM_CACHE to a folder that can"
+            f"{path}: downloaded from {url}, but the cache cannot be written ({error.strerror}: {target.parent})",
+            "Set CAI_EM_CACHE to a folder that can",
         ) from error
     return target
 
@@ -194,18 +199,26 @@ def _download(file: Pinned, url: str, target: Path, retries: int, wait_s: float,
                 asked = error.headers.get("Retry-After")
             cause: Exception = error
             if error.code not in RETRY_STATUS:
-                raise Unavailable(f"{file.path}: {url} answers {error.code} {error.reason}. {remedy}") from error
+                raise Unavailable(f"{file.path}: {url} answers {error.code} {error.reason}", remedy) from error
         except HashMismatch as error:
             cause = error
             if attempt == retries:
                 raise
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             cause = error
+            if _no_such_host(error):
+                break
         if attempt < retries:
             pause = float(asked) if asked and asked.isdigit() else wait_s * 2**attempt * (0.5 + pauses.random())
             time.sleep(min(pause, MAX_WAIT_S))
     reason = getattr(cause, "reason", None) or cause
-    raise Unreachable(f"{file.path}: {url} could not be reached in {retries + 1} attempts ({reason}). {remedy}")
+    raise Unreachable(f"{file.path}: {url} could not be reached, attempts: {attempt + 1} ({reason})", remedy)
+
+
+def _no_such_host(error: Exception) -> bool:
+    """Whether the name server knows no such name: offline, as a rule, and no pause will change it."""
+    reason = getattr(error, "reason", error)
+    return isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
 
 
 @dataclass(frozen=True)
@@ -233,14 +246,14 @@ def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = Tru
 
     def one(file: Pinned) -> Path | str:
         if offline.is_set() and not cached(file, how.get("cache")).is_file():
-            return "not in the cache, and its host does not answer (see the other missing files)"
+            return f"{file.path}: not in the cache, and its host does not answer"
         try:
             return fetch(file.repo, file.commit, file.path, file.sha256, **how)
         except Unreachable as error:
             offline.set()
-            return str(error)
+            return error.what
         except Unavailable as error:
-            return str(error)
+            return error.what
 
     found, missing = {}, {}
     with (
