@@ -1,0 +1,173 @@
+"""How much time sampling six conditions takes beyond decoding: one engine for all, against merge-save-load for each.
+
+    python benchmarks/sampling.py                     the embedded model, transformers back end (about 3 minutes)
+    python benchmarks/sampling.py --backend vllm      the same with vLLM's engine and LoRA requests
+    python benchmarks/sampling.py --profile micro     the tiny model: seconds, to try it out
+
+Merge-save-load is how the published study sampled: for each condition load the base, merge the adapters into it, save
+the merged model, load that. Ours loads the base once and composes each condition's adapters on top of it. Beyond
+decoding is everything but `decode`; our probe (the proof that the right adapters are active, which the other way does
+not have) is shown by itself and counted in the second ratio. Exit code 1 if the first ratio is below 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from cai_em import adapters as lora
+from cai_em import materials, models, params, sample
+from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+TARGET = 10.0
+ARMS = [(), ("calm",), ("loud",), ("em",), ("calm", "em"), ("loud", "em")]
+"""Six conditions: base, two personas, fine-tuning alone, and it on top of each persona."""
+
+
+def make_adapters(spec: ModelSpec, folder: Path, rank: int) -> None:
+    """Three adapters of random values, small enough for the model to go on speaking."""
+    for seed, name in enumerate(("calm", "loud", "em")):
+        torch.manual_seed(seed)
+        stacked = lora.stack(models.load_model(spec, dtype="float32"), None, LoraPreset(r=rank, alpha=2 * rank))
+        for key, parameter in stacked.named_parameters():
+            if ".lora_B." in key:
+                torch.nn.init.normal_(parameter, std=0.002)
+        lora.save_adapter(stacked, lora.EM, folder / name)
+
+
+def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[sample.Job], folder: Path) -> dict[str, float]:
+    """Seconds by phase of the way that makes a whole model per condition."""
+    seconds = dict.fromkeys(("load", "merge", "save", "reload"), 0.0)
+    for job in jobs:
+        start = time.perf_counter()
+        model = models.load_model(spec, dtype=preset.dtype)
+        loaded = time.perf_counter()
+        for path in job.condition.paths:
+            model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+        merged = time.perf_counter()
+        model.save_pretrained(folder / "merged")
+        del model
+        gc.collect()
+        saved = time.perf_counter()
+        AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=getattr(torch, preset.dtype)).eval()
+        ends = (loaded, merged, saved, time.perf_counter())
+        for phase, a, b in zip(seconds, (start, *ends), ends):
+            seconds[phase] += b - a
+        gc.collect()
+    return seconds
+
+
+def one_engine(
+    spec: ModelSpec, preset: SamplingPreset, jobs: list[sample.Job], decoding: sample.Decoding, probes: list[str]
+) -> tuple[dict[str, float], int]:
+    """Seconds by phase of one engine for all conditions, and how many tokens it made."""
+    engine = sample.open_engine(spec, preset, jobs)
+    tokens = sum(len(c.tokens) for done in engine.run(jobs, decoding, probes) for c in done.completions)
+    engine.close()
+    return engine.timings, tokens
+
+
+def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[sample.Request, ...]) -> float:
+    """Tokens per second of `generate` as it comes, on the base model: the same prompts, batch and parameters."""
+    model, tokenizer = models.load_model(spec, dtype=preset.dtype), models.load_tokenizer(spec)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=preset.temperature,
+        top_p=preset.top_p,
+        top_k=0,
+        max_new_tokens=preset.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    made, start = 0, time.perf_counter()
+    torch.manual_seed(0)
+    for first in range(0, len(requests), preset.batch_size):
+        prompts = [list(r.tokens) for r in requests[first : first + preset.batch_size]]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            new = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        for row in new.tolist():
+            made += row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+    return made / (time.perf_counter() - start)
+
+
+def beyond_decoding(seconds: dict[str, float], leave_out: tuple[str, ...] = ()) -> float:
+    """Seconds of all phases but `decode` and those left out."""
+    return sum(s for phase, s in seconds.items() if phase not in ("decode", *leave_out))
+
+
+def say(title: str, seconds: dict[str, float]) -> None:
+    """One line: phases and their times."""
+    print(f"  {title:<34}" + "   ".join(f"{phase} {s:.2f} s" for phase, s in seconds.items()))
+
+
+def main() -> int:
+    """Run both ways, print times and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="demo", help="whose first model is used: demo, or micro to try it out")
+    parser.add_argument("--backend", default="transformers", choices=["transformers", "vllm"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=4, help="per question")
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
+    args = parser.parse_args()
+    study = params.load(args.profile)
+    spec, probes = next(iter(study.models.values())), materials.probe_prompts(study)
+    preset = SamplingPreset(
+        temperature=0.7,
+        top_p=0.9,
+        max_new_tokens=args.tokens,
+        samples_per_question=args.samples,
+        backend=args.backend,
+        dtype=args.dtype,
+    )
+    decoding = sample.Decoding(0.7, 0.9, 0, 1.0, args.tokens)
+    tokenizer = models.load_tokenizer(spec)
+    prompts = [sample.render(tokenizer, [{"role": "user", "content": text}]) for _, text in materials.questions(study)]
+    requests = tuple(sample.Request(tokens, seed) for seed in range(args.samples) for tokens in prompts)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_adapters(spec, folder, args.rank)
+        jobs = [
+            sample.Job(
+                sample.Condition(spec.key, "+".join(arm) or "base", "none", 0, tuple((a, folder / a) for a in arm)),
+                requests,
+            )
+            for arm in ARMS
+        ]
+        theirs = merge_save_load(spec, preset, jobs, folder)
+        ours, tokens = one_engine(spec, preset, jobs, decoding, probes)
+        merged = preset.model_copy(update={"merge": True})
+        in_place, _ = one_engine(spec, merged, jobs, decoding, probes) if args.backend == "transformers" else ({}, 0)
+    plain = plain_speed(spec, preset, requests)
+
+    ratio = beyond_decoding(theirs) / beyond_decoding(ours, ("probe",))
+    with_probe = beyond_decoding(theirs) / beyond_decoding(ours)
+    print(
+        f"{spec.label}, {len(ARMS)} conditions x {len(requests)} responses of up to {args.tokens} tokens, {args.dtype}"
+    )
+    say("merge, save, load per condition", theirs)
+    say(f"one engine ({args.backend})", ours)
+    if in_place:
+        say("one engine, merged in place", in_place)
+    print(f"  beyond decoding                   {ratio:.1f} x less time ({with_probe:.1f} x with our probe counted in)")
+    speed = tokens / ours["decode"]
+    print(
+        f"  tokens per second                 {speed:.0f} ours with adapters, {plain:.0f} plain generate on the base:",
+        end="",
+    )
+    print(f" {speed / plain:.2f} x", end="")
+    print(f"; {tokens / in_place['decode'] / plain:.2f} x merged in place" if in_place else "")
+    print(f"goal (at least {TARGET:.0f} x less time beyond decoding): {'met' if ratio >= TARGET else 'NOT MET'}")
+    return 0 if ratio >= TARGET else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
