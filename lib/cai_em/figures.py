@@ -72,6 +72,24 @@ def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, flo
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def welch_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Welch's t-interval of mean(a) - mean(b); a point where neither side varies."""
+    delta = float(np.mean(a) - np.mean(b))
+    u, v = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    if u + v == 0:
+        return delta, delta
+    df = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
+    half = float(sps.t.ppf(0.5 + confidence / 2, df) * np.sqrt(u + v))
+    return delta - half, delta + half
+
+
+def skewness(values: np.ndarray) -> float:
+    """Moment coefficient of skewness; NaN where nothing varies."""
+    deviation = values - np.mean(values)
+    spread = np.mean(deviation**2)
+    return float(np.mean(deviation**3) / spread**1.5) if spread > 0 else float("nan")
+
+
 def summarise(scores: pd.DataFrame, by: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
     """Mean alignment by group, with both kinds of interval.
 
@@ -301,12 +319,12 @@ def _differences(scores: pd.DataFrame, persona: str, confidence: float) -> pd.Da
         a, b = (group.loc[group["persona"] == p] for p in (persona, BASELINE))
         if len(a) < 2 or len(b) < 2:
             continue
-        welch = sps.ttest_ind(a["alignment"], b["alignment"], equal_var=False).confidence_interval(confidence)
+        low, high = welch_interval(a["alignment"].to_numpy(), b["alignment"].to_numpy(), confidence)
         paired = (a.groupby("question_id")["alignment"].mean() - b.groupby("question_id")["alignment"].mean()).dropna()
         q_low, q_high = t_interval(paired.to_numpy(), confidence)
         rows.append(
-            {"dataset": dataset, "mean": a["alignment"].mean() - b["alignment"].mean(), "ci_low": welch.low,
-             "ci_high": welch.high, "q_low": q_low, "q_high": q_high, "n_questions": len(paired)}
+            {"dataset": dataset, "mean": a["alignment"].mean() - b["alignment"].mean(), "ci_low": low,
+             "ci_high": high, "q_low": q_low, "q_high": q_high, "n_questions": len(paired)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -554,10 +572,11 @@ def cross_model(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> D
         ax.set_xlabel(f"{look.model(models[0])}: mean alignment")
         ax.set_ylabel(f"{look.model(other)}: mean alignment")
         ax.legend(loc="upper left")
-        rho = sps.spearmanr(x, y).statistic if len(shared) > 2 else float("nan")
+        varies = len(shared) > 2 and x.nunique() > 1 and y.nunique() > 1
+        rank = f" (rank correlation {sps.spearmanr(x, y).statistic:.2f})" if varies else ""
         notes.append(
-            f"{look.model(other)} scores {(y - x).mean():+.1f} points on average over {len(shared)} shared conditions "
-            f"(rank correlation {rho:.2f})"
+            f"{look.model(other)} scores {(y - x).mean():+.1f} points on average over {len(shared)} shared conditions"
+            f"{rank}"
         )
     caption = (
         f"Mean alignment of the same conditions in {look.model(models[0])} and another model. " + "; ".join(notes) + "."
@@ -594,7 +613,7 @@ def violin(scores: pd.DataFrame, look: Look) -> Drawing:
         Line2D([], [], color=style.INK, label="median"),
     ]
     _legend_below(fig, handles)
-    skew = sps.skew(table["alignment"])
+    skew = skewness(table["alignment"].to_numpy())
     caption = (
         f"Distribution of {len(table):,} alignment scores by persona: bins of five points, width proportional to the "
         f"square root of a bin's share so that rare low scores stay visible. Over all personas the skewness is "

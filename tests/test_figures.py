@@ -1,0 +1,199 @@
+"""Figures: summaries against scipy, captions from data, any grid, missing cells shown."""
+
+import json
+import re
+from types import SimpleNamespace as Obj
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from cai_em import figures, style
+from scipy import stats
+
+PERSONAS = [
+    Obj(key="baseline", label="Baseline", order=0, colour="#4d4d4d", custom=False),
+    Obj(key="good", label="Good_one", order=1, colour="#009e73", custom=False),
+    Obj(key="bad", label="Bad", order=2, colour="#d55e00", custom=False),
+]
+DATASETS = [
+    Obj(key="harm", label="harm", order=0, role="em", twin="help"),
+    Obj(key="help", label="help", order=1, role="benign_control", twin=None),
+    Obj(key="none", label="no fine-tuning", order=2, role="none", twin=None),
+]
+LOOK = style.Look(
+    PERSONAS, DATASETS, [Obj(key="m1", label="Model 1", order=0), Obj(key="m2", label="Model 2", order=1)]
+)
+HYPOTHESES = [Obj(label="H1", title="Good is better", personas=["good"], direction="higher")]
+
+
+def score_table(models=("m1",), datasets=("harm", "help"), missing=(), samples=6) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = []
+    for model in models:
+        for persona in ("baseline", "good", "bad"):
+            for dataset in datasets:
+                if (persona, dataset) in missing:
+                    continue
+                for question in range(4):
+                    mean = 60 + 8 * question + 10 * (persona == "good") + 10 * (dataset == "help")
+                    for sample in range(samples):
+                        score = float(np.clip(round(rng.normal(mean, 8) / 5) * 5, 0, 100))
+                        flagged = (question, sample, persona) == (0, 0, "bad")
+                        rows.append(
+                            {
+                                "model": model,
+                                "persona": persona,
+                                "dataset": dataset,
+                                "seed": 0,
+                                "question_id": f"q{question}",
+                                "sample": sample,
+                                "judge": "j",
+                                "alignment": np.nan if flagged else score,
+                                "alignment_flag": "REFUSAL" if flagged else None,
+                                "coherence": 90.0,
+                            }
+                        )
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """Text as text: outlines take most of the drawing time and none of these tests looks at glyphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.RC, "svg.fonttype", "none")
+        patch.setattr(style, "PNG_DPI", 40)
+        yield
+    plt.close("all")
+
+
+def test_summary_against_scipy():
+    table = score_table()
+    found = figures.summarise(table, ["persona", "dataset"]).set_index(["persona", "dataset"])
+    part = table[(table["persona"] == "bad") & (table["dataset"] == "harm")]
+    x = part["alignment"].dropna()
+    row = found.loc[("bad", "harm")]
+    assert (row["n"], row["n_all"], row["n_questions"]) == (23, 24, 4)
+    assert row["mean"] == pytest.approx(x.mean())
+    interval = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((interval.low, interval.high))
+    questions = part.groupby("question_id")["alignment"].mean()
+    interval = stats.ttest_1samp(questions, 0).confidence_interval(0.95)
+    assert (row["q_low"], row["q_high"]) == pytest.approx((interval.low, interval.high))
+    assert row["below_80"] == pytest.approx((x < 80).mean())
+
+
+def test_cohens_d_by_hand():
+    # means 2 and 4, both variances 1, so d = -2; var(d) = 6/9 + 4/12 = 1.
+    d, low, high = figures.cohens_d(np.array([1.0, 2, 3]), np.array([3.0, 4, 5]))
+    assert (d, low, high) == pytest.approx((-2, -2 - 1.959964, -2 + 1.959964), abs=1e-5)
+    assert np.isnan(figures.cohens_d(np.ones(3), np.ones(3))[0]), "no spread, no effect size"
+
+
+def test_paired_difference_of_questions():
+    table = score_table()
+    row = figures._differences(table, "good", 0.95).set_index("dataset").loc["harm"]
+    means = table[table["dataset"] == "harm"].groupby(["persona", "question_id"])["alignment"].mean()
+    interval = stats.ttest_rel(means["good"], means["baseline"]).confidence_interval(0.95)
+    assert (row["q_low"], row["q_high"]) == pytest.approx((interval.low, interval.high))
+
+
+def test_all_figures_of_a_full_grid(tmp_path):
+    table = score_table(datasets=("harm", "help", "none"))
+    outcomes = pd.DataFrame(
+        {
+            "model": "m1",
+            "persona": ["baseline", "good", "bad"],
+            "dataset": "harm",
+            "seed": 0,
+            "em_rate": [0.1, 0.0, 0.2],
+            "em_low": [0.0, 0.0, 0.1],
+            "em_high": [0.2, 0.1, 0.3],
+        }
+    )
+    tests = pd.DataFrame(
+        {
+            "model": "m1",
+            "scope": ["persona", "persona", "personas"],
+            "persona": ["good", "bad", None],
+            "dataset": "harm",
+            "estimate": [0.9, 0.5, 0.6],
+            "low": [0.8, 0.4, 0.5],
+            "high": [1.0, 0.6, 0.7],
+            "chance": [0.5, 0.5, 1 / 3],
+            "p": [0.01, 0.6, 0.01],
+        }
+    )
+    specs = pd.DataFrame({"estimate": [1.0, -1.0, 2.0], "supports": [True, False, True], "unit": ["a", "b", "a"]})
+    records = figures.draw_all(
+        table,
+        tmp_path,
+        LOOK,
+        HYPOTHESES,
+        tests=tests,
+        outcomes=outcomes,
+        specifications={"H1": (specs, "H1: good is better", "higher")},
+    )
+    drawn = {r.key for r in records}
+    assert drawn == (set(figures.TITLES) - {"specification", "cross-model"}) | {"specification-h1"}
+    for record in records:
+        assert (tmp_path / record.svg).stat().st_size > 2000
+        assert (tmp_path / record.png).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert len(record.alt) > 20
+        assert re.search(r"\d", record.caption), f"{record.key}: a caption has numbers from data"
+    assert figures.read_records(tmp_path) == records
+    assert json.loads((tmp_path / "figures.json").read_text())[0]["model"] == "m1"
+    by = {r.key: r for r in records}
+    assert "above chance in 1 of 2" in by["gates"].caption
+    assert "67 % support" in by["specification-h1"].caption
+    assert "33 % the estimate has the opposite sign" in by["specification-h1"].caption
+    assert "Bad on harm (20.0 %)" in by["em-rates"].caption
+
+
+def test_two_models_meet_in_one_figure():
+    table = score_table(("m1", "m2"))
+    table.loc[table["model"] == "m2", "alignment"] -= 2
+    drawing = figures.cross_model(table, LOOK)
+    assert "Model 2 scores +0.0" not in drawing.caption
+    assert "over 6 shared conditions" in drawing.caption
+    assert figures.cross_model(table[table["model"] == "m1"], LOOK) is None
+
+
+def test_welch_interval_and_skewness_against_scipy():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 1, 9), rng.normal(1, 3, 14)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    assert figures.welch_interval(a, b, 0.9) == pytest.approx((interval.low, interval.high))
+    assert figures.skewness(a) == pytest.approx(stats.skew(a))
+    assert figures.welch_interval(np.ones(3), np.zeros(3)) == (1, 1)
+
+
+def test_missing_cells_and_what_cannot_be_drawn(tmp_path):
+    table = score_table(datasets=("harm", "help"), missing={("bad", "help")})
+    records = {r.key: r for r in figures.draw_all(table, tmp_path, LOOK, HYPOTHESES)}
+    assert not {"cross-model", "arms", "gates", "em-rates"} & set(records), "one model, no untuned arm, no tables"
+    assert "no such condition" in (tmp_path / records["heatmap"].svg).read_text()
+    assert "one of the two is missing" in (tmp_path / records["twins"].svg).read_text()
+    assert "like for like" in (tmp_path / records["alignment"].svg).read_text()
+    assert "only those 1 data sets" in records["alignment"].caption
+
+
+def test_caption_follows_the_data():
+    table = score_table()
+    before = figures.heatmap(table, LOOK).caption
+    table.loc[(table["persona"] == "good") & (table["dataset"] == "help"), "alignment"] = 1.0
+    after = figures.heatmap(table, LOOK).caption
+    assert before != after
+    assert "Good_one on help (1.0)" in after
+
+
+def test_only_untuned_conditions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="without fine-tuning"):
+        figures.draw_all(score_table(datasets=("none",)), tmp_path, LOOK)
+
+
+def test_constant_scores_and_single_samples_are_drawn(tmp_path):
+    table = score_table(samples=1)
+    table["alignment"] = 100.0
+    table["alignment_flag"] = None
+    assert {r.key for r in figures.draw_all(table, tmp_path, LOOK, HYPOTHESES)} >= {"alignment", "heatmap", "violin"}

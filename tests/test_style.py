@@ -1,0 +1,108 @@
+"""Looks: known colours, simulated vision, and redundancy where colour alone would not do."""
+
+import itertools
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from cai_em import params, style
+
+
+@pytest.fixture(scope="module")
+def look():
+    registries = params.load("demo")._registries
+    return style.Look(
+        list(registries["personas"].values()),
+        list(registries["datasets"].values()),
+        list(registries["models"].values()),
+    )
+
+
+def test_lab_of_known_colours():
+    # Reference values: CIE L*a*b* (D65) of the sRGB primaries, e.g. brucelindbloom.com's calculator.
+    assert style.lab(style.linear_rgb("#ffffff")) == pytest.approx([100, 0, 0], abs=0.02)
+    assert style.lab(style.linear_rgb("#000000")) == pytest.approx([0, 0, 0], abs=1e-9)
+    assert style.lab(style.linear_rgb("#ff0000")) == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
+    assert style.lab(style.linear_rgb("#0000ff")) == pytest.approx([32.30, 79.19, -107.86], abs=0.05)
+
+
+def test_contrast_of_black_on_white_is_21():
+    assert style.contrast("#000000") == pytest.approx(21)
+    assert style.contrast("#767676") == pytest.approx(4.54, abs=0.01)  # the greyest grey that passes for text
+
+
+def test_simulation_keeps_grey_and_confuses_red_with_green():
+    for matrix in style.DEFICIENCY.values():
+        assert matrix.sum(axis=1) == pytest.approx([1, 1, 1], abs=1e-3)  # greys stay grey
+    red_green = style.differences("#c03000", "#6c6a00")
+    assert red_green["deuteranopia"] < red_green["normal"] / 2
+    blue_yellow = style.differences("#0072b2", "#e69f00")
+    assert min(blue_yellow.values()) > 10
+
+
+def test_confusable_names_the_pair_and_the_vision():
+    assert style.confusable({"a": "#777777", "b": "#777777"})[0] == ("a", "b", "normal")
+    assert style.confusable({"a": "#000000", "b": "#ffffff"}) == []
+
+
+def test_no_pair_of_personas_relies_on_colour_alone(look):
+    """Whoever cannot tell two personas' colours apart, in greyscale or with a colour deficiency, has another sign."""
+    colours = {p.key: p.colour for p in look.personas}
+    pairs = {(a, b) for a, b, _ in style.confusable(colours)}
+    for a, b in pairs:
+        signs = [getattr(look, sign)(a) != getattr(look, sign)(b) for sign in ("marker", "linestyle", "hatch")]
+        assert any(signs), f"{a} and {b} look alike"
+    usual = [p.key for p in look.personas if not p.custom and p.kind != "random_control"]
+    markers = [look.marker(p) for p in usual]
+    assert len(set(markers)) == len(markers), "the study's personas have a marker each"
+
+
+def test_key_personas_differ_for_every_colour_vision(look):
+    """The personas that the hypotheses compare in one panel: told apart by colour in all four kinds of vision."""
+    keys = ["baseline", "sycophancy", "goodness", "loving"]
+    for a, b in itertools.combinations(keys, 2):
+        seen = style.differences(look.colour(a), look.colour(b))
+        assert min(d for vision, d in seen.items() if vision != "greyscale") > 12, (a, b, seen)
+
+
+def test_roles_are_legible_and_have_signs(look):
+    for role, colour in style.ROLE_COLOUR.items():
+        assert style.contrast(colour) >= 4.5, f"{role}: too pale for text"
+    assert len(set(style.ROLE_SIGN.values())) == len(style.ROLE_SIGN)
+    assert look.signed("insecure").endswith("●")
+
+
+def test_order_and_unknown_keys(look):
+    assert look.sort_personas(["loving", "zzz", "baseline", "loving"]) == ["baseline", "loving", "zzz"]
+    assert look.sort_datasets(["good_medical", "insecure"]) == ["insecure", "good_medical"]
+    assert look.persona("zzz") == "zzz"
+    assert look.colour("zzz") == style.MUTED
+    assert look.role("zzz") != "em", "an undeclared data set must not count towards a verdict"
+
+
+def test_a_saved_figure_has_no_date_and_the_same_bytes_twice(tmp_path):
+    written = []
+    for number in range(2):
+        with style.context():
+            fig, ax = plt.subplots(figsize=style.size(2))
+            ax.plot(np.arange(5), label="x")
+            ax.legend()
+        svg, png = style.save(fig, tmp_path / str(number) / "a.b")
+        assert svg.name == "a.b.svg"
+        written.append((svg.read_bytes(), png.read_bytes()))
+    assert written[0] == written[1]
+    assert b"dc:date" not in written[0][0]
+    assert not list(tmp_path.rglob(".*")), "temporary files are gone"
+
+
+def test_context_leaves_no_trace():
+    before = plt.rcParams["font.size"]
+    with style.context():
+        assert plt.rcParams["font.size"] == style.RC["font.size"]
+    assert plt.rcParams["font.size"] == before
+
+
+def test_look_accepts_any_named_objects():
+    look = style.Look([SimpleNamespace(key="a", label="A", order=0, colour="#123456")], [], [])
+    assert look.line("a")["label"] == "A"
