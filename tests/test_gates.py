@@ -367,11 +367,9 @@ class TestAttach:
         with pytest.raises(DesignError, match="1 comparisons have no gates"):
             gates.attach(some, found.iloc[1:])
 
-    def test_figure_and_markdown(self):
+    def test_markdown(self):
         made = responses(FULL)
         tests = gates.classify(made, permutations=40)
-        figure = gates.for_figure(tests)
-        assert {"kind", "model", "persona", "dataset", "value", "chance_low", "chance_high", "verdict"} == set(figure)
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE)
         sections = gates.markdown(tests, found, persona_auc_min=0.6, uptake_auc_min=0.6, p_max=0.05)
         assert sections[0][1].count("\n| ") == 1 + len(found)

@@ -1,6 +1,7 @@
 """Inference against hand-computed answers, scipy, statsmodels, and simulations whose truth is known."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -387,7 +388,17 @@ class TestVerdicts:
         found = inf.adjust(both, [("m", "a", d) for d in self.em])
         np.testing.assert_allclose(found["p_adjusted"][:4], 0.04)
         assert found["p_adjusted"][4:].isna().all()
+        np.testing.assert_allclose(found["p_adjusted_all"][:4], 0.08)
         np.testing.assert_allclose(inf.adjust(both)["p_adjusted"][:4], 0.08)
+
+    def test_table_of_verdicts(self):
+        h = SimpleNamespace(key="h2", label="H2", personas=["a", "b"], direction="higher")
+        both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
+        table = inf.verdict_table([h], pd.concat([both, both.assign(model="n")]), self.em)
+        assert table["verdict"].tolist() == ["UNDECIDED", "SUPPORTED", "UNDECIDED"] * 2
+        text = inf.verdict_section(table, {("m", "h2"): "MIXED"})[1]
+        assert "MIXED" in text
+        assert text.count("SUPPORTED") == 2
 
 
 class TestPower:

@@ -712,18 +712,6 @@ def gated(verdict: str, gates: pd.DataFrame, *, personas: Collection[str], min_s
 # --- Words ---------------------------------------------------------------------------------------------------------
 
 
-def for_figure(
-    tests: pd.DataFrame, *, persona_auc_min: float = 0.6, uptake_auc_min: float = 0.6, p_max: float = 0.05
-) -> pd.DataFrame:
-    """The tests of single conditions as `figures.gates` draws them: `kind, model, persona, dataset, value, chance_low,
-    chance_high, verdict`."""
-    single = tests[~tests["scope"].isin(["personas", "datasets"])]
-    least = np.where(single["scope"].str.startswith("dataset"), uptake_auc_min, persona_auc_min)
-    status = [evidence(t, minimum=m, p_max=p_max).status for t, m in zip(single.to_dict("records"), least)]
-    columns = single[["model", "persona", "dataset", "chance_low", "chance_high"]]
-    return columns.assign(kind=single["scope"].map(SCOPES), value=single["estimate"], verdict=status)
-
-
 def _auc(x: float) -> str:
     return "–" if math.isnan(x) else f"{x:.2f}"
 

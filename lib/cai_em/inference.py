@@ -601,7 +601,9 @@ def compare_all(
 def adjust(
     comparisons: pd.DataFrame, family: Collection[tuple[str, str, str]] | None = None, column: str = "p"
 ) -> pd.DataFrame:
-    """Add `p_adjusted`: Benjamini-Hochberg over the family actually claimed, model by model.
+    """Add `p_adjusted`: Benjamini-Hochberg over the family actually claimed, model by model; NaN outside of it.
+
+    `p_adjusted_all` takes all comparisons of the model as the family, for those that search among them.
 
     Args:
         comparisons: table with `model, persona, dataset` and `column`.
@@ -609,10 +611,11 @@ def adjust(
     """
     keys = list(comparisons[COMPARISON].itertuples(index=False, name=None))
     claimed = np.array([family is None or key in set(family) for key in keys], bool)
-    result = comparisons.assign(p_adjusted=np.nan)
+    result = comparisons.assign(p_adjusted=np.nan, p_adjusted_all=np.nan)
     for model in comparisons["model"].unique():
-        rows = claimed & (comparisons["model"] == model).to_numpy()
-        result.loc[rows, "p_adjusted"] = benjamini_hochberg(comparisons.loc[rows, column])
+        here = (comparisons["model"] == model).to_numpy()
+        for name, rows in (("p_adjusted", here & claimed), ("p_adjusted_all", here)):
+            result.loc[rows, name] = benjamini_hochberg(comparisons.loc[rows, column])
     return result
 
 
@@ -740,6 +743,34 @@ def honest_verdict(
     return Verdict(worst, "; ".join(v.reason for v in by_persona.values()), by_persona)
 
 
+def verdict_table(
+    hypotheses: Iterable[Any],
+    comparisons: pd.DataFrame,
+    em_datasets: Collection[str],
+    *,
+    alpha: float = 0.05,
+    min_share: float = 0.5,
+) -> pd.DataFrame:
+    """`honest_verdict` of every hypothesis and model, with a row for each persona that it names.
+
+    Args:
+        hypotheses: objects with `key, label, personas, direction`.
+        comparisons: `compare_all` with gates attached, of any number of models.
+
+    Returns:
+        `model, hypothesis, persona` (null: the hypothesis as a whole), `verdict, reason`.
+    """
+    rows = []
+    for model, part in comparisons.groupby("model", sort=False):
+        for h in hypotheses:
+            whole = honest_verdict(
+                h.label, h.personas, h.direction, part, em_datasets, alpha=alpha, min_share=min_share
+            )
+            each = {None: whole, **(whole.by_persona if len(whole.by_persona) > 1 else {})}
+            rows += [(model, h.key, persona, v.verdict, v.reason) for persona, v in each.items()]
+    return pd.DataFrame(rows, columns=["model", "hypothesis", "persona", "verdict", "reason"])
+
+
 # --- Power ---------------------------------------------------------------------------------------------------------
 
 
@@ -779,6 +810,19 @@ def variance_components(
     ms_s = q * ((columns - d.mean()) ** 2).sum() / (s - 1)
     ms_e = ((d - rows - columns + d.mean()) ** 2).sum() / ((q - 1) * (s - 1))
     return VarianceComponents(max(0.0, (ms_q - ms_e) / s), response, max(0.0, (ms_s - ms_e) / q / 2))
+
+
+def typical_components(scores: pd.DataFrame, comparisons: Iterable[tuple[str, str, str]]) -> VarianceComponents:
+    """The mean of the variance components of several comparisons (model, persona, dataset), for planning."""
+    found = []
+    for model, persona, dataset in comparisons:
+        side = {"model": model, "dataset": dataset}
+        found.append(variance_components(scores, {**side, "persona": persona}, {**side, "persona": BASELINE}))
+    if not found:
+        raise DesignError("no comparison to take variance components from")
+    return VarianceComponents(
+        *(float(np.mean([getattr(c, f) for c in found])) for f in ("question", "response", "seed"))
+    )
 
 
 def power(
@@ -877,6 +921,33 @@ def markdown_table(rows: Sequence[Sequence[Any]], header: Sequence[str], align: 
     lines.append("|" + "|".join(marks[a] for a in (align or "l" * len(header))) + "|")
     lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def verdict_section(verdicts: pd.DataFrame, published: Mapping[tuple[str, str], str]) -> tuple[str, str]:
+    """The section of the results document that sets each verdict beside the published rules' one.
+
+    Args:
+        verdicts: from `verdict_table`.
+        published: (model, hypothesis key) -> the published rules' verdict.
+    """
+    rows = [
+        [
+            r.model,
+            r.hypothesis.upper(),
+            "the hypothesis" if pd.isna(r.persona) else r.persona,
+            published.get((r.model, r.hypothesis), "–") if pd.isna(r.persona) else "",
+            f"**{r.verdict}**",
+            r.reason,
+        ]
+        for r in verdicts.itertuples()
+    ]
+    header = ["model", "hypothesis", "about", "published rules", "verdict", "because"]
+    text = (
+        "Every persona that a hypothesis names is tested, on EM data sets whose manipulations are shown, paired by "
+        "question, corrected over the claimed family; significant effects in the other direction count against it. "
+        "NOT INTERPRETABLE: the data cannot speak about the hypothesis, whatever they are tested with.\n\n"
+    )
+    return "Verdicts that respect design and gates", text + markdown_table(rows, header)
 
 
 def markdown(
