@@ -258,7 +258,9 @@ def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = Tru
     found, missing = {}, {}
     with (
         ThreadPoolExecutor(workers) as pool,
-        contextlib.closing(tqdm(total=len(files), desc="public files", unit="file", disable=not progress)) as bar,
+        contextlib.closing(
+            tqdm(total=len(files), desc="public files", unit="file", mininterval=0.5, disable=not progress)
+        ) as bar,
     ):
         for file, result in zip(files, pool.map(one, files)):
             (missing if isinstance(result, str) else found)[file] = result
