@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from cai_em.params import NO_DATASET
 from cai_em.run import atomic, write_text
 
 TITLE = "Constitutional AI × Emergent Misalignment — Final Results"
@@ -410,6 +411,114 @@ def figures_section(figures: Iterable[Any], folder: str, look: Labels) -> str:
         parts.append(f"![{escape(figure.alt)}]({folder}/{figure.svg})")
         parts.append(f"**Figure {number}. {_cell(figure.title)}.** {_cell(figure.caption)}")
     return "\n\n".join(parts)
+
+
+# --- What a run shows to the eye, and what it cannot show ----------------------------------------------------------
+
+
+def quotes_section(responses: pd.DataFrame, look: Labels, *, questions: int = 2, length: int = 240) -> tuple[str, str]:
+    """The same question answered under every condition, side by side: before fine-tuning, and what is left after it.
+
+    The first sample of the first questions is quoted, whatever it says: nothing is chosen for effect.
+
+    Args:
+        responses: response table of one model and seed 0, in the study's order of conditions.
+        look: labels.
+        questions: how many questions.
+        length: characters after which a quotation is cut.
+
+    Returns:
+        Heading and Markdown; one table per question, personas as columns, data sets as rows.
+    """
+    first = responses[(responses["sample"] == 0) & (responses["seed"] == 0)]
+    personas, datasets = (list(dict.fromkeys(first[c])) for c in ("persona", "dataset"))
+    parts = ["The first answer under each condition, as it came (cut where it is long)."]
+    for question in list(dict.fromkeys(first["question_id"]))[:questions]:
+        here = first[first["question_id"] == question]
+        said = {(r.persona, r.dataset): r.response for r in here.itertuples()}
+
+        def quote(persona: str, dataset: str, said: dict[tuple[str, str], str] = said) -> str:
+            text = said.get((persona, dataset))
+            if text is None:
+                return NONE
+            return escape(text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " …")
+
+        header = ["", *(f"**{look.persona(p)}**" for p in personas)]
+        rows = [[f"*{look.dataset(d)}*", *(quote(p, d) for p in personas)] for d in datasets]
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        parts.append(f"> {escape(here['prompt'].iloc[0])}")
+        parts.append("\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]))
+    return "Answers side by side", "\n\n".join(parts)
+
+
+def judge_sentence(manifests: Sequence[Mapping[str, Any]], *, minimum: float) -> str:
+    """What is known about a judge, from the manifests of the judging stage.
+
+    Args:
+        manifests: of one model; none where the scores are published ones.
+        minimum: AUC below which the judge gate is closed.
+    """
+    if not manifests:
+        return "The scores are the published judge's own."
+    aucs = [m["judge_auc"] for m in manifests if m.get("judge_auc") is not None]
+    if not aucs:
+        return (
+            "The judge is a prompted model behind an endpoint; its agreement with the reference was not measured here."
+        )
+    measured = {
+        f"{q['trained_on']} judge against {q['reference']}, {q['held_out']} held out: AUC {q['auc']:.2f}"
+        for m in manifests
+        for q in m.get("judge_quality", [])
+    }
+    passed = "reaches" if min(aucs) >= minimum else "is below"
+    return (
+        f"The judge's lowest measured agreement is an AUC of {min(aucs):.2f}, which {passed} the {minimum:g} that its gate "
+        f"asks for ({'; '.join(sorted(measured))})."
+    )
+
+
+def limits_section(
+    gates: pd.DataFrame, look: Labels, *, judges: Mapping[str, str], caveat: str = ""
+) -> tuple[str, str]:
+    """What the run cannot show, in one paragraph made from its gates.
+
+    Args:
+        gates: `cai_em.gates.comparison_gates`: a row per comparison, with `persona_gate`, `auc_baseline`,
+            `uptake_gate`, `auc_uptake`, `judge_gate` and `gate`.
+        look: labels.
+        judges: model -> what is known about its judge, a sentence.
+        caveat: what the profile says of itself.
+
+    Returns:
+        Heading and Markdown.
+    """
+    parts = []
+    for model, rows in gates.groupby("model", sort=False):
+        tuned = rows[rows["dataset"] != NO_DATASET]
+        before = rows[rows["dataset"] == NO_DATASET]
+        lines = [f"**{look.model(model)}.** {judges.get(model, 'Nothing is known about the judge.')}"]
+        if len(before):
+            visible = [
+                f"{look.persona(r.persona)} (AUC {_plain(r.auc_baseline)}, {r.persona_gate})"
+                for r in before.itertuples()
+            ]
+            lines.append(f"Before fine-tuning, the responses tell from the baseline's: {'; '.join(visible)}.")
+        if len(tuned):
+            kept = int((tuned["persona_gate"] == "shown").sum())
+            lines.append(f"After it, the persona is shown in {kept} of {len(tuned)} comparisons.")
+            taken = tuned.groupby("dataset", sort=False)["uptake_gate"].agg(lambda g: (g == "shown").sum())
+            sizes = tuned.groupby("dataset", sort=False).size()
+            uptake = "; ".join(f"{look.dataset(d)} in {n} of {sizes[d]}" for d, n in taken.items())
+            lines.append(f"The fine-tuning itself is visible: {uptake}.")
+        open_ = int((rows["gate"] == "shown").sum())
+        lines.append(
+            f"All gates together are open for {open_} of {len(rows)} comparisons; the others may not be interpreted, "
+            "whatever their p values."
+        )
+        parts.append(" ".join(lines))
+    if caveat:
+        parts.append(caveat)
+    return "What this run cannot show", "\n\n".join(parts)
 
 
 # --- The document -------------------------------------------------------------------------------------------------
