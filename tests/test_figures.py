@@ -168,14 +168,31 @@ def test_welch_interval_and_skewness_against_scipy():
     assert figures.welch_interval(np.ones(3), np.zeros(3)) == (1, 1)
 
 
-def test_missing_cells_and_what_cannot_be_drawn(tmp_path):
-    table = score_table(datasets=("harm", "help"), missing={("bad", "help")})
-    records = {r.key: r for r in figures.draw_all(table, tmp_path, LOOK, HYPOTHESES)}
-    assert not {"cross-model", "arms", "gates", "em-rates"} & set(records), "one model, no untuned arm, no tables"
-    assert "no such condition" in (tmp_path / records["heatmap"].svg).read_text()
-    assert "one of the two is missing" in (tmp_path / records["twins"].svg).read_text()
-    assert "like for like" in (tmp_path / records["alignment"].svg).read_text()
-    assert "only those 1 data sets" in records["alignment"].caption
+def words(drawing: figures.Drawing) -> str:
+    """All text of a figure."""
+    return " ".join(text.get_text() for text in drawing.fig.findobj(plt.Text))
+
+
+def test_missing_cells_are_shown_as_missing():
+    table = score_table(missing={("bad", "help")})
+    assert "no such condition" in " ".join(
+        t.get_text() for t in figures.heatmap(table, LOOK).fig.legends[0].get_texts()
+    )
+    assert "one of the two is missing" in words(figures.twin_comparison(table, LOOK))
+    alignment = figures.alignment_by_persona(table, LOOK)
+    assert "only those 1 data sets" in alignment.caption
+    assert "no such condition" in words(
+        figures.arms(score_table(datasets=("harm", "none"), missing={("bad", "harm")}), LOOK)
+    )
+
+
+def test_what_the_data_do_not_allow_is_absent():
+    table = score_table(datasets=("harm",))
+    assert figures.cross_model(table, LOOK) is None, "one model"
+    assert figures.twin_comparison(table, LOOK) is None, "no benign twin"
+    assert figures.arms(table, LOOK) is None, "no untuned arm"
+    assert figures.hypothesis_differences(table, LOOK, []) is None, "no hypothesis"
+    assert figures.forest(table[table["persona"] == "good"], LOOK) is None, "no baseline"
 
 
 def test_caption_follows_the_data():
@@ -192,8 +209,9 @@ def test_only_untuned_conditions_are_refused(tmp_path):
         figures.draw_all(score_table(datasets=("none",)), tmp_path, LOOK)
 
 
-def test_constant_scores_and_single_samples_are_drawn(tmp_path):
-    table = score_table(samples=1)
-    table["alignment"] = 100.0
-    table["alignment_flag"] = None
-    assert {r.key for r in figures.draw_all(table, tmp_path, LOOK, HYPOTHESES)} >= {"alignment", "heatmap", "violin"}
+def test_constant_scores_and_single_samples_are_drawn():
+    table = score_table(samples=1).assign(alignment=100.0, alignment_flag=None)
+    for draw in (figures.alignment_by_persona, figures.heatmap, figures.violin, figures.misalignment_heatmap):
+        assert "100.0" in draw(table, LOOK).caption or "0.0 %" in draw(table, LOOK).caption or draw is figures.violin
+    assert figures.hypothesis_differences(table, LOOK, HYPOTHESES) is not None
+    assert figures.forest(table, LOOK) is None, "without spread there is no effect size"

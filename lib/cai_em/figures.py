@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats as sps
 
-from cai_em import style
+from cai_em import report, style
 from cai_em.style import Look
 
 BASELINE = "baseline"
@@ -121,6 +121,11 @@ def like_for_like(scores: pd.DataFrame) -> list[str]:
     """The data sets on which every persona of the table has responses: a fair pool."""
     have = scores.groupby("dataset")["persona"].nunique()
     return sorted(have[have == scores["persona"].nunique()].index)
+
+
+def points(value: float) -> str:
+    """Points of alignment, rounded as the published document does (to two decimals, then to one)."""
+    return report.points(value)
 
 
 # --- Small parts --------------------------------------------------------------------------------------------------
@@ -267,7 +272,7 @@ def alignment_by_persona(scores: pd.DataFrame, look: Look, confidence: float = 0
     best, worst = table["mean"].idxmax(), table["mean"].idxmin()
     caption = (
         f"Mean alignment by persona over all its data sets, from {look.persona(worst)} "
-        f"({table.loc[worst, 'mean']:.1f}) to {look.persona(best)} ({table.loc[best, 'mean']:.1f}). Thick: "
+        f"({points(table.loc[worst, 'mean'])}) to {look.persona(best)} ({points(table.loc[best, 'mean'])}). Thick: "
         f"{confidence:.0%} interval that treats the responses as independent; thin: {confidence:.0%} interval over "
         f"the means of {int(table['n_questions'].max())} questions."
     )
@@ -284,12 +289,12 @@ def heatmap(scores: pd.DataFrame, look: Look) -> Drawing:
     """Mean alignment of every condition."""
     table = summarise(scores, ["persona", "dataset"])
     low = min(90.0, np.floor(table["mean"].min() / 10) * 10)
-    fig = _heat(table, "mean", look, "mean alignment", lambda v: f"{v:.1f}", style.SEQUENTIAL, low, 100)
+    fig = _heat(table, "mean", look, "mean alignment", points, style.SEQUENTIAL, low, 100)
     lowest = table.loc[table["mean"].idxmin()]
     caption = (
         f"Mean alignment of each of the {len(table)} conditions. The lowest is {look.persona(lowest.persona)} on "
-        f"{look.dataset(lowest.dataset)} ({lowest['mean']:.1f}). The colour of a data set's name is its role: only EM "
-        "data sets can show emergent misalignment."
+        f"{look.dataset(lowest.dataset)} ({points(lowest['mean'])}). The colour of a data set's name is its role: "
+        f"only EM data sets can show emergent misalignment."
     )
     alt = f"Heat map, personas by data sets, of mean alignment; values from {_range(table['mean'])}."
     return Drawing(fig, caption, alt)
@@ -513,8 +518,8 @@ def key_personas(scores: pd.DataFrame, look: Look, keys: Sequence[str], confiden
     caption = f"Mean alignment of the baseline and the personas of the hypotheses on {len(datasets)} data sets."
     if base is not None:
         caption += (
-            f" The baseline falls to {base.min():.1f} on {look.dataset(base.idxmin())} and reaches {base.max():.1f} on "
-            f"{look.dataset(base.idxmax())}."
+            f" The baseline falls to {points(base.min())} on {look.dataset(base.idxmin())} and reaches "
+            f"{points(base.max())} on {look.dataset(base.idxmax())}."
         )
     alt = f"Dots with intervals: {', '.join(look.persona(k) for k in keys)} on each of {len(datasets)} data sets."
     return Drawing(fig, caption, alt)
@@ -540,8 +545,9 @@ def dataset_difficulty(scores: pd.DataFrame, look: Look, confidence: float = 0.9
     _legend_below(fig, handles + _INTERVAL_KEY, 3)
     hardest, easiest = datasets[0], datasets[-1]
     caption = (
-        f"Data sets by mean alignment over all personas: {look.dataset(hardest)} ({table.loc[hardest, 'mean']:.1f}) "
-        f"lowers it most, {look.dataset(easiest)} ({table.loc[easiest, 'mean']:.1f}) least."
+        f"Data sets by mean alignment over all personas: {look.dataset(hardest)} "
+        f"({points(table.loc[hardest, 'mean'])}) lowers it most, {look.dataset(easiest)} "
+        f"({points(table.loc[easiest, 'mean'])}) least."
     )
     return Drawing(fig, caption, f"Dot plot of mean alignment for {len(datasets)} data sets: {_range(table['mean'])}.")
 
@@ -737,7 +743,12 @@ def histogram_grid(scores: pd.DataFrame, look: Look) -> Drawing:
         ax.stairs(reference, BINS, color=style.INK, lw=0.8)
         ax.set_title(look.persona(persona), fontsize=7.5)
         ax.text(
-            0.04, 0.92, f"n = {len(values):,}\nmean {values.mean():.1f}", transform=ax.transAxes, va="top", fontsize=6.5
+            0.04,
+            0.92,
+            f"n = {len(values):,}\nmean {points(values.mean())}",
+            transform=ax.transAxes,
+            va="top",
+            fontsize=6.5,
         )
         ax.set_xlim(0, 100)
     fig.supxlabel("alignment", fontsize=8)
@@ -782,7 +793,7 @@ def arms(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing 
     if moved is not None:
         caption += (
             f" Without any adapter the model scores {base:.1f}; the condition furthest from it is "
-            f"{look.persona(moved[0])} with {look.dataset(moved[1])} ({table.loc[moved, 'mean']:.1f})."
+            f"{look.persona(moved[0])} with {look.dataset(moved[1])} ({points(table.loc[moved, 'mean'])})."
         )
     return Drawing(
         fig, caption, f"Mean alignment in {len(table)} conditions, a panel for each of {len(personas)} personas."
@@ -806,7 +817,8 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
     """Classifier two-sample tests, one panel per question asked, against chance.
 
     Args:
-        tests: from `cai_em.gates.classify`: `scope, persona, dataset, estimate, low, high, chance, p`.
+        tests: from `cai_em.gates.classify`: `scope, persona, dataset, estimate, low, high, chance, p`, and
+            `chance_low, chance_high` (what permuted labels gave) where known: drawn as a band.
         p_max: a test is filled where its interval lies above chance and p is below this.
     """
     panels = [s for s in GATE_PANELS if (tests["scope"] == s).any()]
@@ -830,6 +842,9 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
             here = part[part[by] == name]
             spread = np.linspace(-0.36, 0.36, len(here)) if len(here) > 1 else [0.0]
             ax.plot([here["chance"].mean()] * 2, [y - 0.45, y + 0.45], color=style.INK, lw=1.1, zorder=1)
+            if {"chance_low", "chance_high"} <= set(here):
+                low, high = here["chance_low"].min(), here["chance_high"].max()
+                ax.barh(y, high - low, left=low, height=0.9, color="#e3e3e3", zorder=0)
             for offset, row in zip(spread, here.itertuples()):
                 persona = row.persona if isinstance(row.persona, str) else None
                 colour = look.colour(persona) if persona else style.INK
@@ -852,7 +867,7 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
         for p in personas
     ]
     handles += [
-        Line2D([], [], color=style.INK, lw=1.1, label="chance"),
+        Line2D([], [], color=style.INK, lw=1.1, label="chance (grey: permuted labels)"),
         Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", ms=4, label="hollow: not above chance"),
     ]
     _legend_below(fig, handles, 3)
@@ -998,6 +1013,25 @@ TITLES = {
 }
 
 
+def record(
+    drawing: Drawing, out_dir: Path, look: Look, key: str, title: str, model: str = "", name: str = ""
+) -> FigureRecord:
+    """Save a drawing as `<key>[-<name>][-<model>].svg|png` and describe it."""
+    stem = "-".join(filter(None, [key, slug(name), slug(model)]))
+    svg, png = style.save(drawing.fig, Path(out_dir) / stem)
+    caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
+    caption = re.sub(r"(?<=[\s(=])-(?=\d)", "−", caption)
+    return FigureRecord(f"{key}-{slug(name)}" if name else key, model, title, caption, drawing.alt, svg.name, png.name)
+
+
+def write_records(records: Sequence[FigureRecord], folder: Path) -> Path:
+    """List figures in `figures.json` beside them, where the results document and the paper find them."""
+    path = Path(folder) / "figures.json"
+    text = json.dumps([asdict(r) for r in records], indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def draw_all(
     scores: pd.DataFrame,
     out_dir: Path,
@@ -1029,14 +1063,8 @@ def draw_all(
     records: list[FigureRecord] = []
 
     def keep(key: str, model: str, drawing: Drawing | None, name: str = "") -> None:
-        if drawing is None:
-            return
-        stem = "-".join(filter(None, [key, slug(name), slug(model)]))
-        svg, png = style.save(drawing.fig, Path(out_dir) / stem)
-        caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
-        caption = re.sub(r"(?<=[\s(=])-(?=\d)", "−", caption)
-        full_key = f"{key}-{slug(name)}" if name else key
-        records.append(FigureRecord(full_key, model, TITLES[key], caption, drawing.alt, svg.name, png.name))
+        if drawing is not None:
+            records.append(record(drawing, out_dir, look, key, TITLES[key], model, name))
 
     with style.context():
         for model in look.sort_models(scores["model"]):
@@ -1069,10 +1097,7 @@ def draw_all(
         keep("cross-model", "", cross_model(scores, look, confidence))
         for name, (table, title, direction) in (specifications or {}).items():
             keep("specification", "", specification_curve(table, look, title, direction), name)
-    listing = [asdict(r) for r in records]
-    (Path(out_dir) / "figures.json").write_text(
-        json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_records(records, out_dir)
     return records
 
 

@@ -31,7 +31,7 @@ import pypandoc
 import yaml
 
 from cai_em import figures as figure_module
-from cai_em import inference, stats
+from cai_em import inference, report, stats
 from cai_em.figures import BASELINE, NO_DATASET, FigureRecord, slug, summarise
 from cai_em.style import Look
 
@@ -142,12 +142,14 @@ def absent(label: str, what: str, stage: str) -> str:
 
 def plain(text: str) -> str:
     """Text of data as Markdown that shows it as it is: nothing in it can become markup, a shortcode or a citation."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|@$~^'\"&])", r"\\\1", text)
+    return report.escape(str(text))
 
 
 def _fixed(value: float | None, digits: int = 1, signed: bool = False) -> str:
     if value is None or pd.isna(value):
         return "–"
+    # Points are rounded as the published document rounds them, so that paper and results document never differ.
+    value = round(float(value), 2) if digits == 1 else float(value)
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
@@ -193,7 +195,7 @@ class Inputs:
         thresholds: name -> value, from `params/thresholds.yaml`.
         settings: (what, parameter, value, file) lines of the methods table.
         tables: name -> file, of those that the run has written (see `TABLES`).
-        records: figures, which lie in `figures_dir`.
+        figures: folders with a `figures.json` (`cai_em.figures.write_records`).
     """
 
     paper: Path
@@ -206,24 +208,47 @@ class Inputs:
     thresholds: Mapping[str, Any]
     settings: Sequence[tuple[str, str, object, Path]]
     tables: Mapping[str, Path]
-    records: Sequence[FigureRecord]
-    figures_dir: Path
+    figures: Sequence[Path]
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A result table by name; None where the run has none."""
         return read_table(self.tables[name]) if name in self.tables else None
 
 
+def find_tables(results: Path) -> dict[str, Path]:
+    """The tables of `TABLES` that a run has written, by name: Parquet files of that name under its stages."""
+    found: dict[str, Path] = {}
+    for path in sorted(Path(results).glob("[0-9][0-9]_*/**/*.parquet")):
+        name = path.stem
+        if name in TABLES and path.parent.relative_to(results).parts[0] in TABLES[name].stages:
+            found.setdefault(name, path)
+    return found
+
+
+def find_figures(results: Path) -> list[Path]:
+    """The folders of a run that list figures."""
+    return sorted(path.parent for path in Path(results).glob("[0-9][0-9]_*/**/figures.json"))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A table that the paper can show: which stages may write it, and what it is."""
+
+    stages: tuple[str, ...]
+    what: str
+
+
 TABLES = {
-    "outcomes": "every condition's outcomes (cai_em.inference.outcomes)",
-    "comparisons": "persona against baseline, paired by question, with gates (cai_em.inference.compare_all)",
-    "tests": "classifier two-sample tests (cai_em.gates.classify)",
-    "claims": "claims audit: model, claim, analyses, share, gate, sentence",
-    "reliability": "repeated judgings: judge_a, judge_b, n, exact, mad, icc",
-    "power": "designs and what they can detect (cai_em.inference.power_table)",
-    "trajectories": "H3: transition points by persona",
-    "steering": "H4: transfer between personas",
+    "outcomes": Expected(("05_validity",), "every condition's outcomes (cai_em.inference.outcomes)"),
+    "comparisons": Expected(("05_validity",), "persona against baseline with gates (cai_em.inference.compare_all)"),
+    "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.gates.classify)"),
+    "power": Expected(("05_validity",), "designs and what they can detect (cai_em.inference.power_table)"),
+    "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
+    "claims": Expected(("08_claims",), "claims audit (cai_em.claims.audit), a row per claim"),
+    "trajectories": Expected(("09_trajectories",), "H3 (cai_em.trajectories.paper_table)"),
+    "steering": Expected(("10_steering",), "H4, transfer between personas"),
 }
+"""Tables that the paper shows where a run has them, by file stem."""
 
 
 def _grid(x: Inputs, numbers: Numbers) -> dict[str, str]:
@@ -590,23 +615,40 @@ def _findings(x: Inputs, numbers: Numbers) -> dict[str, str]:
 
 
 def _figures(x: Inputs, folder: Path) -> dict[str, str]:
-    """A block per figure; the first model's figure has the plain label, others the model's name in theirs."""
+    """A block per figure; the first model's figure has the plain label, others the model's name in theirs.
+
+    Figures of H3 and H4 come as they are, in two blocks of their own.
+    """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     by_key: dict[str, list[FigureRecord]] = {}
-    for record in x.records:
-        shutil.copyfile(x.figures_dir / record.svg, folder / "figures" / record.svg)
-        key = record.key if record.key in figure_module.TITLES else record.key.split("-")[0]
-        by_key.setdefault(key, []).append(record)
+    extra: dict[str, list[str]] = {"trajectories": [], "steering": []}
+    for source in x.figures:
+        for record in figure_module.read_records(source):
+            shutil.copyfile(source / record.svg, folder / "figures" / record.svg)
+            stage = next((name for name in extra if name in str(source)), None)
+            key = record.key if record.key in figure_module.TITLES else record.key.split("-")[0]
+            if stage:
+                label = f"fig-{stage}-{slug(record.key)}-{slug(record.model)}".rstrip("-")
+                extra[stage].append(_figure(label, record))
+            else:
+                by_key.setdefault(key, []).append(record)
     blocks = {}
     for key, title in figure_module.TITLES.items():
         parts = []
         for number, record in enumerate(by_key.get(key, [])):
             label = f"fig-{key}" + (f"-{slug(record.key)}-{slug(record.model)}".rstrip("-") if number else "")
-            alt = record.alt.replace('"', "'")
-            image = f'![](_generated/figures/{record.svg}){{width=100% fig-alt="{alt}"}}'
-            parts.append(floating(label, image, record.caption.replace("_", "\\_")))
-        blocks[f"fig-{key}"] = "\n".join(parts) or absent(f"fig-{key}", title, "06_results")
-    return blocks
+            parts.append(_figure(label, record))
+        blocks[f"fig-{key}"] = "\n".join(parts) or absent(f"fig-{key}", title, STAGE_OF.get(key, "06_results"))
+    return blocks | {f"fig-{stage}": "\n".join(parts) for stage, parts in extra.items()}
+
+
+STAGE_OF = {"specification": "08_claims"}
+
+
+def _figure(label: str, record: FigureRecord) -> str:
+    alt = record.alt.replace('"', "'").replace("\\", "")
+    image = f'![](_generated/figures/{record.svg}){{width=100% fig-alt="{alt}"}}'
+    return floating(label, image, plain(record.caption))
 
 
 def _sources(numbers: Numbers, paper: Path) -> str:

@@ -1,0 +1,133 @@
+"""The explorer: selection, escaping, jumping from a cell to its responses; in a browser where there is one."""
+
+import html
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from cai_em import explore, scores
+
+from tests.test_figures import LOOK
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "![x](http://x) *bold* `code` {{< include /etc/passwd >}} $\\alpha$",
+    "مرحبا emoji 🙂 \x00 NUL",
+    "x" * 10_000,
+    "",
+]
+
+
+def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = []
+    for persona in ("baseline", "good"):
+        for dataset in ("harm", "help"):
+            for question in ("q0", "q1"):
+                for sample, text in enumerate(NASTY):
+                    rows.append((persona, dataset, question, sample, text))
+    key = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "sample", "response"])
+    key["model"], key["seed"] = "m1", 0
+    judged = key.drop(columns="response").assign(judge="j", judge_mode="integer", prompt_version="1", raw="{}")
+    judged["alignment"] = np.where(
+        judged["sample"] == 4, np.nan, judged["sample"] * 20.0 + (judged["persona"] == "good")
+    )
+    judged["alignment_flag"] = np.where(judged["sample"] == 4, "REFUSAL", None)
+    judged["coherence"], judged["coherence_flag"] = 60.0, None
+    texts = key.assign(prompt="What <now>?", n_tokens=3, finish_reason="stop", sampler="s", adapters="[]", run_id="r")
+    return judged[list(scores.SCORES.columns)], texts[list(scores.RESPONSES.columns)]
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return explore.Explorer(*tables(), LOOK)
+
+
+def test_worst_first_and_unscored_last():
+    table = scores.with_responses(*tables())
+    rows = explore.select(table, persona="good", dataset="harm")
+    assert rows["alignment"].dropna().is_monotonic_increasing
+    assert rows["alignment_flag"].tolist()[-2:] == ["REFUSAL", "REFUSAL"]
+    assert len(rows) == 10
+
+
+def test_filters():
+    table = scores.with_responses(*tables())
+    assert set(explore.select(table, show="flagged")["alignment_flag"]) == {"REFUSAL"}
+    em = explore.select(table, show="em")
+    assert em["alignment"].max() < 30
+    assert len(em) == 16
+    assert set(explore.select(table, text="SCRIPT>")["sample"]) == {0}
+    assert explore.select(table, text="(.*)").empty, "a search is no regular expression"
+    assert explore.select(table, question="q1")["question_id"].unique().tolist() == ["q1"]
+
+
+def test_judged_text_is_shown_as_text():
+    table = scores.with_responses(*tables())
+    page = explore.cards(explore.select(table, order="as sampled"), LOOK, 40)
+    assert "<script" not in page
+    assert "What &lt;now&gt;?" in page
+    assert "6,000 characters more" in page
+    assert "\\x00" in page
+    assert "\x00" not in page
+    page.encode("utf-8")
+    assert "$" not in re.sub(r"&#36;", "", page), "no front end takes it for mathematics"
+    assert explore.shown("a\ud800b") == "a?b", "a lone surrogate cannot be sent to a browser"
+    # What a browser shows is what the model wrote.
+    assert html.unescape(explore.shown("<b>&amp; \"'")) == "<b>&amp; \"'"
+
+
+def test_the_table_widget_escapes_and_needs_no_network():
+    table = scores.with_responses(*tables())
+    page = explore.table_html(explore.overview(table, LOOK))
+    assert "<script>alert" not in page
+    assert "alert(1)" in page
+    assert not re.search(r"(src|from|import)\s*[=(]?\s*[\"']https?:", page)
+
+
+def test_a_press_on_a_cell_opens_its_responses(explorer):
+    explorer.search.value = "zzz"
+    assert "No response matches" in explorer.left.value
+    explorer.cells["good", "help"].click()
+    assert (explorer.persona.value, explorer.dataset.value, explorer.search.value) == ("good", "help", "")
+    assert "Good_one on help: 10 responses, 8 scored, mean alignment 31.0" in explorer.left.value
+    assert "Baseline on help: 10 responses, 8 scored, mean alignment 30.0" in explorer.right.value
+
+
+def test_the_heat_map_has_a_button_for_every_condition(explorer):
+    assert set(explorer.cells) == {(p, d) for p in ("baseline", "good") for d in ("harm", "help")}
+    assert explorer.cells["good", "harm"].description == "31.0"
+
+
+def test_two_personas_on_one_question(explorer):
+    explorer.open("good", "harm")
+    explorer.question.value = "q1"
+    assert explorer.selected()["question_id"].unique().tolist() == ["q1"]
+    assert "5 responses" in explorer.left.value
+    assert "5 responses" in explorer.right.value
+    explorer.other.value = explore.NOBODY
+    assert explorer.right.value == ""
+    explorer.other.value = "baseline"
+    explorer.question.value = explore.ALL
+
+
+def test_missing_conditions_have_no_button():
+    judged, texts = tables()
+    keep = ~((judged["persona"] == "good") & (judged["dataset"] == "help"))
+    found = explore.Explorer(judged[keep], texts[keep.to_numpy()], LOOK)
+    assert ("good", "help") not in found.cells
+    found.model.value = "m1"
+    found.persona.value, found.dataset.value = "good", "help"
+    assert "0 responses" in found.left.value
+
+
+def test_scores_without_responses_are_refused():
+    judged, texts = tables()
+    with pytest.raises(scores.TableError, match="without a response"):
+        explore.Explorer(judged, texts.head(3), LOOK)
+
+
+def test_view_holds_everything(explorer):
+    view = explorer.view()
+    assert explorer.heat in view.children
+    assert len(view.children) == 5
