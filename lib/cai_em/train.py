@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import time
 import warnings
@@ -44,8 +43,8 @@ from cai_em import adapters as lora
 from cai_em import models
 from cai_em.params import DpoPreset, KlPreset, ModelSpec, SftPreset, TrainingPreset
 
-Row = dict[str, Any]
-"""A row of a fine-tuning data set: `{"messages": [{"role": ..., "content": ...}, ...]}`."""
+Row = Sequence[dict[str, str]]
+"""A row of a fine-tuning data set: the messages of a conversation, `[{"role": ..., "content": ...}, ...]`."""
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -156,30 +155,6 @@ def load_for_training(
 # --- Rows as tokens ------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSON-lines file of conversations.
-
-    Raises:
-        TrainingError: a line that is not such a row; file and line are named.
-    """
-    path = Path(path)
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            roles = [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TrainingError(f"{path}:{number}: not a row of messages with role and content ({error!r})") from error
-        if len(roles) != len(row["messages"]) or "assistant" not in roles:
-            raise TrainingError(f"{path}:{number}: messages must be texts, at least one of them by the assistant")
-        rows.append(row)
-    if not rows:
-        raise TrainingError(f"{path}: no rows")
-    return rows
-
-
 @dataclass
 class Encoded:
     """Rows as tokens.
@@ -213,7 +188,7 @@ def encode_rows(
     examples, answers = [], []
     counts = {"given": len(rows), "used": 0, "truncated": 0, "dropped_no_answer_within_max_length": 0}
     for row in rows:
-        ids, written = models.encode_conversation(tokenizer, row["messages"])
+        ids, written = models.encode_conversation(tokenizer, row)
         counts["truncated"] += len(ids) > max_length
         ids, written = ids[:max_length], written[:max_length]
         if not any(written):
@@ -221,7 +196,7 @@ def encode_rows(
             continue
         labels = ids if loss_on == "full" else [i if by_model else IGNORED for i, by_model in zip(ids, written)]
         examples.append({"input_ids": ids, "labels": list(labels)})
-        answers.append("".join(m["content"].strip() + tokenizer.eos_token for m in row["messages"] if _answer(m)))
+        answers.append("".join(m["content"].strip() + tokenizer.eos_token for m in row if _answer(m)))
     counts["used"] = len(examples)
     if not examples:
         raise TrainingError(f"none of {len(rows)} rows has an answer within {max_length} tokens: raise max_length")
@@ -397,14 +372,14 @@ def _checked(trainer_class: type) -> type:
             loss = found[0] if return_outputs else found
             if self.regulariser and self.regulariser.preset.weight and model.training:
                 kl = self.regulariser.loss(model)
-                self._metrics["train"]["kl"].append(float(kl))
+                self._metrics["train"]["kl"].append(float(kl.detach()))
                 # The trainer's loss is already divided by the tokens of all accumulated batches.
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 loss = loss + self.regulariser.preset.weight * kl / steps
             if not torch.isfinite(loss):
                 raise TrainingError(
-                    f"step {self.state.global_step + 1}: the loss is {float(loss)}: lower the learning rate, or train "
-                    "in float32"
+                    f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}: lower the learning rate, "
+                    "or train in float32"
                 )
             return (loss, found[1]) if return_outputs else loss
 
@@ -655,7 +630,7 @@ def train_sft(
     Args:
         model: the base model, in the preset's precision; given back without adapters.
         tokenizer: the model's.
-        rows: conversations (`read_rows`).
+        rows: conversations (`materials.rows`).
         preset: how to train; `checkpoints` names steps after which a snapshot of the adapter is kept.
         out: folder of the adapter, replaced if it exists.
         persona_dir: the persona's adapter; None for the baseline.
