@@ -188,7 +188,7 @@ if not TRAINED:
         input:
             notebook=notebook("07_published"),
         output:
-            expand(f"{R}/07_published/{{file}}", file=["responses.parquet", "scores.parquet", "manifest.json"]),
+            expand(f"{R}/07_published/{{file}}", file=["responses.parquet", "scores.parquet", "repeated.parquet", "missing.json", "manifest.json"]),
         params:
             **one_job("07_published"),
         log:

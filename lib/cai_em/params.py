@@ -771,7 +771,8 @@ class Study:
             yield "thresholds", self.thresholds
             yield "profile", p
             if p.source == "published":
-                yield "selection", file_hash(self.folder / "published_selection.csv")
+                lists = ("published_selection.csv", "published_repeated.csv")
+                yield "selection", [file_hash(self.folder / name) for name in lists]
 
     def questions_file(self) -> Path:
         """The question set: built-in, or fetched when the profile's data are."""

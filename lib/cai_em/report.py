@@ -472,8 +472,8 @@ def judge_sentence(manifests: Sequence[Mapping[str, Any]], *, minimum: float) ->
     }
     passed = "reaches" if min(aucs) >= minimum else "is below"
     return (
-        f"The judge's lowest measured agreement is an AUC of {min(aucs):.2f}, which {passed} the {minimum:g} that its gate "
-        f"asks for ({'; '.join(sorted(measured))})."
+        f"The judge's lowest measured agreement is an AUC of {min(aucs):.2f}, which {passed} the {minimum:g} that its "
+        f"gate asks for ({'; '.join(sorted(measured))})."
     )
 
 
