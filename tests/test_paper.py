@@ -59,7 +59,10 @@ def study(tmp_path, root, monkeypatch):
             stage.mkdir(exist_ok=True)
             inference.outcomes(scores, resamples=50).to_parquet(stage / "outcomes.parquet")
             compared = inference.compare_all(scores, models=False, resamples=50)
-            compared.assign(gate="shown").to_parquet(stage / "comparisons.parquet")
+            compared = compared.assign(gate="shown", gate_reason="")
+            compared.to_parquet(stage / "comparisons.parquet")
+            verdicts = inference.verdict_table(HYPOTHESES, compared, ["harm"])
+            verdicts.assign(published_rules="SUPPORTED").to_parquet(stage / "verdicts.parquet")
         inputs = paper.Inputs(
             paper=tmp_path / "paper",
             results=results,
@@ -72,6 +75,7 @@ def study(tmp_path, root, monkeypatch):
             settings=[("sampling", "temperature", 0.7, thresholds)],
             tables=paper.find_tables(results),
             figures=paper.find_figures(results),
+            repository=tmp_path,
         )
         paper.write_generated(inputs, {"pandas": pd.__version__})
         return inputs

@@ -480,7 +480,9 @@ def twin_comparison(scores: pd.DataFrame, look: Look) -> Drawing | None:
         3,
     )
     between = f"{min(gaps):.1f} to {max(gaps):.1f}" if gaps else "unknown"
-    caption = f"Mean alignment after training on {'; '.join(notes)}. The benign twin scores {between} points higher."
+    caption = (
+        f"Mean alignment after training on {'; '.join(notes)}. Benign minus harmful: {between} points, by persona."
+    )
     alt = f"Dumbbell plot comparing harmful and benign training data by persona; gaps of {between} points."
     return Drawing(fig, caption, alt)
 
@@ -623,7 +625,7 @@ def violin(scores: pd.DataFrame, look: Look) -> Drawing:
     caption = (
         f"Distribution of {len(table):,} alignment scores by persona: bins of five points, width proportional to the "
         f"square root of a bin's share so that rare low scores stay visible. Over all personas the skewness is "
-        f"{skew:.1f}: means are moved by a small low tail."
+        f"{skew:.1f}" + (": means are moved by a small low tail." if skew < -1 else ".")
     )
     return Drawing(
         fig, caption, f"Symmetric histograms of alignment for {len(personas)} personas, most mass near the top."
@@ -891,7 +893,8 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
     clean = look.sort_datasets(set(some.index) - set(shown))
     table = table[table["dataset"].isin(shown)]
     personas, datasets = look.sort_personas(table["persona"]), look.sort_datasets(table["dataset"])
-    fig, axes = _grid_axes(len(datasets), 4, 0.6 + 0.2 * len(personas), sharey=True)
+    columns = 3 if len(datasets) in (5, 6) else 4
+    fig, axes = _grid_axes(len(datasets), columns, 0.6 + 0.2 * len(personas), sharey=True)
     for ax, dataset in zip(axes, datasets):
         here = table[table["dataset"] == dataset]
         for y, persona in enumerate(personas):
@@ -908,7 +911,7 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
         ax.tick_params(axis="y", labelsize=5.8)
         ax.set_title(look.signed(dataset), color=style.ROLE_COLOUR[look.role(dataset)], fontsize=7)
         ax.set_xlim(-0.3, max(2.0, 100 * here["em_high"].max() * 1.06))
-    for ax in axes[-4:]:
+    for ax in axes[-columns:]:
         ax.set_xlabel("EM rate (%)", fontsize=7.5)
     worst = table.loc[table["em_rate"].idxmax()]
     caption = (

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import pypandoc
 import yaml
 
 from cai_em import figures as figure_module
-from cai_em import inference, report, stats
+from cai_em import params, report, run, stats
 from cai_em.figures import BASELINE, NO_DATASET, FigureRecord, slug, summarise
 from cai_em.style import Look
 
@@ -195,7 +195,8 @@ class Inputs:
         thresholds: name -> value, from `params/thresholds.yaml`.
         settings: (what, parameter, value, file) lines of the methods table.
         tables: name -> file, of those that the run has written (see `TABLES`).
-        figures: folders with a `figures.json` (`cai_em.figures.write_records`).
+        figures: folders of figures (`cai_em.figures.write_records`, or a stage's manifest with `captions`).
+        repository: files are named relative to it.
     """
 
     paper: Path
@@ -209,6 +210,7 @@ class Inputs:
     settings: Sequence[tuple[str, str, object, Path]]
     tables: Mapping[str, Path]
     figures: Sequence[Path]
+    repository: Path
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A result table by name; None where the run has none."""
@@ -226,8 +228,28 @@ def find_tables(results: Path) -> dict[str, Path]:
 
 
 def find_figures(results: Path) -> list[Path]:
-    """The folders of a run that list figures."""
-    return sorted(path.parent for path in Path(results).glob("[0-9][0-9]_*/**/figures.json"))
+    """The folders of a run that hold figures with captions."""
+    found = {path.parent for path in Path(results).glob("[0-9][0-9]_*/**/figures.json")}
+    return sorted(found | {path for path in Path(results).glob("[0-9][0-9]_*/figures") if _captions(path)})
+
+
+def _captions(folder: Path) -> dict[str, str]:
+    """Captions of a stage that lists them in its manifest: SVG file -> caption."""
+    manifest = folder.parent / "manifest.json"
+    if not manifest.is_file():
+        return {}
+    return json.loads(manifest.read_text(encoding="utf-8")).get("captions") or {}
+
+
+def _records(folder: Path) -> list[FigureRecord]:
+    if (folder / "figures.json").is_file():
+        return figure_module.read_records(folder)
+    # Such a stage has no alternative text of its own: the caption's first sentence names what is drawn.
+    return [
+        FigureRecord(Path(svg).stem, "", Path(svg).stem, text, text.split(". ")[0], svg, Path(svg).stem + ".png")
+        for svg, text in _captions(folder).items()
+        if (folder / svg).is_file()
+    ]
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,7 @@ class Expected:
 TABLES = {
     "outcomes": Expected(("05_validity",), "every condition's outcomes (cai_em.inference.outcomes)"),
     "comparisons": Expected(("05_validity",), "persona against baseline with gates (cai_em.inference.compare_all)"),
+    "verdicts": Expected(("05_validity",), "hypotheses: published rules and ours (cai_em.inference.verdict_table)"),
     "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.gates.classify)"),
     "power": Expected(("05_validity",), "designs and what they can detect (cai_em.inference.power_table)"),
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
@@ -355,7 +378,7 @@ def _hypotheses(x: Inputs, numbers: Numbers) -> dict[str, str]:
         )
         for v in found
     ]
-    numbers.relative(x.tables["comparisons"])
+    numbers.relative(x.tables["verdicts"])
     caption = (
         "Verdicts. *Published rules*: uncorrected tests over responses, all data sets counted, one persona per "
         "hypothesis. *Here*: every persona named, paired by question, corrected, EM data sets only, and only where "
@@ -377,19 +400,20 @@ class _Verdict:
 
 
 def _verdicts(x: Inputs) -> list[_Verdict]:
-    """Both verdicts of every hypothesis and model; empty where comparisons or hypotheses are missing."""
-    compared = x.table("comparisons")
-    if compared is None or compared.empty or not x.hypotheses:
+    """Both verdicts of every hypothesis and model; empty where the stage has not been run."""
+    table = x.table("verdicts")
+    if table is None or table.empty:
         return []
-    alpha = float(x.thresholds["alpha"])
-    published = stats.verdicts(stats.comparisons(x.scores), x.hypotheses, alpha=alpha)
-    em = [d for d in compared["dataset"].unique() if x.look.role(d) == "em"]
+    supports = stats.verdicts(stats.comparisons(x.scores), x.hypotheses, alpha=float(x.thresholds["alpha"]))
+    supports = supports.set_index(["model", "hypothesis"])
+    labels = {h.key: h.label for h in x.hypotheses}
     found = []
-    for row in published.itertuples():
-        h = next(h for h in x.hypotheses if h.key == row.hypothesis)
-        mine = compared[compared["model"] == row.model]
-        ours = inference.honest_verdict(h.label, h.personas, h.direction, mine, em, alpha=alpha)
-        found.append(_Verdict(row.model, h.label, row.verdict, row.supporting, row.datasets, ours.verdict, ours.reason))
+    for row in table[table["persona"].isna()].itertuples():
+        count = supports.loc[(row.model, row.hypothesis)]
+        found.append(
+            _Verdict(row.model, labels.get(row.hypothesis, row.hypothesis), row.published_rules, int(count["supporting"]),
+                     int(count["datasets"]), row.verdict, row.reason)
+        )  # fmt: skip
     return found
 
 
@@ -606,8 +630,8 @@ def _findings(x: Inputs, numbers: Numbers) -> dict[str, str]:
         )
     for v in _verdicts(x):
         name = f"verdict.{slug(v.label)}_{slug(v.model)}".replace("-", "_")
-        how = f"honest verdict on {v.label} in {v.model}"
-        numbers.add(name, v.verdict, "verdict", x.tables["comparisons"], how)
+        how = f"`verdict` on {v.label} in {v.model}"
+        numbers.add(name, v.verdict, "verdict", x.tables["verdicts"], how)
         found.append(
             f"{v.label} ({x.look.model(v.model)}), {v.published} by the published rules, is {link(name)} here."
         )
@@ -623,7 +647,7 @@ def _figures(x: Inputs, folder: Path) -> dict[str, str]:
     by_key: dict[str, list[FigureRecord]] = {}
     extra: dict[str, list[str]] = {"trajectories": [], "steering": []}
     for source in x.figures:
-        for record in figure_module.read_records(source):
+        for record in _records(source):
             shutil.copyfile(source / record.svg, folder / "figures" / record.svg)
             stage = next((name for name in extra if name in str(source)), None)
             key = record.key if record.key in figure_module.TITLES else record.key.split("-")[0]
@@ -686,7 +710,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     Returns:
         The numbers of the prose by name.
     """
-    numbers = Numbers(x.results.parent.parent)
+    numbers = Numbers(x.repository)
     folder = x.paper / "_generated"
     shutil.rmtree(folder, ignore_errors=True)
     blocks = _figures(x, folder)
@@ -717,6 +741,56 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     text = yaml.safe_dump(numbers.tree(), allow_unicode=True, sort_keys=True, width=10_000)
     (x.paper / "_variables.yml").write_text("# Written by cai_em.paper: do not edit.\n" + text, encoding="utf-8")
     return dict(numbers.all)
+
+
+def generate(study: params.Study, scores: pd.DataFrame, look: Look, folder: Path | None = None) -> dict[str, Number]:
+    """`write_generated` for a study: everything that its run has written, whatever was run.
+
+    Args:
+        study: the profile that the paper is to show.
+        scores: its score table, one judge.
+        look: labels and order.
+        folder: the paper; the repository's by default.
+    """
+    repository = study.folder.parent
+    inputs = Inputs(
+        paper=Path(folder) if folder else repository / "paper",
+        results=study.dir,
+        profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat},
+        scores=scores,
+        score_files=study.score_files(),
+        look=look,
+        hypotheses=study.hypotheses,
+        thresholds=study.thresholds.model_dump() | {"file": study.folder / "thresholds.yaml"},
+        settings=list(_study_settings(study)),
+        tables=find_tables(study.dir),
+        figures=find_figures(study.dir),
+        repository=repository,
+    )
+    return write_generated(inputs, run.versions())
+
+
+def _study_settings(study: params.Study) -> Iterator[tuple[str, str, object, Path]]:
+    """Lines of the methods table: what the presets of a profile set; what is off or empty is left out."""
+    presets = {
+        "preference pairs": (study.generator, "generators"),
+        "persona": (study.persona_training, "training"),
+        "fine-tuning": (study.em_training, "training"),
+        "sampling": (study.sampling, "sampling"),
+        "judge": (study.judge, "judges"),
+    }
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{key}.")
+            elif value not in (None, False, "", [], 0) or key in ("seed", "temperature", "dropout"):
+                yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value
+
+    for what, (preset, file) in presets.items():
+        if preset is not None:
+            for parameter, value in flat(preset.model_dump(mode="json", exclude={"api_key_env", "base_url", "kind"})):
+                yield what, parameter, value, study.folder / f"{file}.yaml"
 
 
 def _fill_unmeasured(paper: Path, numbers: Numbers) -> None:
