@@ -189,6 +189,12 @@ class TestClassify:
         assert found["persona_gate"] == gates.NOT_TESTABLE
         assert found["gate"] == gates.NOT_TESTABLE
 
+    def test_apart(self):
+        found = gates.classify(responses(FULL), permutations=20, apart=["poetic"])
+        assert set(found.loc[found["scope"] == "persona", "persona"]) == {"poetic", "sarcastic"}
+        assert set(found.loc[found["scope"] == "personas", "n_classes"]) == {2}
+        assert "persona_others" not in set(found["scope"])
+
     def test_one_question_is_refused(self):
         made = responses(FULL)
         with pytest.raises(DesignError, match="one question only"):

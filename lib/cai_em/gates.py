@@ -327,6 +327,7 @@ def classify(
     *,
     permutations: int = 200,
     min_responses: int = 20,
+    apart: Collection[str] = (),
     seed: int = 0,
     jobs: int = 1,
 ) -> pd.DataFrame:
@@ -335,6 +336,8 @@ def classify(
     Args:
         responses: responses table (needs `response`), or scores joined with responses.
         min_responses: a condition with fewer takes no part.
+        apart: personas that are compared with the baseline only, and are not among the others that a persona must be
+            told from: those filed under a data set that they were not trained on.
         jobs: processes.
 
     Returns:
@@ -354,7 +357,7 @@ def classify(
         rows = {key: idx for key, idx in part.groupby(CONDITION[1:]).indices.items() if len(idx) >= min_responses}
         for dataset, number in dict.fromkeys((d, s) for _, d, s in rows):
             members = {p: i for (p, d, s), i in rows.items() if (d, s) == (dataset, number)}
-            tasks.append((_persona_tests, model, dataset, number, members, x, groups))
+            tasks.append((_persona_tests, model, dataset, number, members, x, groups, frozenset(apart)))
         for persona, number in dict.fromkeys((p, s) for p, d, s in rows if d != NO_DATASET):
             members = {d: i for (p, d, s), i in rows.items() if (p, s) == (persona, number) and d != NO_DATASET}
             # A model that was not fine-tuned has no training seed: it is the partner of every seed.
@@ -365,15 +368,16 @@ def classify(
     return pd.DataFrame([row for rows in found for row in rows])
 
 
-def _small(model: str, key: str, number: int, members: dict, x: Any, groups: np.ndarray, *untuned: Any) -> tuple:
+def _small(model: str, key: str, number: int, members: dict, x: Any, groups: np.ndarray, last: Any) -> tuple:
     """A task with only the rows and terms that it needs, so that little travels between processes."""
-    used = np.concatenate([*members.values(), *[u for u in untuned if u is not None]])
+    untuned = last if isinstance(last, np.ndarray) else None
+    used = np.concatenate([*members.values(), *([] if untuned is None else [untuned])])
     x = x[used]
     x = x[:, np.flatnonzero(x.getnnz(axis=0) > 1)]
     place = {row: i for i, row in enumerate(used)}
     renumber = lambda rows: np.array([place[r] for r in rows])  # noqa: E731
     members = {name: renumber(rows) for name, rows in members.items()}
-    return model, key, number, members, x, groups[used], *[None if u is None else renumber(u) for u in untuned]
+    return model, key, number, members, x, groups[used], last if untuned is None else renumber(untuned)
 
 
 def _pair(x: Any, groups: np.ndarray, one: np.ndarray, other: np.ndarray, **settings: int) -> dict[str, Any]:
@@ -393,7 +397,14 @@ def _all(x: Any, groups: np.ndarray, members: dict, reference: str | None, **set
 
 
 def _persona_tests(
-    model: str, dataset: str, number: int, members: dict, x: Any, groups: np.ndarray, **settings: int
+    model: str,
+    dataset: str,
+    number: int,
+    members: dict,
+    x: Any,
+    groups: np.ndarray,
+    apart: frozenset[str],
+    **settings: int,
 ) -> list[dict[str, Any]]:
     key = {"model": model, "dataset": dataset, "seed": number}
     rows = []
@@ -402,6 +413,7 @@ def _persona_tests(
             if persona != BASELINE:
                 test = _pair(x, groups, members[persona], members[BASELINE], **settings)
                 rows.append({"scope": "persona", **key, "persona": persona, **test})
+    members = {persona: index for persona, index in members.items() if persona not in apart}
     if len(members) > 1:
         whole, each = _all(x, groups, members, BASELINE, **settings)
         rows.append({"scope": "personas", **key, "persona": None, **whole})

@@ -217,6 +217,10 @@ def smallest_effect(table: pd.DataFrame, *, n: int = 400, confidence: float = 0.
     return pd.DataFrame(rows)
 
 
+def _two(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.2f}"
+
+
 def selection_sentence(moved: pd.DataFrame) -> str:
     """Which of several judgings the published tables took, in one sentence generated from `movement`."""
     used = moved[moved["selected_rank"].notna()]
@@ -245,8 +249,8 @@ def markdown(
             f"{100 * r.exact:.1f} %",
             f"{r.mean_abs_difference:.2f}",
             points(r.mean_difference, True),
-            f"{r.icc:.2f}",
-            f"{r.alpha:.2f}",
+            _two(r.icc),
+            _two(r.alpha),
         ]
         for r in agreed.itertuples()
     ]
