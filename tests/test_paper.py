@@ -267,6 +267,29 @@ def test_typst_compiles_the_same_sources(study):
     assert pdf[:5] == b"%PDF-"
 
 
+@pytest.mark.parametrize("width", [500, 1200])
+def test_no_page_is_wider_than_its_window(study, tmp_path, width):
+    """Wide tables scroll inside their own box: measured in a browser."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    inputs = study(table())
+    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
+    probe = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script></body>"
+    measured = tmp_path / "measured.html"
+    measured.write_text(page.replace("</body>", probe), encoding="utf-8")
+    run = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--dump-dom", measured.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    title = re.search(r"<title>(\d+) of (\d+)</title>", run.stdout)
+    assert title, run.stderr[-500:]
+    assert int(title[1]) <= int(title[2])
+    assert int(title[2]) == pytest.approx(width, abs=40)
+
+
 def test_style_and_personas_of_the_fixture_agree():
     assert [p.key for p in PERSONAS] == LOOK.sort_personas(p.key for p in PERSONAS)
     assert {d.role for d in DATASETS} <= set(style.ROLE_LABEL)

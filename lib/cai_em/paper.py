@@ -410,10 +410,9 @@ def _verdicts(x: Inputs) -> list[_Verdict]:
     found = []
     for row in table[table["persona"].isna()].itertuples():
         count = supports.loc[(row.model, row.hypothesis)]
-        found.append(
-            _Verdict(row.model, labels.get(row.hypothesis, row.hypothesis), row.published_rules, int(count["supporting"]),
-                     int(count["datasets"]), row.verdict, row.reason)
-        )  # fmt: skip
+        label = labels.get(row.hypothesis, row.hypothesis)
+        sides = (int(count["supporting"]), int(count["datasets"]))
+        found.append(_Verdict(row.model, label, row.published_rules, *sides, row.verdict, row.reason))
     return found
 
 
