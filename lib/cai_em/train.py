@@ -684,6 +684,7 @@ def train_sft(
             done = time.perf_counter()
             if held_rows:
                 held_out["after"] = _held_out(stacked, tokenizer, held_rows, preset)
+        evaluated = time.perf_counter()
         lora.save_adapter(stacked, name, out)
     finally:
         _give_back(model, stacked)
@@ -694,7 +695,12 @@ def train_sft(
         state_after=watch.after,
         files=lora.file_hashes(out),
         log=log,
-        timings={"prepare": prepared - started, "train": done - prepared, "save": time.perf_counter() - done},
+        timings={
+            "prepare": prepared - started,
+            "train": done - prepared,
+            "held_out": evaluated - done,
+            "save": time.perf_counter() - evaluated,
+        },
         rows=encoded.counts | {"held_out": len(held_rows), "given": len(rows)},
         tokens=encoded.tokens(),
         held_out=held_out,
