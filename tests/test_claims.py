@@ -212,7 +212,7 @@ class TestVerdicts:
         assert by["roles", "EM data sets only"] > by["roles", "all data sets"]
         assert set(claims.for_figure(table)) == {*claims.VERDICT_CHOICES, "estimate", "low", "high", "supports"}
         said = claims.verdict_sentence(claim, "UNDECIDED", "why")
-        assert "H1 was published as MIXED" in said
+        assert "By the published rules H1 is MIXED" in said
         assert said.endswith("it is UNDECIDED: why.")
 
 
