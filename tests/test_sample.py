@@ -406,3 +406,54 @@ class TestToLookAt:
         assert list(table["adapters"]) == ["persona", "em", "persona + em"]
         assert bool((table["difference"] <= table["tolerance"]).all())
         assert table.loc["poeticism__bad_medical__seed0", "from persona"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # vLLM's own, of which there are many
+class TestVllm:
+    """Parity of the back ends, wherever vLLM is installed (its CPU build will do)."""
+
+    @pytest.fixture
+    def vllm_preset(self):
+        pytest.importorskip("vllm")
+        return PRESET.model_copy(update={"backend": "vllm", "gpu_memory_utilization": 0.2})
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        """Little memory for keys and values, and two cores, where vLLM runs on a CPU."""
+        for key, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}.items():
+            monkeypatch.setenv(key, value)
+
+    def test_same_greedy_tokens_and_log_probabilities(self, arms, vllm_preset):
+        engine = sample.TransformersEngine(SPEC, PRESET)
+        jobs = [sample.Job(arm, tuple(requests(engine.tokenizer, 1))) for arm in arms]
+
+        def in_order(finished):
+            return sorted(finished, key=lambda done: jobs.index(done.job))
+
+        expected = in_order(engine.run(jobs, GREEDY, PROBE))
+        served = sample.open_engine(SPEC, vllm_preset, jobs)
+        try:
+            first = in_order(served.run(jobs, GREEDY, PROBE))
+            # Again, with all of the engine's places for adapters taken: base requests must not get one of them.
+            found = in_order(served.run(jobs, GREEDY, PROBE))
+            drawn = [in_order(served.run(some, FREE, PROBE)) for some in (jobs, jobs[::-1])]
+        finally:
+            served.close()
+        assert [[c.tokens for c in d.completions] for d in first] == [[c.tokens for c in d.completions] for d in found]
+        worst = 0.0
+        for a, b in zip(expected, found, strict=True):
+            assert a.job == b.job
+            assert [c.tokens for c in a.completions] == [c.tokens for c in b.completions]
+            assert [c.finish_reason for c in a.completions] == [c.finish_reason for c in b.completions]
+            for c, d in zip(a.completions, b.completions):
+                worst = max(worst, float(np.abs(np.subtract(c.logprobs, d.logprobs)).max()))
+        print(f"largest difference of a log-probability between the back ends: {worst:.2g}")
+        assert worst < 1e-3
+        assert [d.completions for d in drawn[0]] != [d.completions for d in found], "sampling is not greedy"
+        same = [a.tokens == b.tokens for x, y in zip(*drawn) for a, b in zip(x.completions, y.completions)]
+        assert all(same), "a seed per request: the order of the conditions changes nothing"
+        report = found[-1].probe
+        assert report["difference"] < 1e-6
+        assert set(report["others"]) == {"base", "persona", "em"}
+        assert min(report["others"].values()) > report["tolerance"]

@@ -485,7 +485,7 @@ class VllmEngine:
     """vLLM: one engine, a LoRA request per condition, prompts' common prefixes computed once, a seed per request.
 
     Every parameter is given; the model's generation_config is not read. Conditions go to the engine in groups of as
-    many as it holds adapters at a time, so that they share its batches.
+    many as it holds adapters at a time, so that they share its batches; the base model's are a group of their own.
 
     Args:
         spec: which model.
@@ -503,6 +503,7 @@ class VllmEngine:
         self.timings: dict[str, float] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="cai-em-lora-")
         self._ids: dict[tuple[str, ...], int] = {}
+        self.rounding = lora.RELATIVE_TOLERANCE if preset.dtype == "float32" else 2**-7  # bfloat16 has 8 bits
         ranks = [sum(LoraConfig.from_pretrained(path).r for path in job.condition.paths) for job in jobs]
         different = len({job.condition.adapters for job in jobs if job.condition.adapters})
         with _timed(self.timings, "load"):
@@ -555,11 +556,14 @@ class VllmEngine:
         return LoRARequest(f"{'+'.join(name for name, _ in adapters)}-{number}", number, str(out))
 
     def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
-        """Probe each job's adapters, answer its requests; yields jobs group by group."""
+        """Probe each job's adapters, answer its requests; yields jobs group by group, those of the base model first."""
         from vllm import SamplingParams
 
-        for start in range(0, len(jobs), self.group):
-            group = jobs[start : start + self.group]
+        # Never base and adapters in one batch: vLLM's CPU build (0.32) takes "no adapter" for an index, -1, and so
+        # answers base requests with the adapter in its last slot.
+        bare, adapted = ([j for j in jobs if bool(j.condition.adapters) == has] for has in (False, True))
+        groups = [bare, *(adapted[i : i + self.group] for i in range(0, len(adapted), self.group))]
+        for group in filter(None, groups):
             reports = []
             for job in group:
                 with _timed(self.timings, "probe"):
@@ -600,8 +604,8 @@ class VllmEngine:
         """Prove that vLLM serves a condition's adapters: the composed file is their sum, and each makes a difference.
 
         vLLM keeps one LoRA per request, so "both active" cannot be measured in it. That the composed file is the sum
-        is checked on its tensors in float64; that it is served, on the log-probabilities of the prompts' tokens under
-        it, under each part and under the base model.
+        is checked on its tensors in float64; that it is served, on the log-probabilities of the answers' first tokens
+        under it, under each part and under the base model.
 
         Raises:
             lora.ProbeError: the file is not the sum, or a part of the adapters gives the same log-probabilities.
@@ -614,15 +618,15 @@ class VllmEngine:
                 f"{condition.name}: the composed adapter differs from the sum of its parts by {error:.2g}"
             )
         parts = [some for n in range(1, len(adapters)) for some in itertools.combinations(adapters, n)]
-        found = self._prompt_logprobs(adapters, prompts)
+        found = self._first_logprobs(adapters, prompts)
         others = {
             "+".join(name for name, _ in part) or "base": float(
-                np.abs(found - self._prompt_logprobs(part, prompts)).max()
+                np.abs(found - self._first_logprobs(part, prompts)).max()
             )
             for part in [(), *parts]
         }
         largest = float(np.abs(found).max())
-        tolerance = lora.RELATIVE_TOLERANCE * largest
+        tolerance = self.rounding * largest
         if idle := [name for name, difference in others.items() if difference <= tolerance]:
             raise lora.ProbeError(
                 f"{condition.name}: vLLM computes the same with all adapters as with {idle[0]!r}: an adapter is not "
@@ -631,30 +635,26 @@ class VllmEngine:
         return {
             "adapters": dict(zip((name for name, _ in adapters), condition.adapter_hashes())),
             "prompts": len(prompts),
-            "measured": "log-probabilities of the prompts' tokens; composition on the tensors",
+            "measured": "log-probabilities of first tokens; composition on the tensors",
             "largest_logprob": largest,
             "tolerance": tolerance,
             "difference": error,
             "others": others,
         }
 
-    def _prompt_logprobs(self, adapters: Sequence[tuple[str, Path]], prompts: Sequence[str]) -> np.ndarray:
-        """Log-probability of each token of the prompts but their first, shape (tokens,)."""
+    def _first_logprobs(self, adapters: Sequence[tuple[str, Path]], prompts: Sequence[str]) -> np.ndarray:
+        """The largest log-probabilities of an answer's first token, in order, shape (prompts, 20)."""
         from vllm import SamplingParams
 
+        # Not the prompts' own tokens: with LoRA, vLLM 0.32 cannot give their log-probabilities on a CPU.
         asked = [
             {"prompt_token_ids": list(render(self.tokenizer, [{"role": "user", "content": prompt}]))}
             for prompt in prompts
         ]
-        # Keys and values read under the same adapter may come from the cache, log-probabilities may not.
-        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20, detokenize=False)
         found = self.llm.generate(asked, parameters, lora_request=self._request(adapters), use_tqdm=False)
         return np.array(
-            [
-                at[token].logprob
-                for prompt, output in zip(asked, found)
-                for token, at in zip(prompt["prompt_token_ids"][1:], output.prompt_logprobs[1:])
-            ]
+            [sorted((at.logprob for at in o.outputs[0].logprobs[0].values()), reverse=True)[:20] for o in found]
         )
 
     def close(self) -> None:
