@@ -541,13 +541,17 @@ def _outcomes(x: Inputs, numbers: Numbers) -> dict[str, str]:
 
 
 def _whole_table(
-    x: Inputs, numbers: Numbers, name: str, label: str, caption: str, stage: str, most: int = 40
+    x: Inputs, numbers: Numbers, name: str, label: str, caption: str, stage: str, most: int = 24
 ) -> dict[str, str]:
     """A result table as it is: text columns left, numbers right, labels in place of keys."""
     table = x.table(name)
     if table is None or table.empty:
         return {name: absent(label, caption.rstrip("."), stage)}
     numbers.relative(x.tables[name])
+    table = table[[c for c in COLUMNS.get(name, table.columns) if c in table]]
+    if "model" in table and table["model"].nunique() == 1:
+        caption = f"{x.look.model(table['model'].iloc[0])}. {caption}"
+        table = table.drop(columns="model")
     look = {"model": x.look.model, "persona": x.look.persona, "dataset": x.look.dataset}
     align, columns = "", []
     for column in table.columns:
@@ -564,6 +568,25 @@ def _whole_table(
         caption += f" The first {most} of {len(rows):,} lines; the rest is in the file."
     header = [str(c).replace("_", " ") for c in table.columns]
     return {name: floating(label, pipe_table(rows[:most], header, align), caption)}
+
+
+COLUMNS = {
+    "claims": ["model", "claim", "analyses", "share", "share_questions", "gate"],
+    "reliability": [
+        "judge_a", "judge_b", "units", "pairs", "exact", "within_5", "mean_abs_difference", "mean_difference", "icc",
+    ],
+}  # fmt: skip
+"""What fits on a page of a table that has more; the rest is in the file."""
+
+
+def _sentences(x: Inputs) -> str:
+    """What the audit says of the hypotheses, one sentence each; those about single comparisons are in the file."""
+    table = x.table("claims")
+    if table is None or table.empty:
+        return ""
+    labels = {h.label for h in x.hypotheses}
+    lines = [f"- {plain(row.sentence)}" for row in table.itertuples() if row.claim in labels]
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _settings(x: Inputs, numbers: Numbers) -> dict[str, str]:
@@ -723,6 +746,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
         ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
     ):
         blocks |= _whole_table(x, numbers, name, f"tbl-{name}", caption, stage)
+    blocks["claims"] += _sentences(x)
     _fill_unmeasured(x.paper, numbers)
     blocks["sources"] = _sources(numbers, x.paper)
     blocks["versions"] = _versions(x, numbers, versions or {})
