@@ -454,7 +454,9 @@ class TransformersEngine:
                         self.model, job.requests, decoding, self.ends, self.preset.batch_size
                     ):
                         found[index] = completion
-                yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
+                with _timed(self.timings, "switch"):
+                    stack.close()
+            yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
 
     def close(self) -> None:
         """Give the model's memory back."""
