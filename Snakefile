@@ -197,10 +197,11 @@ if not TRAINED:
             EXECUTE
 
 
+REPEATED = [] if TRAINED else [f"{R}/07_published/repeated.parquet"]
 ANALYSES = {
-    "05_validity": [RESPONSES, SCORES],
+    "05_validity": [RESPONSES, SCORES, REPEATED],
     "06_results": [RESPONSES, SCORES, f"{R}/05_validity/manifest.json"],
-    "08_claims": [RESPONSES, SCORES, f"{R}/05_validity/manifest.json"],
+    "08_claims": [RESPONSES, SCORES, REPEATED, f"{R}/05_validity/manifest.json"],
     "09_trajectories": [PERSONAS],
     "10_steering": [PERSONAS, TUNED],
     "11_report": [f"{R}/{s}/manifest.json" for s in ("05_validity", "06_results", "08_claims")] + OPTIONAL,
@@ -220,7 +221,7 @@ for name, inputs in ANALYSES.items():
             **one_job(name),
         log:
             f"{R}/logs/{name}.log",
-        threads: HEAVY if name in ("09_trajectories", "10_steering") else 1
+        threads: {"05_validity": 2, "09_trajectories": HEAVY, "10_steering": HEAVY}.get(name, 1)
         resources:
             gpu=GPU if name in ("09_trajectories", "10_steering") else 0,
         shell:

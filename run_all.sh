@@ -52,6 +52,9 @@ setup() {
   install_torch "$BIN/python"
   "$BIN/python" -m pip install -q --no-deps -r "$LOCK"      # complete and pinned: nothing is left to resolve
   "$BIN/python" -m pip install -q --no-deps -r requirements/no-deps.lock -e .
+  # Quarto makes the paper; its PyPI package downloads it. Without it (offline, say) a built-in preview takes its place.
+  command -v quarto >/dev/null || "$BIN/python" -m pip install -q quarto-cli >/dev/null 2>&1 ||
+    say "Quarto could not be installed: the paper will be a preview (install it from https://quarto.org for the HTML and PDF)"
   "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM" >/dev/null
   echo "$want" >"$stamp"
 }

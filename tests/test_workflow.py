@@ -170,7 +170,7 @@ def test_a_changed_sampling_parameter_reruns_sampling_and_what_follows(micro):
 
 
 def test_a_changed_threshold_reruns_the_analysis_only(micro):
-    with edited(micro / "params/thresholds.yaml", "equivalence_margin: 5", "equivalence_margin: 4"):
+    with edited(micro / "params/thresholds.yaml", "bootstrap_resamples: 200", "bootstrap_resamples: 300"):
         jobs = planned(micro)
     assert {"persona", "finetune", "sample", "judge"}.isdisjoint(jobs)
     assert jobs["validity"] == 1

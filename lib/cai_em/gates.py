@@ -321,6 +321,12 @@ def _result(
 
 # --- All tests of a study ------------------------------------------------------------------------------------------
 
+TEST_COLUMNS = [
+    *("scope", "model", "persona", "dataset", "seed", "n_classes", "metric", "estimate", "low", "high", "chance", "p"),
+    *("estimate_one_step", "chance_low", "chance_high", "n", "n_questions", "permutations"),
+]
+"""Columns of the table of tests, there even when no condition has enough responses for a test."""
+
 
 def classify(
     responses: pd.DataFrame,
@@ -365,7 +371,7 @@ def classify(
             tasks.append((_dataset_tests, model, persona, number, members, x, groups, untuned))
     settings = {"permutations": permutations, "seed": seed}
     found = Parallel(n_jobs=jobs)(delayed(task[0])(*_small(*task[1:]), **settings) for task in tasks)
-    return pd.DataFrame([row for rows in found for row in rows])
+    return pd.DataFrame([row for rows in found for row in rows], columns=TEST_COLUMNS)
 
 
 def _small(model: str, key: str, number: int, members: dict, x: Any, groups: np.ndarray, last: Any) -> tuple:

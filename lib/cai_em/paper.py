@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -1053,3 +1054,59 @@ def preview(paper: Path, out: Path, main: str = "index.qmd") -> Path:
     if run.returncode or "[WARNING]" in run.stderr or "unresolved" in run.stderr:
         raise PaperError(f"pandoc: {run.stderr.strip() or 'failed'}")
     return out
+
+
+# --- The command line ---------------------------------------------------------------------------------------------
+
+
+def build(paper: Path, out: Path) -> str:
+    """Check the paper and render it to `out`: by Quarto where it is installed, else as the built-in preview.
+
+    Args:
+        paper: the folder of the prose, with its generated half.
+        out: where the HTML page goes; Quarto's PDF goes beside it.
+
+    Returns:
+        What was made, in words.
+
+    Raises:
+        PaperError: the check found problems, or the rendering failed.
+    """
+    problems = check(paper)
+    if problems:
+        raise PaperError("the paper is not sound:\n" + "\n".join(problems))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    quarto = shutil.which("quarto")
+    if quarto is None:
+        preview(paper, out)
+        return f"{out}: a preview by pandoc; for the paper itself install Quarto and run `quarto render {paper}`"
+    run_quarto = subprocess.run([quarto, "render", str(paper)], capture_output=True, text=True, check=False)
+    if run_quarto.returncode:
+        raise PaperError(f"quarto render {paper} failed:\n{run_quarto.stdout}\n{run_quarto.stderr}")
+    for name in ("index.html", "index.pdf"):
+        if (paper / name).is_file():
+            shutil.copyfile(paper / name, out.with_name(name))
+    return f"{out}: rendered by Quarto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: `python -m cai_em.paper check|build [PAPER] [OUT]`."""
+    command, *rest = arguments or ["check"]
+    paper = Path(rest[0]) if rest else params.root() / "paper"
+    if command == "check":
+        problems = check(paper)
+        print("\n".join(problems) or f"{paper}: sound")
+        return int(bool(problems))
+    if command == "build" and len(rest) == 2:
+        try:
+            print(build(paper, Path(rest[1])))
+        except PaperError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    print(main.__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
