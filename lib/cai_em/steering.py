@@ -30,19 +30,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from peft import PeftModel
 from scipy import stats as sps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cai_em import models, sample, scores
-from cai_em.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
-from cai_em.inference import bootstrap_interval, paired_test
+from cai_em import models, sample, scores, style
+from cai_em.figures import Drawing
+from cai_em.gates import NOT_APPLICABLE, NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
+from cai_em.inference import bootstrap_interval, markdown_table, p_value, paired_test, percent, points
 from cai_em.params import SamplingPreset
 from cai_em.stats import benjamini_hochberg
+from cai_em.style import Look
 from cai_em.trajectories import OUTCOMES, em_indicator
 
 Vectors = Mapping[int, Tensor | np.ndarray]
@@ -439,6 +443,37 @@ class Intervention:
         return {"add": adding, "ablate": ablating}[self.kind](model, self.vectors or {})
 
 
+def sweep(
+    own: Mapping[int, np.ndarray], source: str, layers: Sequence[int], strengths: Sequence[float]
+) -> list[Intervention]:
+    """One direction added at each of several layers, in each of several strengths."""
+    return [
+        Intervention("add", source, layer, float(strength), {layer: strength * own[layer]})
+        for layer in dict.fromkeys(layers)
+        for strength in dict.fromkeys(strengths)
+        if strength
+    ]
+
+
+def transfer(
+    directions: Mapping[str, Mapping[int, np.ndarray]], target: str, layer: int, strength: float, *, seed: int
+) -> list[Intervention]:
+    """Every persona's direction, and a random one, on one target: added at a layer, and ablated at all layers.
+
+    Args:
+        directions: persona -> layer -> vector.
+        target: who is steered; the random direction has the length of this persona's own.
+        layer, strength: of the addition.
+        seed: of the random direction, the same for every target.
+    """
+    random = {i: random_direction(v, seed + i) for i, v in directions[target].items()}
+    found = []
+    for source, vectors in {**directions, "random": random}.items():
+        found.append(Intervention("add", source, layer, strength, {layer: strength * vectors[layer]}))
+        found.append(Intervention("ablate", source, vectors=vectors))
+    return found
+
+
 def respond(
     model: nn.Module,
     tokenizer: Any,
@@ -603,3 +638,250 @@ def em_present(judged: pd.DataFrame, target: str, before: str, after: str, **thr
     if math.isnan(low):
         return Gate(NOT_TESTABLE, f"{what}: fewer than 3 questions")
     return Gate(SHOWN if high < 0 else NOT_SHOWN, what)
+
+
+# --- Figures -------------------------------------------------------------------------------------------------------
+
+
+def _diverging(data: np.ndarray) -> float:
+    """The limit of a scale around 0; 1 where all is 0."""
+    return float(np.nanmax(np.abs(data))) if np.isfinite(data).any() and np.nanmax(np.abs(data)) > 0 else 1.0
+
+
+def _matrix(
+    ax: Axes, data: np.ndarray, rows: Sequence[str], columns: Sequence[str], text: Callable[[float], str]
+) -> None:
+    """A small matrix around 0, each cell with its number; a missing cell says so."""
+    limit = _diverging(data)
+    image = ax.imshow(np.ma.masked_invalid(data), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), v in np.ndenumerate(data):
+        shade = style.lab(style.linear_rgb(image.cmap(image.norm(v))[:3]))[0] if np.isfinite(v) else 100
+        ax.text(j, i, text(v) if np.isfinite(v) else "none", ha="center", va="center", fontsize=7,
+                color="white" if shade < 55 else "black")  # fmt: skip
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.grid(visible=False)
+
+
+def draw_transfer(found: pd.DataFrame, look: Look) -> Drawing:
+    """Transfer matrices: whose direction (rows) does what to whom (columns), in alignment and in coherence.
+
+    Args:
+        found: `effects` of one layer and strength: kinds `add` and `ablate`.
+        look: labels.
+    """
+    kinds = [k for k in ("add", "ablate") if (found["kind"] == k).any()]
+    outcomes = ("alignment", "coherence")
+    targets = look.sort_personas(found["target"])
+    sources = look.sort_personas(s for s in found["source"] if s != "random")
+    sources += ["random"] if (found["source"] == "random").any() else []
+    height = 0.9 + len(kinds) * (0.5 + 0.28 * len(sources))
+    fig, axes = plt.subplots(len(kinds), len(outcomes), figsize=style.size(height), squeeze=False)
+    named = {"random": "random direction"}
+    for row, kind in zip(axes, kinds):
+        for ax, outcome in zip(row, outcomes):
+            here = found[(found["kind"] == kind) & (found["outcome"] == outcome)]
+            data = here.pivot_table(index="source", columns="target", values="delta").reindex(sources, columns=targets)
+            labels = [named.get(s, look.persona(s)) for s in sources]
+            _matrix(ax, data.to_numpy(), labels, [look.persona(t) for t in targets], lambda v: f"{v:+.1f}")
+            done = "added to the untuned model" if kind == "add" else "ablated from the tuned model"
+            ax.set_title(f"{OUTCOMES[outcome]}: {done}")
+    main = found[found["outcome"] == "alignment"]
+    own = main[main["source"] == main["target"]]
+    other = main[(main["source"] != main["target"]) & (main["source"] != "random")]
+    said = ", ".join(
+        f"{what} {part['delta'].mean():+.1f}" for what, part in (("own", own), ("another's", other)) if len(part)
+    )
+    caption = (
+        "What a persona's direction (rows) changes in another persona (columns), in points against the same model "
+        f"without intervention; paired by {int(found['n_questions'].max())} questions. Mean change of alignment: "
+        f"{said}."
+    )
+    return Drawing(
+        fig, caption, f"Matrices of {len(sources)} directions by {len(targets)} personas. Alignment: {said}."
+    )
+
+
+SWEEP_LOOKS = (("#4477aa", "o", "-"), ("#cc6677", "s", "--"), ("#228833", "^", "-."), ("#aa8844", "D", ":"))
+
+
+def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
+    """Outcomes by strength, a line per layer; coherence beside them is what steering costs.
+
+    Args:
+        found: `effects` of one target's own direction added at several layers and strengths.
+        layers: how many layers the model has.
+    """
+    fig, axes = plt.subplots(1, len(OUTCOMES), figsize=style.size(2.6), squeeze=False)
+    shown = sorted(found["layer"].unique())
+    for ax, outcome in zip(axes[0], OUTCOMES):
+        here = found[found["outcome"] == outcome]
+        for i, layer in enumerate(shown):
+            colour, marker, line = SWEEP_LOOKS[i % len(SWEEP_LOOKS)]
+            part = here[here["layer"] == layer].sort_values("strength")
+            error = np.abs(np.stack([part["delta"] - part["low"], part["high"] - part["delta"]]))
+            ax.errorbar(part["strength"], part["delta"], yerr=error, color=colour, marker=marker, ls=line, lw=1.2,
+                        elinewidth=0.8, label=f"layer {layer} of {layers}")  # fmt: skip
+        ax.axhline(0, color=style.MUTED, lw=0.7)
+        ax.set_title(f"change of {OUTCOMES[outcome]}")
+        ax.set_xlabel("strength (times the direction)")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    main = found[found["outcome"] == "alignment"]
+    strongest = main.loc[main["delta"].abs().idxmax()]
+    cost = found[(found["outcome"] == "coherence") & (found["dataset"] == strongest["dataset"])]["delta"].iloc[0]
+    said = (
+        f"the largest change of alignment, {strongest['delta']:+.1f}, is at layer {strongest['layer']}, strength "
+        f"{strongest['strength']:+g}, where coherence changes by {cost:+.1f}"
+    )
+    caption = (
+        "The direction of the model itself, at several layers and strengths: above 0 added to the untuned model, below "
+        f"0 subtracted from the tuned one. Intervals over questions. {said[0].upper()}{said[1:]}."
+    )
+    return Drawing(fig, caption, f"Line plots of three outcomes against strength for {len(shown)} layers; {said}.")
+
+
+def draw_cosines(found: pd.DataFrame, look: Look) -> Drawing:
+    """Cosines between personas' directions by layer, with both nulls: `cosine_table` of many layers, concatenated."""
+    pairs = found[["one", "other"]].drop_duplicates().to_records(index=False)
+    fig, ax = plt.subplots(figsize=style.size(2.8))
+    for i, (one, other) in enumerate(pairs):
+        colour, marker, line = SWEEP_LOOKS[i % len(SWEEP_LOOKS)]
+        part = found[(found["one"] == one) & (found["other"] == other)].sort_values("layer")
+        label = f"{look.persona(one)} and {look.persona(other)}"
+        ax.plot(part["layer"], part["cosine"], color=colour, marker=marker, ls=line, label=label)
+        ax.plot(part["layer"], part["shuffled_bound"], color=colour, ls=":", lw=0.9)
+    bound = found["random_bound"].iloc[0]
+    ax.axhspan(-bound, bound, color=style.MUTED, alpha=0.25, lw=0)
+    ax.plot([], [], color=style.MUTED, ls=":", label="95 % of shuffled labels")
+    ax.plot([], [], color=style.MUTED, lw=5, alpha=0.25, label="95 % of random directions")
+    ax.set_xlabel("layer")
+    ax.set_ylabel("cosine of directions")
+    ax.set_ylim(min(-0.15, found["cosine"].min() - 0.05), 1.02)
+    fig.legend(loc="outside lower center", ncols=3)
+    said = (
+        f"cosines from {found['cosine'].min():.2f} to {found['cosine'].max():.2f}; random directions stay within "
+        f"{bound:.2f}, shuffled labels within {found['shuffled_bound'].max():.2f}"
+    )
+    return Drawing(fig, f"Directions of different personas compared, layer by layer: {said}.", f"Line plot of {said}.")
+
+
+# --- Words ---------------------------------------------------------------------------------------------------------
+
+
+def paper_table(found: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
+    """The transfer as the paper prints it: one row per target, direction and intervention, in points of alignment."""
+    table = found[found["outcome"] == "alignment"].copy()
+    cost = found[found["outcome"] == "coherence"].set_index(["target", "dataset"])["delta"]
+    table["coherence"] = [cost[t, d] for t, d in zip(table["target"], table["dataset"])]
+    if len(tests):
+        p = tests.set_index(["target", "kind", "source"])["p"]
+        table["p_against_own"] = [p.get((r.target, r.kind, r.source), math.nan) for r in table.itertuples()]
+    kept = ["target", "source", "kind", "delta", "low", "high", "per_norm", "coherence", "p_against_own", "n_questions"]
+    return table[[c for c in kept if c in table]].reset_index(drop=True)
+
+
+def section(
+    found: pd.DataFrame,
+    cosines: pd.DataFrame,
+    tests: pd.DataFrame,
+    checks: Mapping[str, Gate],
+    look: Look,
+    *,
+    caveat: str = "",
+) -> str:
+    """H4's part of the results document, Markdown without a heading.
+
+    Args:
+        found: `effects` of the transfer matrix.
+        cosines: `cosine_table` at the transfer layer.
+        tests: `transfer_tests`.
+        checks: name -> gate: a verdict whose gates fail is not interpretable.
+        look: labels.
+        caveat: what this run cannot show.
+    """
+    named = lambda key: "random direction" if key == "random" else look.persona(key)  # noqa: E731
+    by_outcome = found.set_index(["target", "dataset", "outcome"])
+    rows = []
+    for r in found[found["outcome"] == "alignment"].itertuples():
+        of = {o: by_outcome.loc[(r.target, r.dataset, o)] for o in OUTCOMES}
+        rows.append(
+            [
+                named(r.target),
+                named(r.source),
+                "added" if r.kind == "add" else "ablated",
+                f"{points(r.delta, True)} [{points(r.low, True)}, {points(r.high, True)}]",
+                "–" if math.isnan(r.per_norm) else f"{r.per_norm:+.2f}",
+                percent(of["em"]["delta"]),
+                points(of["coherence"]["delta"], True),
+            ]
+        )
+    header = ["target", "direction of", "how", "alignment [95 %]", "per unit norm", "EM rate", "coherence"]
+    parts = [
+        "Does the direction of emergent misalignment that is found under one persona do the same under another? A "
+        "direction is the mean difference of residual-stream activations between the tuned and the untuned model (or "
+        "between misaligned and other responses), found on other questions than those it is tried on. It is added to "
+        "the untuned model, or ablated from the tuned one; changes are against the same model without intervention, "
+        "paired by question. *Per unit norm*: points of alignment per unit of length added.",
+        markdown_table(rows, header, "lllrrrr"),
+        _verdict(tests, checks, look),
+        "Gates: " + "; ".join(f"{name}: **{g.status}** ({g.reason})" for name, g in checks.items()) + ".",
+    ]
+    if len(tests):
+        rows = [
+            [
+                named(r.target),
+                named(r.source),
+                "added" if r.kind == "add" else "ablated",
+                f"{points(r.delta, True)} [{points(r.low, True)}, {points(r.high, True)}]",
+                p_value(r.p),
+                p_value(r.p_adjusted),
+                p_value(r.p_equivalence),
+            ]
+            for r in tests.itertuples()
+        ]
+        header = ["target", "direction of", "how", "other minus own [95 %]", "p", "p adjusted", "p equivalence"]
+        parts.append(markdown_table(rows, header, "lllrrrr"))
+    if len(cosines):
+        rows = [
+            [
+                f"{named(r.one)}, {named(r.other)}",
+                r.layer,
+                f"{r.cosine:.2f}",
+                f"{r.random_bound:.2f}",
+                f"{r.shuffled_bound:.2f} ({p_value(r.p_shuffled)})",
+                f"{r.within_one:.2f}, {r.within_other:.2f}",
+            ]
+            for r in cosines.itertuples()
+        ]
+        header = [
+            "directions of",
+            "layer",
+            "cosine",
+            "random, 95 %",
+            "shuffled labels, 95 % (p)",
+            "with itself, halves",
+        ]
+        parts.append(markdown_table(rows, header, "lrrrrr"))
+    return "\n\n".join([*parts, *([caveat] if caveat else [])]) + "\n"
+
+
+def _verdict(tests: pd.DataFrame, checks: Mapping[str, Gate], look: Look) -> str:
+    """One sentence about H4, which says NOT INTERPRETABLE where a gate has failed."""
+    failed = [name for name, g in checks.items() if g.status not in (SHOWN, NOT_APPLICABLE)]
+    if tests.empty or tests["p"].isna().all():
+        verdict, why = "NOT TESTABLE", "no direction was tried on another persona"
+    else:
+        hits = tests[tests["p_adjusted"] < 0.05]
+        why = "; ".join(
+            f"{look.persona(r.source)}'s on {look.persona(r.target)}, {r.kind}: {r.delta:+.1f} points against its own"
+            for r in hits.itertuples()
+        )
+        verdict = "SUPPORTED" if len(hits) else "EQUIVALENT" if (tests["p_equivalence"] < 0.05).all() else "UNDECIDED"
+        why = why or (
+            "every other persona's direction does what a persona's own does, within the margin"
+            if verdict == "EQUIVALENT"
+            else "no other persona's direction is told from a persona's own, which does not show that they are equal"
+        )
+    if failed and verdict != "NOT TESTABLE":
+        verdict, why = "NOT INTERPRETABLE", f"{why}, but not shown: {', '.join(failed)}"
+    return f"**H4: {verdict}** ({why})."
