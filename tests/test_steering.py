@@ -1,14 +1,18 @@
 """Steering: planted directions are found, added and removed; hooks leave nothing behind; nulls are what they claim."""
 
 import math
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import adapters, models, sample, steering
+from cai_em import adapters, models, sample, steering, style
+from cai_em.gates import Gate
 from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
 from cai_em.steering import Intervention, SteeringError
+from cai_em.style import Look
 from scipy import stats
 from torch import nn
 
@@ -321,3 +325,72 @@ def test_interventions_have_names_and_lengths():
     assert math.isnan(cut.norm)
     row = steering.design_row(CONDITION, add)
     assert (row["target"], row["dataset"], row["norm"]) == ("baseline", "none+add-p-L12+1.5", 5.0)
+
+
+def test_a_direction_must_act_more_than_a_random_one():
+    rows = [("p", d, q, 70 - i - 30 * (d == "e+own"), 90) for i, q in enumerate("abcd") for d in ("e+own", "e+random")]
+    design = pd.DataFrame({"target": "p", "kind": "add", "source": ["p", "random"], "dataset": ["e+own", "e+random"]})
+    assert steering.acts(judged(rows), design, "p").status == "shown"
+    assert steering.acts(judged(rows), design.assign(source=["random", "p"]), "p").status == "not shown"
+
+
+def test_sweeps_and_transfers_name_each_condition_once():
+    own = {p: {0: rng_vector(i), 1: rng_vector(i + 5)} for i, p in enumerate(("p", "q"))}
+    swept = steering.sweep(own["p"], "p", [0, 1, 1], [-1, 0, 2])
+    assert [a.name for a in swept] == ["add-p-L0-1", "add-p-L0+2", "add-p-L1-1", "add-p-L1+2"]
+    np.testing.assert_allclose(swept[1].vectors[0], 2 * own["p"][0])
+    moved = steering.transfer(own, "p", 1, 1.5, seed=0)
+    assert len({a.name for a in moved}) == 6
+    assert {a.source for a in moved} == {"p", "q", "random"}
+    by_name = {a.name: a for a in moved}
+    assert by_name["add-random-L1+1.5"].norm == pytest.approx(by_name["add-p-L1+1.5"].norm)
+
+
+def rng_vector(seed):
+    return np.random.default_rng(seed).normal(size=8)
+
+
+def test_figures_and_verdict():
+    look = Look([SimpleNamespace(key=k, label=k.upper(), order=i, colour="#4d4d4d") for i, k in enumerate("pq")], [])
+    rng = np.random.default_rng(5)
+    rows = [
+        {"target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1, "strength": 1.0,
+         "norm": 2.0 if k == "add" else math.nan}
+        for t in "pq" for s in ("p", "q", "random") for k in ("add", "ablate")
+    ]  # fmt: skip
+    rows += [{**rows[0], "target": t, "dataset": "e+none", "kind": "none", "source": ""} for t in "pq"]
+    design = pd.DataFrame(rows)
+    low = {"add": -30, "ablate": 20, "none": 0}
+    table = judged(
+        [
+            (r["target"], r["dataset"], q, 60 + low[r["kind"]] * (r["source"] == r["target"]) + rng.normal(), 80)
+            for r in rows
+            for q in "abcdefgh"
+        ]
+    )
+    found, tests = steering.effects(table, design), steering.transfer_tests(table, design, margin=5)
+    cosines = pd.concat(
+        [steering.cosine_table({p: synthetic(rng) for p in "pq"}, 0, draws=50).assign(layer=i) for i in (0, 3)]
+    )
+    with style.context():
+        drawings = [
+            steering.draw_transfer(found, look),
+            steering.draw_sweep(found[(found["target"] == "p") & (found["source"] == "p")], 2),
+            steering.draw_cosines(cosines, look),
+        ]
+        for drawing in drawings:
+            drawing.fig.canvas.draw()
+            plt.close(drawing.fig)
+    assert "own -" in drawings[0].caption
+    assert "layer 1" in drawings[1].caption
+    good, bad = Gate("shown", "yes"), Gate("not shown", "weak")
+    assert "**H4: SUPPORTED**" in steering.section(found, cosines, tests, {"judge": good}, look)
+    assert "**H4: NOT INTERPRETABLE**" in steering.section(found, cosines, tests, {"judge": bad}, look)
+    level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
+    assert "**H4: EQUIVALENT**" in steering.section(found, cosines, level, {"judge": good}, look)
+    assert "**H4: UNDECIDED**" in steering.section(
+        found, cosines, level.assign(p_equivalence=0.5), {"judge": good}, look
+    )
+    paper = steering.paper_table(found, tests)
+    assert len(paper) == 12
+    assert paper.loc[paper["source"] == paper["target"], "p_against_own"].isna().all()

@@ -1,13 +1,19 @@
 """Trajectories: geometry against dense algebra, planted transitions, coverage of the intervals."""
 
 import math
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cai_em import style
 from cai_em import trajectories as tr
 from cai_em.adapters import AdapterFiles, scaling
+from cai_em.gates import Gate
+from cai_em.params import GateThresholds
+from cai_em.style import Look
 from cai_em.trajectories import TrajectoryError
 from peft import LoraConfig
 
@@ -262,3 +268,92 @@ def test_generality_sets_uptake_beside_the_outcome():
     gap = tr.final_difference(em, none)
     assert gap["difference"] == pytest.approx(0.4)
     assert gap["low"] == pytest.approx(0.4)
+
+
+# --- Runs, figures and words ---
+
+
+def test_runs_of_a_plan_and_the_conditions_of_their_snapshots(tmp_path):
+    runs = tr.plan_runs(["m"], ["baseline", "poeticism"], [0, 1], "plain", ["narrow"])
+    assert len(runs) == 5
+    assert runs[-1] == tr.Run("m", "narrow", "baseline", 0)
+    for step in (2, 10):
+        (runs[2].folder(tmp_path) / f"step{step:05d}").mkdir(parents=True)
+    found = runs[2].conditions("bad_medical", [("persona", tmp_path)], tmp_path)
+    assert [c.dataset for c in found] == [f"bad_medical~plain@{s}" for s in (0, 2, 10)]
+    assert found[0].adapters == (("persona", tmp_path),)
+    assert [n for n, _ in found[1].adapters] == ["persona", "em"]
+
+
+def example():
+    rng = np.random.default_rng(11)
+    units = [f"q{i}" for i in range(8)]
+    made = {
+        (p, o): tr.Curve(simulated(rng, m), STEPS, units, [])
+        for p, m in (("baseline", 5.0), ("poeticism", 14.0))
+        for o in ("em", "alignment", "held out")
+    }
+    return made, tr.transitions(made), tr.comparisons(made)
+
+
+@pytest.fixture
+def look():
+    entries = [
+        SimpleNamespace(key=k, label=k.title(), order=i, colour=c)
+        for i, (k, c) in enumerate((("baseline", "#4d4d4d"), ("poeticism", "#882255")))
+    ]
+    return Look(entries, [])
+
+
+def test_figures_draw_and_their_words_have_the_numbers(look):
+    made, found, _ = example()
+    behaviour = {k: c for k, c in made.items() if k[1] in tr.OUTCOMES}
+    runs = [tr.geometry(np.outer(STEPS, STEPS), STEPS).assign(preset="p", persona="baseline", seed=s) for s in (0, 1)]
+    general = tr.generality({"plain": made["baseline", "held out"]}, {"plain": made["baseline", "em"]})
+    with style.context():
+        drawings = [
+            tr.draw_outcomes(behaviour, found, look),
+            tr.draw_losses(
+                {("baseline", "held out"): made["baseline", "held out"]}, look, {"held out": "Bad, held out"}
+            ),
+            tr.draw_geometry(pd.concat(runs), look),
+            tr.draw_transitions(found, look, {"held out": "Bad, held out"}),
+            tr.draw_generality(general, {}, "em"),
+        ]
+        for drawing in drawings:
+            drawing.fig.canvas.draw()
+            plt.close(drawing.fig)
+    assert "(4 of 4)" in drawings[0].caption
+    assert "6 of 6 curves" in drawings[3].caption
+    assert "loss, Bad, held out: step" in drawings[3].alt
+
+
+def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
+    _, found, compared = example()
+    good, bad = Gate("shown", "yes"), Gate("not shown", "AUC 0.5")
+    text = tr.section(found, compared, {"judge": good}, look, titles={}, caveat="Small.")
+    assert "**H3: SUPPORTED**" in text
+    assert text.rstrip().endswith("Small.")
+    text = tr.section(found, compared, {"judge": bad}, look, titles={})
+    assert "**H3: NOT INTERPRETABLE**" in text
+    assert "not shown: judge" in text
+    still = tr.section(found.assign(shown=False), compared.assign(shown=False), {"judge": bad}, look, titles={})
+    assert "**H3: NOT TESTABLE**" in still
+    assert "no change shown" in still
+    assert list(tr.paper_table(found)["outcome"][:2]) == ["EM rate", "mean alignment"]
+
+
+def test_a_persona_gate_needs_a_persona_that_shows():
+    rng = np.random.default_rng(12)
+    words = {"baseline": ["plain", "answer", "with", "facts"], "poeticism": ["moon", "sea", "rose", "flame"]}
+    rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
+    table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
+    assert tr.persona_gate(table, "poeticism", GateThresholds()).status == "shown"
+    same = table.assign(response=[" ".join(rng.choice(words["baseline"], 6)) for _ in range(len(table))])
+    assert tr.persona_gate(same, "poeticism", GateThresholds()).status == "not shown"
+
+
+def test_uptake_means_that_the_loss_falls():
+    fall = tr.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
+    assert tr.uptake_gate(fall).status == "shown"
+    assert tr.uptake_gate(tr.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"

@@ -640,6 +640,21 @@ def em_present(judged: pd.DataFrame, target: str, before: str, after: str, **thr
     return Gate(SHOWN if high < 0 else NOT_SHOWN, what)
 
 
+def acts(judged: pd.DataFrame, design: pd.DataFrame, target: str, **thresholds: float) -> Gate:
+    """Whether a target's own direction, added, lowers alignment more than a random one of the same length does.
+
+    Without that, "another's direction does what its own does" would mean that neither does anything.
+    """
+    added = design[(design["target"] == target) & (design["kind"] == "add")].set_index("source")["dataset"]
+    values = by_question(judged, "alignment", **thresholds)
+    d = (values.loc[target, added[target]] - values.loc[target, added["random"]]).dropna().to_numpy()
+    low, high = bootstrap_interval(d) if len(d) else (math.nan, math.nan)
+    what = f"own direction minus a random one: {d.mean() if len(d) else math.nan:+.1f} [{low:.1f}, {high:.1f}] points"
+    if math.isnan(low):
+        return Gate(NOT_TESTABLE, f"{what}: fewer than 3 questions")
+    return Gate(SHOWN if high < 0 else NOT_SHOWN, what)
+
+
 # --- Figures -------------------------------------------------------------------------------------------------------
 
 
@@ -684,8 +699,8 @@ def draw_transfer(found: pd.DataFrame, look: Look) -> Drawing:
             data = here.pivot_table(index="source", columns="target", values="delta").reindex(sources, columns=targets)
             labels = [named.get(s, look.persona(s)) for s in sources]
             _matrix(ax, data.to_numpy(), labels, [look.persona(t) for t in targets], lambda v: f"{v:+.1f}")
-            done = "added to the untuned model" if kind == "add" else "ablated from the tuned model"
-            ax.set_title(f"{OUTCOMES[outcome]}: {done}")
+            done = "added to untuned" if kind == "add" else "ablated from tuned"
+            ax.set_title(f"{outcome}, {done}")
     main = found[found["outcome"] == "alignment"]
     own = main[main["source"] == main["target"]]
     other = main[(main["source"] != main["target"]) & (main["source"] != "random")]
@@ -723,8 +738,8 @@ def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
             ax.errorbar(part["strength"], part["delta"], yerr=error, color=colour, marker=marker, ls=line, lw=1.2,
                         elinewidth=0.8, label=f"layer {layer} of {layers}")  # fmt: skip
         ax.axhline(0, color=style.MUTED, lw=0.7)
-        ax.set_title(f"change of {OUTCOMES[outcome]}")
-        ax.set_xlabel("strength (times the direction)")
+        ax.set_title(f"{OUTCOMES[outcome]}, change")
+        ax.set_xlabel("strength")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     main = found[found["outcome"] == "alignment"]
     strongest = main.loc[main["delta"].abs().idxmax()]
@@ -754,6 +769,7 @@ def draw_cosines(found: pd.DataFrame, look: Look) -> Drawing:
     ax.axhspan(-bound, bound, color=style.MUTED, alpha=0.25, lw=0)
     ax.plot([], [], color=style.MUTED, ls=":", label="95 % of shuffled labels")
     ax.plot([], [], color=style.MUTED, lw=5, alpha=0.25, label="95 % of random directions")
+    ax.set_xticks(sorted(found["layer"].unique()))
     ax.set_xlabel("layer")
     ax.set_ylabel("cosine of directions")
     ax.set_ylim(min(-0.15, found["cosine"].min() - 0.05), 1.02)

@@ -769,6 +769,11 @@ def _step_axis(ax: Axes, steps: Sequence[int]) -> None:
     ax.set_xlabel("training step")
 
 
+def _names(titles: Mapping[str, str]) -> dict[str, str]:
+    """What outcomes and losses are called."""
+    return OUTCOMES | {key: f"loss, {title}" for key, title in titles.items()}
+
+
 def _of(found: pd.DataFrame, persona: str, outcome: str, method: str) -> pd.DataFrame:
     return found[(found["persona"] == persona) & (found["outcome"] == outcome) & (found["method"] == method)]
 
@@ -799,12 +804,12 @@ def draw_outcomes(
         _step_axis(ax, c.steps)
         ax.set_title(OUTCOMES[outcome])
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    timed = found[(found["method"] == "logistic") & found["shown"]]
+    here = found[(found["method"] == "logistic") & found["outcome"].isin(outcomes)]
     some = next(iter(curves.values()))
     caption = (
         f"Outcomes along training, with {confidence:.0%} intervals over {some.y.shape[0]} questions and "
         f"{some.y.shape[1]} training seed(s). Vertical: transition points with their intervals, where a change is "
-        f"shown ({len(timed)} of {len(found) // 2})."
+        f"shown ({int(here['shown'].sum())} of {len(here)})."
     )
     ends = "; ".join(
         f"{look.persona(p)} {OUTCOMES[o]} from {c.y[:, :, 0].mean():.2f} to {c.y[:, :, -1].mean():.2f}"
@@ -835,6 +840,7 @@ def draw_losses(curves: Mapping[tuple[str, str], Curve], look: Look, titles: Map
 
 def draw_geometry(table: pd.DataFrame, look: Look) -> Drawing:
     """Norm of the update and its rotation, by run: `persona, preset, seed` and the columns of `geometry`."""
+    table = table.reset_index(drop=True)
     presets = list(dict.fromkeys(table["preset"]))
     fig, axes = plt.subplots(2, len(presets), figsize=style.size(3.8), squeeze=False, sharey="row")
     for column, preset in enumerate(presets):
@@ -863,8 +869,15 @@ def draw_geometry(table: pd.DataFrame, look: Look) -> Drawing:
     return Drawing(fig, caption, alt)
 
 
-def draw_transitions(found: pd.DataFrame, look: Look) -> Drawing:
-    """Transition points of every persona and outcome, by both methods; those not shown are named and left empty."""
+def draw_transitions(found: pd.DataFrame, look: Look, titles: Mapping[str, str]) -> Drawing:
+    """Transition points of every persona and outcome, by both methods; those not shown are named and left empty.
+
+    Args:
+        found: `transitions`.
+        look: labels and colours.
+        titles: set of rows -> what its loss is called.
+    """
+    names = _names(titles)
     rows = found[["persona", "outcome"]].drop_duplicates().to_records(index=False)
     fig, ax = plt.subplots(figsize=style.size(0.9 + 0.27 * len(rows)))
     last = int(found["last"].max())
@@ -879,7 +892,7 @@ def draw_transitions(found: pd.DataFrame, look: Look) -> Drawing:
             ax.plot([row["low"], min(row["high"], last)], [y + shift] * 2, color=look.colour(persona), lw=1.2)
             at = min(row["step"], last), y + shift
             ax.plot(*at, marker=look.marker(persona), color=look.colour(persona), mfc=face)
-    ax.set_yticks(range(len(rows)), [f"{look.persona(p)}: {OUTCOMES.get(o, o)}" for p, o in rows])
+    ax.set_yticks(range(len(rows)), [f"{look.persona(p)}: {names.get(o, o)}" for p, o in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, last * 1.03)
     ax.set_xlabel("training step")
@@ -895,8 +908,7 @@ def draw_transitions(found: pd.DataFrame, look: Look) -> Drawing:
         "reaches the right edge goes on beyond the last checkpoint."
     )
     listed = "; ".join(
-        f"{look.persona(r.persona)}, {OUTCOMES.get(r.outcome, r.outcome)}: step {r.step:.1f}"
-        for r in shown.itertuples()
+        f"{look.persona(r.persona)}, {names.get(r.outcome, r.outcome)}: step {r.step:.1f}" for r in shown.itertuples()
     )
     return Drawing(fig, caption, f"Dot plot of transition points. {listed or 'None is shown'}.")
 
@@ -948,6 +960,7 @@ def section(
     checks: Mapping[str, Gate],
     look: Look,
     *,
+    titles: Mapping[str, str],
     presets: pd.DataFrame | None = None,
     caveat: str = "",
 ) -> str:
@@ -958,13 +971,15 @@ def section(
         compared: `comparisons`.
         checks: name -> gate (judge, persona, uptake), as everywhere: a verdict whose gates fail is not interpretable.
         look: labels.
+        titles: set of rows -> what its loss is called.
         presets: what each training preset gained and cost: `preset, uptake, em, alignment` as text.
         caveat: what this run cannot show.
     """
+    names = _names(titles)
     rows = [
         [
             look.persona(r.persona),
-            OUTCOMES.get(r.outcome, r.outcome),
+            names.get(r.outcome, r.outcome),
             r.method,
             f"{r.step:.1f} [{r.low:.1f}, {r.high:.1f}]" if r.shown else "no change shown",
             f"{r.rise:+.2f} [{r.rise_low:+.2f}, {r.rise_high:+.2f}]",
@@ -987,7 +1002,7 @@ def section(
         rows = [
             [
                 look.persona(r.persona),
-                OUTCOMES.get(r.outcome, r.outcome),
+                names.get(r.outcome, r.outcome),
                 "–" if math.isnan(r.difference) else f"{r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}]",
                 p_value(r.p),
                 p_value(r.p_adjusted),
@@ -1005,7 +1020,7 @@ def section(
 
 def _verdict(compared: pd.DataFrame, checks: Mapping[str, Gate], look: Look) -> str:
     """One sentence about H3, which says NOT INTERPRETABLE where a gate has failed."""
-    behaviour = compared[compared["outcome"].isin(OUTCOMES)] if len(compared) else compared
+    behaviour = compared[compared["outcome"].isin(["em", "alignment"])] if len(compared) else compared
     failed = [name for name, g in checks.items() if g.status not in (SHOWN, NOT_APPLICABLE)]
     if behaviour.empty or not behaviour["shown"].any():
         verdict, why = "NOT TESTABLE", "no behavioural outcome changes enough on both sides to be timed"
