@@ -7,7 +7,7 @@
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh test             the tests
 #   ./run_all.sh verify [PROFILE] re-hash every artefact and compare with the manifests
-#   ./run_all.sh clean [PROFILE]  remove a profile's results
+#   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
 # Options after the profile: --dry-run (jobs with reasons, and what they cost), --jobs N, --profile slurm, and any of Snakemake's.
@@ -68,7 +68,7 @@ case "$WHAT" in
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
   test) setup; exec python -m pytest "$@" ;;
   verify) setup; exec python -m cai_em.run verify "results${1:+/$1}" ;;
-  clean) rm -rf "results${1:+/$1}"; say "removed results${1:+/$1}"; exit ;;
+  clean) rm -rf "results/${1:?name the profile whose results to remove}"; say "removed results/$1"; exit ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
   die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: test, verify, clean, setup, lab"

@@ -92,7 +92,8 @@ def test_every_stage_leaves_its_artefacts(micro):
         assert len(scores) == 8 * len(study.shard_cells(model, shard))
     text = (results / "RESULTS.md").read_text()
     assert "### Alignment by Persona" in text
-    assert "NOT INTERPRETABLE" in text, "a random tiny model shows no persona: its verdicts must say so"
+    assert "**Gated verdict: NOT TESTABLE**" in text, "two questions cannot carry a verdict, and the document says so"
+    assert "All gates together are open for 0 of 6 comparisons" in text, "a random tiny model shows no persona"
     assert "<html" in (results / "paper" / "index.html").read_text()
 
 
