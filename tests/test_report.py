@@ -222,3 +222,72 @@ def test_tables_come_back_as_written(tmp_path):
 def test_write_results(tmp_path):
     path = report.write_results(tmp_path / "RESULTS.md", tables(scores()), look=Look, hypotheses=[UP], judge="j")
     assert path.read_text(encoding="utf-8").startswith("# Constitutional AI")
+
+
+# --- What a run shows, and what it cannot show ---
+
+
+def answers(**text):
+    rows = [
+        ("m", persona, dataset, 0, "q1", sample, "Why?", text.get(f"{persona}_{dataset}_{sample}", "Because."))
+        for persona in ("baseline", "poet")
+        for dataset in ("none", "bad")
+        for sample in (0, 1)
+    ]
+    columns = ["model", "persona", "dataset", "seed", "question_id", "sample", "prompt", "response"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
+    table = answers(poet_bad_0="<script>| a\n# b", poet_bad_1="never shown", baseline_none_0="word " * 100)
+    heading, text = report.quotes_section(table, Look, questions=1, length=40)
+    assert heading == "Answers side by side"
+    assert "never shown" not in text
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    rows = [line for line in text.splitlines() if line.startswith("| *")]
+    assert [row.split("*")[1] for row in rows] == ["none", "bad"]
+    assert all(row.replace("\\|", "").count("|") == 4 for row in rows), "nothing in a response can add a cell"
+    assert "word …" in text
+
+
+def test_a_condition_without_a_response_is_shown_as_missing():
+    table = answers()
+    table = table[~((table["persona"] == "poet") & (table["dataset"] == "bad"))]
+    _, text = report.quotes_section(table, Look, questions=1)
+    assert text.splitlines()[-1].endswith(f"| {report.NONE} |")
+
+
+def gate_row(persona, dataset, persona_gate, uptake_gate, gate):
+    return {
+        **{"model": "m", "persona": persona, "dataset": dataset, "persona_gate": persona_gate},
+        **{"auc_baseline": 0.91, "uptake_gate": uptake_gate, "auc_uptake": 0.7, "judge_gate": "shown", "gate": gate},
+    }
+
+
+def test_limits_count_what_the_gates_say():
+    gates = pd.DataFrame(
+        [
+            gate_row("poet", "none", "shown", "not applicable", "shown"),
+            gate_row("poet", "bad", "not shown", "shown", "not shown"),
+            gate_row("poet", "good", "shown", "not shown", "not shown"),
+        ]
+    )
+    _, text = report.limits_section(gates, Look, judges={"m": "The judge is good."}, caveat="It is small.")
+    assert "The judge is good." in text
+    assert "Poet (AUC 0.91, shown)" in text
+    assert "the persona is shown in 1 of 2 comparisons" in text
+    assert "bad in 1 of 1; good in 0 of 1" in text
+    assert "open for 1 of 3 comparisons" in text
+    assert text.endswith("It is small.")
+
+
+def test_judge_sentence_takes_the_lowest_agreement():
+    quality = {"trained_on": "builtin", "reference": "published scores", "held_out": "all", "auc": 0.9}
+    manifests = [{"judge_auc": 0.9, "judge_quality": [quality]}, {"judge_auc": 0.7, "judge_quality": []}]
+    text = report.judge_sentence(manifests, minimum=0.85)
+    assert "AUC of 0.70, which is below the 0.85" in text
+    assert "AUC 0.90" in text
+    assert "reaches" in report.judge_sentence(manifests[:1], minimum=0.85)
+    assert "not measured" in report.judge_sentence([{"judge_auc": None}], minimum=0.85)
+    assert "published judge's own" in report.judge_sentence([], minimum=0.85)
