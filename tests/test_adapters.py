@@ -317,6 +317,46 @@ def test_one_base_model_serves_one_condition_after_another(model, made, tokenize
     assert not lora.adapter_state(model)["adapters"]
 
 
+CONDITIONS = [["persona"], [], ["persona", "em"], ["narrow"], ["em"], ["em", "narrow"], ["persona"], []]
+"""Other ranks, scales, modules and layers one after the other; the same again at the end."""
+
+
+def test_slots_compute_bit_for_bit_what_freshly_made_layers_do(model, cache, made, tokenizer):
+    bare = {k: v.clone() for k, v in model.state_dict().items()}
+    slots = lora.Slots(model)
+    for parts in CONDITIONS:
+        adapters = [(part, made[part]) for part in parts]
+        fresh = models.load_model(TINY, cache_dir=cache)
+        expected = logits(lora.compose(fresh, adapters) if parts else fresh, tokenizer)
+        with slots.composed(adapters) as ready:
+            assert torch.equal(logits(ready, tokenizer), expected), parts
+            if parts:
+                slots.probe(tokenizer, adapters, PROMPTS)
+                assert torch.equal(logits(ready, tokenizer), expected), "a probe leaves the model as it was"
+        assert torch.equal(logits(model, tokenizer), logits(models.load_model(TINY, cache_dir=cache), tokenizer))
+    slots.close()
+    after = model.state_dict()
+    assert bare.keys() == after.keys()
+    assert all(torch.equal(bare[k], after[k]) for k in bare)
+    assert not lora.adapter_state(model)["adapters"]
+    assert not hasattr(model, "peft_config")
+
+
+def test_slots_put_layers_in_once(model, made, monkeypatch, tokenizer):
+    inserted = []
+    monkeypatch.setattr(lora, "_insert", lambda *a, do=lora._insert: inserted.append(a[1]) or do(*a))
+    slots = lora.Slots(model)
+    for parts in (["persona"], ["persona", "em"], ["em"], ["persona", "em"]):
+        with slots.composed([(part, made[part]) for part in parts]):
+            slots.probe(tokenizer, [(part, made[part]) for part in parts], PROMPTS)
+    assert sorted(inserted) == ["composed", "probe_0", "probe_1"]
+
+
+def test_slots_and_probe_without_adapters(model, tokenizer):
+    with pytest.raises(lora.AdapterError, match="nothing to probe"):
+        lora.Slots(model).probe(tokenizer, [], PROMPTS)
+
+
 # --- The probe ---
 
 
@@ -376,6 +416,33 @@ def test_probe_of_one_adapter(model, made, tokenizer):
     with lora.composed(model, [("persona", made["persona"])]) as ready:
         report = lora.probe(ready, tokenizer, [("persona", made["persona"])], PROMPTS)
     assert set(report.others) == {"base"}
+
+
+def test_probes_of_slots_measure_what_single_probes_do(model, cache, made, tokenizer):
+    """What is kept from one probe to the next changes no finding, also of adapters that take turns in one place."""
+    slots = lora.Slots(model)
+    for parts in (["persona"], ["plain"], ["em"], ["persona", "em"], ["plain", "em"], ["persona", "em"]):
+        named = [("em" if part == "em" else "persona", made[part]) for part in parts]
+        with slots.composed(named):
+            report = slots.probe(tokenizer, named, PROMPTS)
+        with lora.composed(models.load_model(TINY, cache_dir=cache), named) as ready:
+            assert lora.probe(ready, tokenizer, named, PROMPTS) == report
+    assert len(slots._known) <= lora.KEPT_LOGITS
+
+
+def test_planted_faults_in_slots(model, made, tokenizer):
+    """An adapter left over from the condition before, and one with a wrong scale, are found."""
+    slots = lora.Slots(model)
+    persona, both = [("persona", made["persona"])], [("persona", made["persona"]), ("em", made["em"])]
+    with slots.composed(persona):
+        slots.probe(tokenizer, persona, PROMPTS)
+        with pytest.raises(lora.ProbeError, match=r"not persona\+em: .* it computes what 'persona' does"):
+            slots.probe(tokenizer, both, PROMPTS)
+    with slots.composed(both) as ready:
+        for _, layer in lora._lora_layers(ready):
+            layer.scaling["composed"] = 0.9
+        with pytest.raises(lora.ProbeError, match="logits differ by up to"):
+            slots.probe(tokenizer, both, PROMPTS)
 
 
 # --- Random control ---

@@ -327,6 +327,7 @@ class TestSample:
                     assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
                 else:  # until rounding makes two tokens change places, and the texts part
                     assert a.logprobs[0] == pytest.approx(b.logprobs[0], abs=0.2)
+        engines[1].slots.close()
         after = engines[1].model.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)

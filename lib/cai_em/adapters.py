@@ -11,6 +11,8 @@ for. `assert_state` measures, on the model itself, which adapters its output dep
     with composed(model, [("persona", persona_dir), ("em", em_dir)]) as ready:  # one exact LoRA of both
         report = probe(ready, tokenizer, [("persona", persona_dir), ("em", em_dir)], prompts)
 
+For many conditions of one model, `Slots` does the same with LoRA layers that are put into it once.
+
 A LoRA adds `scale * B @ A` to a weight, with `scale = alpha / r`, or `alpha / sqrt(r)` if rank-stabilised (rsLoRA,
 arXiv 2312.03732). The sum of two LoRAs is exactly one LoRA whose A and B are those of both, one beside the other, with
 the scales folded into B. (peft's own `cat` keeps rsLoRA's scale for the sum, and so is wrong for it.)
@@ -48,6 +50,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 RELATIVE_TOLERANCE = 1e-4
 """How far two logits may lie apart in float32, as a share of the largest: rounding gives about a thirtieth of it."""
+
+KEPT_LOGITS = 4
+"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 70 MB each)."""
 
 Adapters = Sequence[tuple[str, str | Path]]
 """(name, folder) of adapters, persona first."""
@@ -276,18 +281,54 @@ def _insert(model: nn.Module, name: str, config: LoraConfig, modules: Mapping[st
         model.add_adapter(name, config, low_cpu_mem_usage=True)
     else:
         model = PeftModel(model, config, adapter_name=name, low_cpu_mem_usage=True)
-    layers = {
-        key.removeprefix("base_model.model."): layer for key, layer in _lora_layers(model) if name in layer.lora_A
-    }
+    layers = _places(model, name)
     if set(layers) != set(modules):
         places, tensors = len(set(layers) - set(modules)), len(set(modules) - set(layers))
         raise AdapterError(f"adapter {name!r}: {tensors} modules without a place, {places} places without a tensor")
+    _assign(layers, name, modules)
+    return model
+
+
+def _places(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers that have a place for an adapter, by their name in the base model."""
+    found = _lora_layers(model)
+    return {key.removeprefix("base_model.model."): layer for key, layer in found if name in layer.lora_A}
+
+
+def _assign(layers: Mapping[str, LoraLayer], name: str, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give an adapter's places their tensors, of whatever rank, frozen, in float32."""
     for key, layer in layers.items():
         # Assigned rather than loaded: peft would convert them to the base's precision.
         for half, tensor in zip((layer.lora_A[name], layer.lora_B[name]), modules[key], strict=True):
             value = tensor.detach().to(layer.get_base_layer().weight.device, torch.float32)
             half.weight = nn.Parameter(value, requires_grad=False)
-    return model
+
+
+def _put(model: PeftModel, name: str, adapter: AdapterFiles) -> None:
+    """An adapter under a name, frozen: where places of that name fit, their tensors are exchanged."""
+    layers = _places(model, name)
+    if layers and set(layers) == set(adapter.modules):
+        _assign(layers, name, adapter.modules)
+        for layer in layers.values():
+            layer.r[name], layer.lora_alpha[name] = adapter.config.r, adapter.config.lora_alpha
+            layer.scaling[name] = adapter.scale
+        kept = model.peft_config[name]
+        kept.r, kept.lora_alpha, kept.use_rslora = (
+            adapter.config.r,
+            adapter.config.lora_alpha,
+            adapter.config.use_rslora,
+        )
+        return
+    if name in model.peft_config:
+        model.delete_adapter(name)
+    _insert(model, name, adapter.config, adapter.modules)
+
+
+def _activate(model: PeftModel, names: Sequence[str]) -> None:
+    """Switch exactly these adapters on, frozen; with none the model computes what the base does."""
+    for _, layer in _lora_layers(model):
+        layer.set_adapter(list(names), inference_mode=True)
+    model.base_model.active_adapter = list(names)  # the tuner's own set_adapter, less its slow walk through the model
 
 
 def stack(model: PreTrainedModel, persona_dir: str | Path | None, lora: LoraPreset, name: str = EM) -> PeftModel:
@@ -475,19 +516,19 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 # --- Composition, for sampling -------------------------------------------------------------------------------------
 
 
-def concatenate(folders: Sequence[str | Path], weights: Sequence[float] | None = None) -> AdapterFiles:
+def concatenate(folders: Sequence[str | Path | AdapterFiles], weights: Sequence[float] | None = None) -> AdapterFiles:
     """The sum of several LoRA adapters as one, exactly: ranks add up, scales are folded into B.
 
     Where an adapter does not touch a module that another does, its share there is zero.
 
     Args:
-        folders: the adapters, persona first.
+        folders: the adapters, persona first; or what was read there.
         weights: what each counts; None: 1 each.
 
     Raises:
         AdapterError: none given, files not whole, or adapters of different base models.
     """
-    parts = [read_adapter(folder) for folder in folders]
+    parts = [part if isinstance(part, AdapterFiles) else read_adapter(part) for part in folders]
     weights = [1.0] * len(parts) if weights is None else weights
     if not parts:
         raise AdapterError("nothing to compose: no adapter given")
@@ -542,23 +583,90 @@ def compose(model: nn.Module, adapters: Adapters, name: str = COMPOSED) -> PeftM
     return found.eval()
 
 
+class Slots:
+    """LoRA layers put into a model once, whose tensors are exchanged from one condition to the next.
+
+    peft takes about a second to put its layers into a model of 135M parameters, and again to take them out; to
+    exchange their tensors takes some hundredths. Each condition's tensors keep their own rank: nothing is padded, and
+    the model computes bit for bit what `compose` would make it compute. Without adapters it computes what the base
+    does; after `close` it is the model that it was.
+
+    Args:
+        model: the base model; while slots are in it, use it for nothing else.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._peft: PeftModel | None = None
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._known: dict[tuple[str, ...], Tensor] = {}
+        self._probed: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
+        """The model with the sum of several adapters for the length of a block; as the base if there are none.
+
+        Raises:
+            AdapterError: adapters that are not whole or belong to another model.
+        """
+        if not adapters:
+            yield self.model
+            return
+        total = concatenate([folder for _, folder in adapters])
+        check_fits(total, self.model)
+        shapes = self._shapes | {m: (b.shape[0], a.shape[1]) for m, (a, b) in total.modules.items()}
+        if shapes != self._shapes:
+            self.close()  # a module without a place: all are made anew
+            self._shapes = shapes
+        idle = {m: (torch.zeros(1, c), torch.zeros(r, 1)) for m, (r, c) in shapes.items() if m not in total.modules}
+        total.modules = dict(sorted((total.modules | idle).items()))
+        total.config.target_modules = set(_targets(total.modules))
+        if self._peft is None:
+            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()
+        else:
+            _put(self._peft, COMPOSED, total)
+        try:
+            _activate(self._peft, [COMPOSED])
+            yield self._peft
+        finally:
+            _activate(self._peft, [])
+
+    def probe(self, tokenizer: PreTrainedTokenizerBase, adapters: Adapters, prompts: Sequence[str]) -> ProbeReport:
+        """`probe` inside a `composed` block; what the base and single adapters compute is kept for later conditions.
+
+        Raises:
+            ProbeError, AdapterError: as `probe`.
+        """
+        if self._peft is None:
+            raise AdapterError("nothing to probe: no adapters are composed")
+        if self._probed != tuple(prompts):
+            self._probed, self._known = tuple(prompts), {}
+        return probe(self._peft, tokenizer, adapters, prompts, known=self._known)
+
+    def close(self) -> None:
+        """Take the layers out again: the model is the bare one that it was."""
+        if self._peft is None:
+            return
+        self._peft.unload()
+        # Left behind by peft, it would make the next adapter look like a second one on top of this.
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        self._peft, self._shapes = None, {}
+
+
 @contextlib.contextmanager
 def composed(model: PreTrainedModel, adapters: Adapters) -> Iterator[nn.Module]:
     """A model with the sum of several adapters for the length of a block; the bare model if there are none.
 
-    Only the inserted layers are taken out again, so a base model loaded once serves one condition after another.
+    Only the inserted layers are taken out again, so a base model loaded once serves one condition after another (many
+    of them: `Slots` is faster).
     """
-    if not adapters:
-        yield model
-        return
-    found = compose(model, adapters)
+    slots = Slots(model)
     try:
-        yield found
+        with slots.composed(adapters) as ready:
+            yield ready
     finally:
-        found.unload()
-        # Left behind by peft, it would make the next adapter look like a second one on top of this.
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        slots.close()
 
 
 def save_composed(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> Path:
@@ -613,6 +721,7 @@ def probe(
     adapters: Adapters,
     prompts: Sequence[str],
     name: str = COMPOSED,
+    known: dict[tuple[str, ...], Tensor] | None = None,
 ) -> ProbeReport:
     """Prove that a composed model computes what its adapters together compute, and that each of them matters.
 
@@ -620,8 +729,10 @@ def probe(
         model: with the composed adapter (`compose`).
         tokenizer: the model's.
         adapters: (name, folder) of the adapters that the condition must have.
-        prompts: what users say; logits at all of their tokens are compared.
+        prompts: what a user says, in one message; logits at all of its tokens are compared.
         name: the composed adapter's name.
+        known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
+            the hashes of their files; filled here. If given, the adapters' places stay in the model for the next probe.
 
     Returns:
         The differences found.
@@ -632,39 +743,53 @@ def probe(
     """
     if not adapters or not prompts:
         raise ValueError("a probe needs adapters and prompts")
-    rendered = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    # One message of all prompts: the template around them, half of a short prompt's tokens, is read once.
     inputs = tokenizer.apply_chat_template(
-        rendered, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        [{"role": "user", "content": "\n".join(prompts)}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     ).to(next(model.parameters()).device)
-    real = inputs["attention_mask"].bool()
 
-    def logits() -> Tensor:
-        return model(**inputs, use_cache=False).logits[real].float().cpu()
+    def logits(*active: str) -> Tensor:
+        _activate(model, active)
+        return model(**inputs, use_cache=False).logits.float().cpu()
 
-    loaded: list[str] = []
+    files = {part: read_adapter(folder) for part, folder in adapters}
+    hashes = {part: "".join(file_hashes(folder).values()) for part, folder in adapters}
+    keep, known = known is not None, {} if known is None else known
+    places = [f"probe_{number}" for number in range(len(adapters))]
+
+    def reference(*parts: str) -> Tensor:
+        """Logits with these adapters active, each by itself in the model: the composed one takes no part in them."""
+        key = tuple(hashes[part] for part in parts)
+        if (kept := known.pop(key, None)) is None:
+            for place, part in zip(places, parts):
+                check_fits(files[part], model)
+                _put(model, place, files[part])
+            kept = logits(*places[: len(parts)])
+        if len(parts) < 2:
+            known[key] = kept
+            if len(known) > KEPT_LOGITS:
+                del known[next(iter(known))]  # the one not used for longest
+        return kept
+
+    names = [part for part, _ in adapters]
     with _evaluating(model), _in_float32(model):
         try:
-            model.set_adapter(name, inference_mode=True)
-            found = logits()
-            with model.disable_adapter():
-                others = {"base": logits()}
-            for part, folder in adapters:
-                load_adapter(model, folder, f"probe_{part}")
-                loaded.append(f"probe_{part}")
-            for size in range(1, len(loaded)):
-                for some in itertools.combinations(loaded, size):
-                    model.base_model.set_adapter(list(some), inference_mode=True)
-                    others["+".join(part.removeprefix("probe_") for part in some)] = logits()
-            model.base_model.set_adapter(loaded, inference_mode=True)
-            together = logits()
+            found = logits(name)
+            subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
+            others = {"+".join(some) or "base": reference(*some) for some in subsets}
+            together = reference(*names)
         finally:
-            model.set_adapter(name, inference_mode=True)
-            for part in loaded:
-                model.delete_adapter(part)
+            _activate(model, [name])
+            for place in () if keep else places:
+                if place in model.peft_config:
+                    model.delete_adapter(place)
     largest = float(together.abs().max())
     report = ProbeReport(
         adapters={part: file_hash(Path(folder) / WEIGHTS) for part, folder in adapters},
-        scales={part: scaling(LoraConfig.from_pretrained(folder)) for part, folder in adapters},
+        scales={part: adapter.scale for part, adapter in files.items()},
         prompts=len(prompts),
         largest_logit=largest,
         tolerance=RELATIVE_TOLERANCE * largest,

@@ -420,7 +420,7 @@ def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class TransformersEngine:
-    """PyTorch: the base model once, one condition's adapters after the other's composed on top of it.
+    """PyTorch: the base model once, one condition's adapters after the other's composed in LoRA layers put in once.
 
     With `preset.merge` the composed adapter is added to copies of the weights for the length of a condition: fewer
     products per token, the sum rounded to the type of numbers once; the base weights come back as they were.
@@ -432,6 +432,7 @@ class TransformersEngine:
         with _timed(self.timings, "load"):
             self.model = models.load_model(spec, dtype=preset.dtype)
             self.tokenizer = models.load_tokenizer(spec)
+        self.slots = lora.Slots(self.model)
         self.ends = end_tokens(self.model.generation_config, self.tokenizer)
 
     def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
@@ -439,11 +440,11 @@ class TransformersEngine:
         for job in jobs:
             with ExitStack() as stack:
                 with _timed(self.timings, "switch"):
-                    ready = stack.enter_context(lora.composed(self.model, job.condition.adapters))
+                    ready = stack.enter_context(self.slots.composed(job.condition.adapters))
                 report: dict[str, Any] = {}
                 if job.condition.adapters:
                     with _timed(self.timings, "probe"):
-                        report = asdict(lora.probe(ready, self.tokenizer, job.condition.adapters, probe_prompts))
+                        report = asdict(self.slots.probe(self.tokenizer, job.condition.adapters, probe_prompts))
                     if self.preset.merge:
                         with _timed(self.timings, "switch"):
                             stack.enter_context(_merged(ready))
@@ -460,7 +461,9 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Give the model's memory back."""
-        del self.model
+        with _timed(self.timings, "switch"):
+            self.slots.close()
+        del self.model, self.slots
 
 
 @contextmanager
