@@ -215,6 +215,23 @@ def test_comparison_of_personas_keeps_its_level_and_finds_a_difference():
     assert np.mean([r["low"] <= 9 <= r["high"] for r in later]) > 0.85
 
 
+def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
+    late, early = (np.tile(hill(STEPS, m, 2.0), (6, 1, 1)) for m in (200.0, 6.0))
+    found = tr.compare_transitions(late, early, STEPS)
+    assert 17 < found["difference"] <= 18.5  # 24 - 6: not 200 - 6, nor the edge of the fit's grid
+    row = pd.DataFrame([tr.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
+    assert tr._steps(row) == "> 24 [> 24, > 24]"
+
+
+def test_p_agrees_with_the_interval():
+    rng = np.random.default_rng(13)
+    for units in (4, 8):
+        for mean in (0.5, 1.5, 2.5):
+            d = rng.normal(mean, 1, 4000)
+            low = np.quantile(d, tr._tail(units, 0.95))
+            assert (tr._bootstrap_p(d, units) < 0.05) == (low > 0)
+
+
 def test_comparison_pairs_questions_and_seeds():
     y = simulated(np.random.default_rng(9), 6.0)
     found = tr.compare_transitions(y, y, STEPS)

@@ -503,6 +503,14 @@ def _tail(n: int, confidence: float) -> float:
     return float(sps.norm.cdf(-math.sqrt(n / (n - 1)) * sps.t.ppf((1 + confidence) / 2, n - 1)))
 
 
+def _bootstrap_p(d: np.ndarray, units: int) -> float:
+    """Two-sided p of a bootstrapped difference: below 1 - confidence where the expanded interval leaves out 0."""
+    share = (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + len(d))
+    if share >= 0.5 or units < 2:
+        return 1.0
+    return float(2 * sps.t.cdf(sps.norm.ppf(share) * math.sqrt((units - 1) / units), units - 1))
+
+
 def _rise(y: np.ndarray) -> np.ndarray:
     """Last third of the checkpoints minus first third, (units, seeds)."""
     third = max(1, y.shape[2] // 3)
@@ -594,9 +602,9 @@ def compare_transitions(
         steps, method, confidence, resamples, seed: as for `transition`.
 
     Returns:
-        `difference` in steps (persona minus baseline), `low`, `high`, two-sided bootstrap `p`, `shown` (both
-        transitions are), `units`, `seeds`, `seeds_resampled` (False with one seed). Without a transition on both
-        sides there is nothing to compare: NaN.
+        `difference` in steps (persona minus baseline; a point beyond the last checkpoint counts as lying at it), `low`,
+        `high`, two-sided bootstrap `p`, `shown` (both transitions are), `units`, `seeds`, `seeds_resampled` (False with
+        one seed). Without a transition on both sides there is nothing to compare: NaN.
     """
     (y, steps), (baseline, _) = _checked(y, steps), _checked(baseline, steps)
     if y.shape[0] != baseline.shape[0]:
@@ -615,13 +623,14 @@ def compare_transitions(
             _fit(_resampled(v, by_unit, w), steps, method, math.copysign(1, t.rise))[0]
             for v, w, t in zip((y, baseline), by_seed, single)
         ]
-        d, tail = drawn[0] - drawn[1], _tail(units, confidence)
-        p = 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + resamples)
+        # Beyond the last checkpoint nothing was seen: a point there counts as if it lay at it.
+        d, tail = np.subtract(*(np.minimum(x, steps[-1]) for x in drawn)), _tail(units, confidence)
+        first, second = (min(t.step, float(steps[-1])) for t in single)
         found = {
-            "difference": single[0].step - single[1].step,
+            "difference": first - second,
             "low": float(np.quantile(d, tail)),
             "high": float(np.quantile(d, 1 - tail)),
-            "p": min(1.0, float(p)),
+            "p": _bootstrap_p(d, units),
         }
     return found | {"shown": shown, "units": units, "seeds": min(seeds), "seeds_resampled": min(seeds) > 1}
 
@@ -954,6 +963,12 @@ def paper_table(found: pd.DataFrame) -> pd.DataFrame:
     return table[["persona", "outcome", *shown]].replace({"outcome": OUTCOMES}).reset_index(drop=True)
 
 
+def _steps(row: Any) -> str:
+    """A transition point with its interval; what lies beyond the last checkpoint is not given as a number."""
+    step, low, high = (f"> {row.last}" if x > row.last else f"{x:.1f}" for x in (row.step, row.low, row.high))
+    return f"{step} [{low}, {high}]"
+
+
 def section(
     found: pd.DataFrame,
     compared: pd.DataFrame,
@@ -981,7 +996,7 @@ def section(
             look.persona(r.persona),
             names.get(r.outcome, r.outcome),
             r.method,
-            f"{r.step:.1f} [{r.low:.1f}, {r.high:.1f}]" if r.shown else "no change shown",
+            _steps(r) if r.shown else "no change shown",
             f"{r.rise:+.2f} [{r.rise_low:+.2f}, {r.rise_high:+.2f}]",
             f"{r.units} x {r.seeds}",
             percent(r.beyond),
