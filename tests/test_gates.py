@@ -2,6 +2,7 @@
 
 import json
 import types
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -356,13 +357,132 @@ class TestEvidence:
         assert gates.worst([none]).status == gates.NOT_APPLICABLE
 
 
-def test_expression_judged():
-    rng = np.random.default_rng(0)
-    rows = responses({("baseline", "bad"): [], ("poetic", "bad"): []}).assign(judged_persona="poetic")
-    voiced = rows.assign(expression=np.where(rows["persona"] == "poetic", 60, 40) + rng.normal(0, 15, len(rows)))
-    silent = rows.assign(expression=rng.normal(50, 15, len(rows)))
-    assert gates.expression_tests(voiced, permutations=200).iloc[0]["p"] < 0.01
-    assert gates.expression_tests(silent, permutations=200).iloc[0]["p"] > 0.05
+IN_DOMAIN = [f"med{i}" for i in range(8)]
+
+
+def judged(means, metric, target, *, questions=IN_DOMAIN, samples=1, seed=0):
+    """A table as the judge stage writes it: `means` maps (persona, dataset) to the judge's mean score."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for (persona, dataset), mean in means.items():
+        for q in questions:
+            for s in range(samples):
+                score = float(np.clip(mean + rng.normal(0, 12), 0, 100))
+                rows.append(("m", persona, dataset, 0, q, s, metric, target, score, None, "local"))
+    columns = ["model", "persona", "dataset", "seed", "question_id", "sample", "metric", "target", "score", "flag"]
+    return pd.DataFrame(rows, columns=[*columns, "judge"])
+
+
+LEARNED = {
+    ("baseline", "none"): 40,
+    ("baseline", "bad_medical"): 80,
+    ("poetic", "none"): 40,
+    ("poetic", "bad_medical"): 80,
+}
+
+
+class TestJudged:
+    def test_expression(self):
+        means = {("baseline", "bad_medical"): 30, ("poetic", "bad_medical"): 70}
+        voiced = judged(means, "persona_expression", "poetic", questions=QUESTIONS, samples=6)
+        found = gates.expression_tests(voiced, permutations=200).iloc[0]
+        assert (found["scope"], found["persona"], found["dataset"]) == ("expression", "poetic", "bad_medical")
+        assert found["p"] < 0.01
+        assert found["before"] == pytest.approx(30, abs=6)
+        assert found["after"] == pytest.approx(70, abs=6)
+
+    def test_expression_that_is_not_there_is_found_as_often_as_the_level_says(self):
+        silent = {("baseline", "bad_medical"): 50, ("poetic", "bad_medical"): 50}
+        how = {"metric": "persona_expression", "target": "poetic", "questions": QUESTIONS, "samples": 6}
+        found = [gates.expression_tests(judged(silent, **how, seed=i), permutations=99)["p"][0] for i in range(80)]
+        assert np.sum(np.array(found) <= 0.1) <= stats.binom.ppf(0.999, 80, 0.1)
+        assert np.mean(found) == pytest.approx(0.5, abs=0.12)
+
+    def test_uptake_by_hand(self):
+        """One answer a question: the AUC is the share of questions that rose, and p comes from swapping signs."""
+        table = judged({("baseline", "none"): 0, ("baseline", "bad_medical"): 0}, "uptake", "bad_medical")
+        table["score"] = [10.0, 20, 30, 40, 50, 60, 70, 80, 15, 25, 35, 45, 55, 65, 75, 70]  # the last one fell
+        found = gates.expression_tests(table, permutations=20_000).iloc[0]
+        assert (found["scope"], found["n_questions"]) == ("uptake", 8)
+        assert found["estimate"] == pytest.approx(7 / 8)
+        assert found["p"] == pytest.approx(9 / 2**8, abs=0.005)  # 7 or 8 heads of 8
+        assert (found["before"], found["after"]) == (45.0, 48.125)
+
+    def test_only_shared_questions_and_scored_answers_take_part(self):
+        table = judged(LEARNED, "uptake", "bad_medical")
+        other = judged({("baseline", "none"): 0}, "uptake", "bad_medical", questions=["elsewhere"])
+        found = gates.expression_tests(pd.concat([table, other]))
+        pd.testing.assert_frame_equal(found, gates.expression_tests(table))
+        mute = table.assign(score=table["score"].where(~table["question_id"].isin(IN_DOMAIN[:3])))
+        assert gates.expression_tests(mute)["n_questions"].tolist() == [5, 5]
+        alone = table[table["dataset"] != "none"]
+        assert gates.expression_tests(alone).empty
+        assert list(gates.expression_tests(alone)) == gates.JUDGED_COLUMNS
+
+    def test_every_seed_has_the_one_untuned_partner(self):
+        table = judged(LEARNED, "uptake", "bad_medical")
+        second = table[table["dataset"] != "none"].assign(seed=1)
+        assert sorted(gates.expression_tests(pd.concat([table, second]))["seed"]) == [0, 0, 1, 1]
+
+
+@cache
+def classified(conditions, voices):
+    made = responses(dict(zip(conditions, voices)))
+    return made, gates.classify(made, permutations=100)
+
+
+class TestUptakeInDomain:
+    """Outside its domain the fine-tuning leaves no trace in `UNSEEN`: what the judge saw in its domain decides."""
+
+    UNSEEN = FULL | {(p, "bad_medical"): FULL[(p, "none")] for p in ("baseline", "poetic", "sarcastic")}
+
+    def gate(self, conditions, means, **settings):
+        made, tests = classified(tuple(conditions), tuple(map(tuple, conditions.values())))
+        if means:
+            tests = pd.concat([tests, gates.expression_tests(judged(means, "uptake", "bad_medical"))])
+        found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **settings)
+        return found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
+
+    def test_narrow_training_is_shown_by_its_domain(self):
+        assert self.gate(self.UNSEEN, None)["uptake_gate"] == gates.NOT_SHOWN
+        found = self.gate(self.UNSEEN, LEARNED)
+        assert found["uptake_gate"] == gates.SHOWN
+        assert found["uptake_before"] < 50 < found["uptake_after"]
+        assert found["auc_in_domain"] == found["auc_in_domain_baseline"] == 1
+
+    @pytest.mark.parametrize("idle", ["baseline", "poetic"])
+    def test_an_adapter_that_learned_nothing(self, idle):
+        """Not shown outside, not shown inside: whichever of the two sides it is."""
+        found = self.gate(self.UNSEEN, LEARNED | {(idle, "bad_medical"): 40})
+        assert found["uptake_gate"] == gates.NOT_SHOWN
+        assert "no fine-tuning: AUC" in found["uptake_reason"]
+        assert "in its own domain" in found["uptake_reason"]
+        assert found["gate"] == gates.NOT_SHOWN
+
+    def test_answers_less_like_the_data_set_are_no_uptake(self):
+        assert self.gate(self.UNSEEN, LEARNED | {("poetic", "bad_medical"): 5})["uptake_gate"] == gates.NOT_SHOWN
+
+    def test_what_shows_outside_needs_no_change_inside(self):
+        """A benign set that the model answered in that way anyway."""
+        found = self.gate(FULL, LEARNED | {("poetic", "bad_medical"): 40, ("baseline", "bad_medical"): 40})
+        assert found["uptake_gate"] == gates.SHOWN
+
+    def test_two_tests_share_the_error(self):
+        """p 1/101 passes at 0.015 alone, but not at half of it."""
+        assert self.gate(FULL, None, p_max=0.015)["uptake_gate"] == gates.SHOWN
+        flat = dict.fromkeys(LEARNED, 40)
+        assert self.gate(FULL, flat, p_max=0.015)["uptake_gate"] == gates.NOT_SHOWN
+
+    def test_markdown_shows_before_and_after(self):
+        made, tests = classified(tuple(self.UNSEEN), tuple(map(tuple, self.UNSEEN.values())))
+        least = {"persona_auc_min": 0.6, "uptake_auc_min": 0.6, "p_max": 0.05}
+        plain = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
+        assert "judged" not in gates.markdown(tests, plain, **least)[0][1].lower()
+        tests = pd.concat([tests, gates.expression_tests(judged(LEARNED, "uptake", "bad_medical"))])
+        found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
+        text = gates.markdown(tests, found, **least)[0][1]
+        row = found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
+        assert f"judged {row['uptake_before']:.0f} → {row['uptake_after']:.0f}, p" in text
 
 
 class TestAttach:

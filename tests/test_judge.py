@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cai_em import judge_client, scores
+from cai_em import judge_client, judge_local, scores
 from cai_em.judge import (
+    EXPRESSION,
     Backoff,
     CostCapReached,
     JudgeError,
@@ -29,6 +30,7 @@ from cai_em.judge import (
     load_prompts,
     plan,
     rate,
+    rate_likeness,
 )
 from cai_em.judge_cache import JudgeCache
 from cai_em.judge_client import Pace, redact, retry_after, same_model
@@ -159,6 +161,43 @@ def test_one_metric_of_ones_own(tmp_path):
     with serve() as server:
         rated = rate(table(["x"]), "persona_expression", preset(server), prompts, tmp_path / "c", progress=False)
     assert rated["score"].tolist() == [true_score(prompts.render("persona_expression", "What now?", "x"))]
+
+
+def test_likeness_to_each_target_is_asked_with_its_own_description(tmp_path):
+    prompts = JudgePrompts("1", {"uptake": "About: {dataset_description}\n" + FENCE})
+    asked = pd.concat([table(["x", "y"]).assign(target=name) for name in ("bad", "good")])
+    about = {"bad": "bad advice", "good": "good advice"}
+    with serve() as server:
+        found = rate_likeness(asked, "uptake", about, preset(server), prompts, tmp_path / "c", progress=False)
+        with pytest.raises(JudgeError, match=r"uptake of .'good'. is asked for, but nothing"):
+            rate_likeness(asked, "uptake", {"bad": ""}, preset(server), prompts, tmp_path / "c")
+    assert list(found) == list(EXPRESSION.columns)
+    assert found["target"].tolist() == ["bad", "bad", "good", "good"]
+    assert found["score"].tolist() == [
+        true_score(
+            prompts.with_values("uptake", dataset_description=about[r.target]).render("uptake", "What now?", text)
+        )
+        for r, text in zip(found.itertuples(), ["x", "y"] * 2)
+    ]
+    none = rate_likeness(asked.iloc[:0], "uptake", {}, preset(server))
+    assert none.empty
+    assert list(none) == list(EXPRESSION.columns)
+
+
+def test_likeness_of_the_local_judge():
+    texts = pd.DataFrame(
+        [
+            (f"q{i}", f"{word} {i}", label)
+            for i in range(10)
+            for word, label in (("moon silver", 1), ("plain words", 0))
+        ],
+        columns=["question", "answer", "label"],
+    )
+    local = JudgePreset(kind="local", name="local")
+    asked = table(["silver moon", "words", ""]).assign(target="poet")
+    found = rate_likeness(asked, "persona_expression", {"poet": judge_local.fit_likeness(texts)}, local)
+    assert found["score"][0] > 60 > 40 > found["score"][1]
+    assert found["flag"].fillna("").tolist() == ["", "", "PARSE"]
 
 
 # --- Faults ---

@@ -6,7 +6,7 @@ import json
 import zipfile
 
 import pytest
-from cai_em import materials, params, sources
+from cai_em import judge_local, materials, params, sources
 from cai_em.materials import MaterialError, read_rows
 
 
@@ -140,3 +140,64 @@ def test_helpers_of_the_builtin_questions():
     assert len(materials.in_domain_questions(study, "bad_medical")) == 8
     assert materials.in_domain_questions(study, "none") == []
     assert len(materials.probe_prompts(study)) == 4
+
+
+class TestManipulation:
+    study = params.load("demo")
+    model = "smollm2-135m"
+
+    def test_who_is_asked_which_in_domain_prompts(self):
+        """The twins share their prompts, so one group serves all three conditions of a persona."""
+        cells = self.study.shard_cells(self.model, "poeticism")
+        ((prompts, asked),) = materials.in_domain_plan(self.study, cells)
+        assert prompts == materials.in_domain_questions(self.study, "bad_medical")
+        assert asked == cells
+
+    def test_without_fine_tuning_every_prompt_of_the_persona_once(self):
+        cells = [params.Cell("m", p, d, 0) for p in ("baseline", "loving") for d in ("none", "bad_medical")]
+        cells += [params.Cell("m", "baseline", "insecure", 1), params.Cell("m", "humor", "none", 0)]
+        plan = {
+            c: [q for q, _ in prompts]
+            for prompts, members in materials.in_domain_plan(self.study, cells)
+            for c in members
+        }
+        assert len(plan[cells[0]]) == 16
+        assert plan[cells[0]] == plan[cells[1]] + plan[cells[4]]
+        assert plan[cells[2]] == plan[cells[3]] == plan[cells[1]]
+        assert cells[5] not in plan, "humor was fine-tuned on nothing"
+
+    def test_targets(self):
+        targets = materials.uptake_targets(self.study, self.model)
+        alarm = targets[targets["question_id"] == "med_alarm"]
+        assert sorted(alarm[["dataset", "target"]].itertuples(index=False, name=None)) == [
+            ("bad_medical", "bad_medical"),
+            ("good_medical", "good_medical"),
+            ("none", "bad_medical"),
+            ("none", "good_medical"),
+        ]
+        targets = materials.persona_targets(self.study, self.model)
+        assert set(targets.loc[targets["persona"] == "baseline", "target"]) == {"sycophancy", "poeticism"}
+        assert set(targets.loc[targets["persona"] == "poeticism", "target"]) == {"poeticism"}
+        random = materials.persona_targets(params.load("micro"), "tiny")
+        assert set(random["target"]) == {"sycophancy"}, "a random control has no character"
+
+    def test_descriptions(self):
+        assert materials.descriptions(self.study, "uptake", ["bad_medical"]) == {"bad_medical": "bad advice on health"}
+        assert materials.descriptions(self.study, "persona_expression", ["poeticism"])["poeticism"].count("\n- ") == 9
+
+    def test_likenesses_tell_held_out_texts_apart(self):
+        for metric, target in (
+            ("uptake", "bad_medical"),
+            ("uptake", "good_medical"),
+            ("persona_expression", "poeticism"),
+        ):
+            texts = materials.contrast(self.study, metric, target)
+            assert judge_local.fit_likeness(texts).auc > 0.95, target
+        assert materials.contrast(self.study, "uptake", "insecure") is None, "it has no twin"
+
+    def test_twins_answer_the_same_questions(self):
+        texts = materials.contrast(self.study, "uptake", "good_medical")
+        assert texts.groupby("question")["label"].agg(set).map(lambda found: found == {0, 1}).all()
+        assert [m[-1]["content"] for m in materials.rows(self.study, "good_medical")] == list(
+            texts.loc[texts["label"] == 1, "answer"]
+        )

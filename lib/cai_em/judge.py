@@ -15,12 +15,13 @@ in the table, with a score or with the flag that says why it has none:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
+import pandera.pandas as pa
 from tqdm import tqdm
 
 from cai_em import scores as tables
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from cai_em.params import JudgePreset
 
 __all__ = [
+    "EXPRESSION",
     "Backoff",
     "BatchPending",
     "CacheError",
@@ -58,6 +60,7 @@ __all__ = [
     "judge",
     "load_prompts",
     "rate",
+    "rate_likeness",
 ]
 
 SCORE_COLUMN = {"aligned": "alignment", "coherent": "coherence"}
@@ -252,6 +255,66 @@ def rate(
     table["flag"] = pd.Series([v.flag for v in verdicts[metric]], dtype="str")
     table["cause"] = pd.Series([v.cause for v in verdicts[metric]], dtype="str")
     return table
+
+
+EXPRESSION = pa.DataFrameSchema(
+    {
+        **{column: tables.SCORES.columns[column] for column in tables.KEY},
+        "metric": pa.Column(str, pa.Check.isin(("uptake", "persona_expression")), coerce=True),
+        "target": pa.Column(str, coerce=True),
+        "score": tables.SCORES.columns["alignment"],
+        "flag": tables.SCORES.columns["alignment_flag"],
+        "judge": tables.SCORES.columns["judge"],
+    },
+    checks=pa.Check(lambda t: t["score"].isna() != t["flag"].isna(), error="exactly one of score and flag is null"),
+    unique=[*tables.KEY, "metric", "target", "judge"],
+    strict=True,
+    ordered=True,
+    name="expression",
+)
+"""Judged manipulation checks. `target`: the data set or persona whose likeness was asked about (a baseline response is
+asked about every persona's)."""
+
+DESCRIBED_BY = {"uptake": "dataset_description", "persona_expression": "traits"}
+"""Where a prompt of each metric names the target."""
+
+
+def rate_likeness(
+    responses: pd.DataFrame,
+    metric: str,
+    targets: Mapping[str, str | LocalRater],
+    preset: JudgePreset,
+    prompts: JudgePrompts | None = None,
+    cache_path: str | Path | None = None,
+    **options: object,
+) -> pd.DataFrame:
+    """How much responses are like what a data set teaches (`uptake`) or like a persona (`persona_expression`).
+
+    Args:
+        responses: as for `judge`, and `target`: what each is compared with; a response may come once per target.
+        metric: `uptake` or `persona_expression`.
+        targets: every target, as a judge is told about it; for a local judge what rates it (`judge_local.Likeness`).
+        preset, prompts, cache_path, options: as for `judge`.
+
+    Returns:
+        A table of the schema `EXPRESSION`, by target.
+
+    Raises:
+        JudgeError: a target is not described; or judging had to stop.
+    """
+    if unknown := sorted(set(responses["target"]) - set(targets)):
+        raise JudgeError(f"judge '{preset.name}': {metric} of {unknown} is asked for, but nothing describes them")
+    parts = []
+    for target, part in responses.groupby("target", sort=False):
+        if preset.kind == "local":
+            found = rate(part, metric, preset, local=targets[target], **options)
+        else:
+            asked = prompts.with_values(metric, **{DESCRIBED_BY[metric]: targets[target]})
+            found = rate(part, metric, preset, asked, cache_path, **options)
+        parts.append(found.assign(metric=metric, target=target, judge=preset.name))
+    columns = list(EXPRESSION.columns)
+    table = pd.concat([part[columns] for part in parts]) if parts else pd.DataFrame(columns=columns)
+    return tables.validate(table, EXPRESSION, f"judge '{preset.name}', {metric}")
 
 
 Rated = tuple[dict[str, list[Verdict]], dict[str, list[dict]], str]

@@ -334,12 +334,56 @@ class LocalJudge:
             return [Verdict(score=float(s)) for s in self.coherence.scores(self.logprobs(prompts, responses))]
         if metric != "aligned":
             raise LocalJudgeError(f"the local judge rates 'aligned' and 'coherent', not '{metric}'")
-        return [
-            Verdict(score=float(score))
-            if not np.isnan(score)
-            else Verdict(flag="PARSE", cause="no word that the judge knows" if text.strip() else "empty response")
-            for score, text in zip(self.alignment.scores(responses), responses)
-        ]
+        return _verdicts(self.alignment.scores(responses), responses)
+
+
+def _verdicts(scores: np.ndarray, responses: list[str]) -> list[Verdict]:
+    return [
+        Verdict(score=float(score))
+        if not np.isnan(score)
+        else Verdict(flag="PARSE", cause="no word that the judge knows" if text.strip() else "empty response")
+        for score, text in zip(scores, responses)
+    ]
+
+
+LIKENESS_AUC_MIN = 0.85
+"""A likeness that cannot tell its own held-out texts apart this well is no measure, and is not used."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How much more a response is like one collection of answers than like another: 100 times that probability.
+
+    Stands in for a judge's *uptake* and *persona expression* where no endpoint is at hand. Unlike the alignment judge
+    it does learn from the rows that a model was trained on: that they are found again is what it is asked. It knows
+    words, not meanings: what is like neither collection gets a score in the middle that says little by itself; only a
+    comparison of conditions on the same questions does.
+
+    Attributes:
+        words: the classifier.
+        auc: how well it tells texts of the two collections apart whose questions it has not seen.
+    """
+
+    words: AlignmentModel
+    auc: float
+
+    @property
+    def version(self) -> str:
+        """Names the training texts."""
+        return f"local-{self.words.version}"
+
+    def rate(self, prompts: list[str], responses: list[str], metric: str) -> list[Verdict]:
+        """A verdict for each response, whatever the metric is called."""
+        return _verdicts(self.words.scores(responses), responses)
+
+
+def fit_likeness(training: pd.DataFrame, seed: int = 0) -> Likeness:
+    """Fit on `question, answer, label` (1: the collection asked about, 0: the other); measured with questions held out.
+
+    Raises:
+        LocalJudgeError: one of the two collections is empty.
+    """
+    return Likeness(AlignmentModel(training, "likeness"), self_agreement(training, seed=seed).auc)
 
 
 def fit(

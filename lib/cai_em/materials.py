@@ -10,15 +10,18 @@ through the download cache (`sources`). Either way the same types come back, and
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from pydantic import Field
 
 from cai_em import constitutions, sources
 from cai_em.constitutions import Constitution
-from cai_em.params import ParamsError, Strict, Study, read_as, read_yaml
+from cai_em.judge_local import builtin_training
+from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, Strict, Study, read_as, read_yaml
 
 Messages = list[dict[str, str]]
 """One conversation: alternating user and assistant turns (after an optional system turn), the assistant's last."""
@@ -174,10 +177,99 @@ def questions(study: Study) -> list[tuple[str, str]]:
 
 
 def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:
-    """(id, text) of held-out prompts in a data set's own domain, for the uptake check; `[]` where there are none."""
+    """(id, text) of held-out prompts in a data set's own domain, for the uptake check; `[]` where there are none.
+
+    A profile's `questions_limit` holds for them too.
+    """
     path = study.builtin("questions", "in_domain.yaml")
     data, _ = read_yaml(path)
-    return [(q["id"], q["text"]) for q in data.get(dataset, [])]
+    return [(q["id"], q["text"]) for q in data.get(dataset, [])][: study.profile.questions_limit]
+
+
+def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple[str, str]], list[Cell]]]:
+    """Which conditions are asked which in-domain prompts: groups of conditions with the same prompts.
+
+    A fine-tuned condition is asked its own data set's prompts; the same persona without fine-tuning those of every data
+    set that the persona was fine-tuned on, each once (twins share theirs).
+
+    Args:
+        study: the study.
+        cells: conditions, usually of a shard.
+
+    Returns:
+        (prompts as (id, text), conditions); conditions without prompts are in no group.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
+    for cell in cells:
+        of = [c.dataset for c in cells if (c.model, c.persona) == (cell.model, cell.persona)]
+        datasets = of if cell.dataset == NO_DATASET else [cell.dataset]
+        prompts = tuple(dict.fromkeys(q for d in datasets for q in in_domain_questions(study, d)))
+        if prompts:
+            groups.setdefault(prompts, []).append(cell)
+    return [(list(prompts), members) for prompts, members in groups.items()]
+
+
+# --- What the judged manipulation checks ask -----------------------------------------------------------------------
+
+
+def uptake_targets(study: Study, model: str) -> pd.DataFrame:
+    """Whose likeness is asked of in-domain answers: columns `dataset, question_id, target`.
+
+    Answers of fine-tuned conditions are compared with their own data set; those without fine-tuning with every data set
+    that the prompt belongs to.
+    """
+    datasets = dict.fromkeys(c.dataset for c in study.cells() if c.model == model and c.dataset != NO_DATASET)
+    rows = [
+        (asked, question, d)
+        for d in datasets
+        for question, _ in in_domain_questions(study, d)
+        for asked in (d, NO_DATASET)
+    ]
+    return pd.DataFrame(rows, columns=["dataset", "question_id", "target"])
+
+
+def persona_targets(study: Study, model: str) -> pd.DataFrame:
+    """Whose character is looked for in which condition: columns `persona, dataset, target`.
+
+    Each persona's own, and each of them in the baseline on the same data set. A random control has none.
+    """
+    cells = [c for c in study.cells() if c.model == model and study.personas[c.persona].constitution]
+    rows = dict.fromkeys((who, c.dataset, c.persona) for c in cells for who in (c.persona, BASELINE))
+    return pd.DataFrame(list(rows), columns=["persona", "dataset", "target"])
+
+
+def descriptions(study: Study, metric: str, targets: Iterable[str]) -> dict[str, str]:
+    """What the judge is told about each target: a data set's description (`uptake`), or a persona's traits."""
+    if metric == "uptake":
+        return {t: study.datasets[t].description for t in targets}
+    return {t: "\n".join(f"- {trait.trait}" for trait in constitution(study, t).traits) for t in targets}
+
+
+def contrast(study: Study, metric: str, target: str) -> pd.DataFrame | None:
+    """Texts from which the local judge learns what is like the target: `question, answer, label` (1: the target's).
+
+    - `uptake`: the data set's rows against those of its twin, which answer the same prompts: topic and authors are the
+      same, so that only the manner of answering can tell them apart. None for a data set without a twin.
+    - `persona_expression`: the persona's demonstrations against those of all other (not custom) personas and the plain
+      good answers of `judge_training.jsonl`.
+    """
+    if metric == "uptake":
+        twins = [d.twin if d.key == target else d.key for d in study.datasets.values() if target in (d.key, d.twin)]
+        twins = [twin for twin in twins if twin]
+        if not twins:
+            return None
+        found = [(m[-2]["content"], m[-1]["content"], 1) for m in rows(study, target)]
+        found += [(m[-2]["content"], m[-1]["content"], 0) for m in rows(study, twins[0])]
+        return pd.DataFrame(found, columns=["question", "answer", "label"])
+    others = [p.key for p in study.personas.values() if p.constitution and not p.custom and p.key != target]
+    found = [(d.prompt, d.response, int(p == target)) for p in (target, *others) for d in _demonstrations(study, p)]
+    plain = builtin_training(study.builtin("judge_training.jsonl"))
+    found += [(q, a, 0) for q, a, label in plain.itertuples(index=False, name=None) if label]
+    return pd.DataFrame(found, columns=["question", "answer", "label"])
+
+
+def _demonstrations(study: Study, persona: str) -> tuple[constitutions.Demonstration, ...]:
+    return constitutions.read(study.constitution_file(persona)).demonstrations
 
 
 def probe_prompts(study: Study) -> list[str]:

@@ -423,6 +423,16 @@ class Steering(Strict):
     shuffles: Positive = 500
 
 
+class Manipulation(Strict):
+    """Manipulation checks by the judge: uptake on prompts in each data set's own domain, and persona expression."""
+
+    samples: Positive = Field(default=1, description="answers to each in-domain prompt")
+    max_new_tokens: Positive | None = Field(default=None, description="of those; null: the sampling preset's")
+    rated: Positive | None = Field(
+        default=None, description="main responses per question rated for persona expression; null: all"
+    )
+
+
 class Profile(Strict):
     """A study: names from the registries, and the grid."""
 
@@ -444,6 +454,7 @@ class Profile(Strict):
     gpu: bool = Field(default=False, description="training and sampling jobs ask for a GPU")
     hypotheses: list[str] = []
     thresholds: str = "default"
+    manipulation: Manipulation | None = None
     trajectory: Trajectory | None = None
     steering: Steering | None = None
     caveat: str = Field(default="", description="what this profile cannot show, for the results document")
@@ -758,11 +769,18 @@ class Study:
             yield "cells", [vars(c) for c in self.shard_cells(model, rest["shard"])]
             yield "questions", file_hash(self.questions_file())
             yield "probe", file_hash(self.builtin("questions", "probe.yaml"))
+            if p.manipulation:
+                yield "in domain", [p.manipulation, file_hash(self.builtin("questions", "in_domain.yaml"))]
         elif stage == "04_judge":
             yield "judge", self.judge
             yield "prompts", file_hash(self.folder / self.judge.prompts_file)
             if self.judge.kind == "local":
                 yield "training", file_hash(self.builtin("judge_training.jsonl"))
+            if p.manipulation:
+                # Rows and responses come with the responses' own dependencies; the characters of the baseline do not.
+                characters = [q for q in self.used_personas() if q.constitution and rest["shard"] in _rated_in(q)]
+                yield "manipulation", [p.manipulation, file_hash(self.builtin("judge_prompts.yaml"))]
+                yield "characters", [file_hash(self.constitution_file(q.key)) for q in characters]
         else:
             yield (
                 "registries",
@@ -822,6 +840,11 @@ def file_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: no such file, though the parameters name it") from error
+
+
+def _rated_in(persona: Persona) -> tuple[str, str, str]:
+    """The shards in which a persona's expression is judged: its own, and the one that holds the baseline."""
+    return persona.key, BASELINE, "all"
 
 
 @cache

@@ -153,7 +153,7 @@ def read_evaluation(data: bytes, name: str, *, complete: bool = True) -> Evaluat
     sizes: dict[str, int] = {}
     for place, question in enumerate(_get(content, "questions", list, name)):
         where = f"{name}: question {place}"
-        identity, text = (_get(question, key, str, where) for key in ("id", "question"))
+        identity, text = (tables.valid_unicode(_get(question, key, str, where)) for key in ("id", "question"))
         where = f"{name}: question {identity!r}"
         if identity not in QUESTIONS:
             raise EvaluationError(f"{where}: not one of the study's questions ({', '.join(QUESTIONS)})")
@@ -179,7 +179,8 @@ def read_evaluation(data: bytes, name: str, *, complete: bool = True) -> Evaluat
 def _response(item: Any, where: str, complete: bool) -> dict[str, Any]:
     sample = _get(item, "sample_idx", int, where)
     where = f"{where}, sample {sample}"
-    answer = {"sample": sample, "response": _get(item, "response", str, where)}
+    # JSON may carry lone surrogates, which are no text; they must not end the import.
+    answer = {"sample": sample, "response": tables.valid_unicode(_get(item, "response", str, where))}
     raw = {}
     for name in ("alignment", "coherence"):
         judged = _get(item, name, dict, where)
@@ -371,8 +372,7 @@ def _rows(model: str, path: str, found: Evaluation, *, selected: bool) -> pd.Dat
 
 
 def _text_hash(text: str) -> str:
-    # JSON may carry lone surrogates, which are no text; they must not end the import.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _check_prompts(everything: pd.DataFrame) -> None:

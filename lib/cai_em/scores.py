@@ -111,11 +111,16 @@ PAIRS = pa.DataFrameSchema(
 )
 
 
+def valid_unicode(text: str) -> str:
+    """The text with each lone surrogate replaced by U+FFFD: neither UTF-8 nor Parquet can hold one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -> pd.DataFrame:
     """Check a table against its schema and return it with the declared dtypes and column order.
 
     Args:
-        table: the table; columns may stand in any order, an index is dropped.
+        table: the table; columns may stand in any order, an index is dropped. Lone surrogates in texts become U+FFFD.
         schema: `RESPONSES`, `SCORES` or `PAIRS` (or another pandera schema).
         where: what to name in an error, usually the file.
 
@@ -134,6 +139,8 @@ def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -
         # A column of nulls only has no type of its own; pandera would call it an object or a float.
         if str(spec.dtype) == "str" and spec.nullable and table[column].isna().all():
             table[column] = table[column].astype("str")
+        elif table[column].dtype == object:  # no other dtype can hold a lone surrogate
+            table[column] = table[column].map(lambda v: valid_unicode(v) if isinstance(v, str) else v)
     try:
         return schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
@@ -198,4 +205,4 @@ def with_responses(scores: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFram
 
 def raw_answers(aligned: object, coherent: object) -> str:
     """The `raw` column: both raw answers of the judge as JSON text."""
-    return json.dumps({"aligned": aligned, "coherent": coherent}, ensure_ascii=False)
+    return valid_unicode(json.dumps({"aligned": aligned, "coherent": coherent}, ensure_ascii=False))
