@@ -66,7 +66,7 @@ case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
-  test) setup; exec python -m pytest "$@" ;;
+  test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
   verify) setup; exec python -m cai_em.run verify "results${1:+/$1}" ;;
   clean) rm -rf "results/${1:?name the profile whose results to remove}"; say "removed results/$1"; exit ;;
 esac
