@@ -158,6 +158,29 @@ def test_ablation_leaves_nothing_along_the_direction_and_the_rest_alone(model):
     torch.testing.assert_close(seen["x"], before - (before @ unit)[..., None] * unit)
 
 
+def test_ablation_holds_a_level_and_leaves_massive_activations_alone(model):
+    generator = torch.Generator().manual_seed(4)
+    unit = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    x = torch.randn(2, 5, 64, generator=generator)
+    x[:, 0] *= 100  # as the first token of a trained model
+    layer = steering.decoder_layers(model)[1]
+    layer.forward = lambda *args, **kwargs: x.clone()
+    with steering.ablating(model, {1: 2 * unit}, {1: 0.7}):
+        held = layer()
+    torch.testing.assert_close(held[:, 1:] @ unit, torch.full((2, 4), 0.7))
+    torch.testing.assert_close(held[:, 0], x[:, 0])
+
+
+def test_layers_before_the_first_adapted_one_have_no_direction():
+    x = np.random.default_rng(0).normal(size=(6, 3, 8))
+    after = x.copy()
+    after[:, 2] += np.arange(8)
+    contrast = steering.adapter_contrast(x, after, list("aabbcc"))
+    assert list(steering.reached(contrast)) == [2]
+    np.testing.assert_allclose(steering.reached(contrast)[2], np.arange(8), atol=1e-12)
+    np.testing.assert_allclose(steering.before(contrast), x.mean(axis=0))
+
+
 def test_hooks_are_gone_after_an_error_and_numbers_keep_their_type(model):
     both = steering.adding(model, {0: np.ones(64), -1: np.ones(64)})
     with pytest.raises(IndexError), both:  # no such token
@@ -339,10 +362,14 @@ def test_sweeps_and_transfers_name_each_condition_once():
     swept = steering.sweep(own["p"], "p", [0, 1, 1], [-1, 0, 2])
     assert [a.name for a in swept] == ["add-p-L0-1", "add-p-L0+2", "add-p-L1-1", "add-p-L1+2"]
     np.testing.assert_allclose(swept[1].vectors[0], 2 * own["p"][0])
-    moved = steering.transfer(own, "p", 1, 1.5, seed=0)
+    with pytest.raises(SteeringError, match=r"no direction at layers \[7\]"):
+        steering.sweep(own["p"], "p", [0, 7], [1])
+    untuned = np.stack([own["p"][0], 3 * own["p"][1]])
+    moved = steering.transfer(own, "p", untuned, 1, 1.5, seed=0)
     assert len({a.name for a in moved}) == 6
     assert {a.source for a in moved} == {"p", "q", "random"}
     by_name = {a.name: a for a in moved}
+    assert by_name["ablate-p-all"].levels[1] == pytest.approx(3 * np.linalg.norm(own["p"][1]))
     assert by_name["add-random-L1+1.5"].norm == pytest.approx(by_name["add-p-L1+1.5"].norm)
 
 
