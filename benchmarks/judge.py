@@ -5,7 +5,8 @@
 
 The serial client is the `openai` package called in a loop with a pause of 0.15 s after each call, as the published
 study did it. Ideal is calls x latency / concurrency: the time of a client that costs nothing. The server runs in a
-process of its own. Exit code 1 if ours is less than 50 times faster or below 90 % of the ideal.
+process of its own. The first call goes alone (a wrong key is noticed once), which costs 5 % of the ideal time. Exit
+code 1 if ours is less than 50 times faster or below 90 % of the ideal.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ def main() -> int:
             concurrency=args.concurrency,
         )
         usage = Usage()
-        start = time.perf_counter()
-        scores = judge(table, preset, PROMPTS, Path(folder) / "cache.sqlite", usage=usage)
-        ours = time.perf_counter() - start
+        start, busy = time.perf_counter(), time.process_time()
+        scores = judge(table, preset, PROMPTS, Path(folder) / "cache.sqlite", usage=usage, progress=False)
+        ours, cpu = time.perf_counter() - start, time.process_time() - busy
         assert scores["alignment"].notna().all()
         assert sum(server.stats()["completed"].values()) == usage.answered == args.calls
         rendered = [PROMPTS.render("aligned", row.prompt, row.response) + " " for row in table.itertuples()] * 2
@@ -89,6 +90,8 @@ def main() -> int:
     print(
         f"  ours                               {ours:8.2f} s   {slow / ours:.1f} x serial, {ideal / ours:.1%} of ideal"
     )
+    load = " ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    print(f"  CPU of this process per call       {cpu / args.calls * 1000:8.2f} ms   (load of the machine: {load})")
     met = slow / ours >= 50 and ideal / ours >= 0.9
     print("goals (at least 50 x, at least 90 %): " + ("met" if met else "NOT MET"))
     return 0 if met else 1

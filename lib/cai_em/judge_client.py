@@ -20,16 +20,18 @@ import math
 import os
 import random
 import re
+import ssl
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-import httpx2
+import certifi
 import openai
 
 from cai_em.judge_cache import JudgeCache
@@ -280,6 +282,26 @@ def same_model(asked: str, answered: str | None) -> bool:
     return rest == "" or (plain[1].startswith(plain[0]) and _SNAPSHOT.fullmatch(rest) is not None)
 
 
+class Refused(Exception):
+    """An HTTP answer that is no success.
+
+    Attributes:
+        status: its HTTP status.
+        headers: of the answer.
+        message, code: of the error object in its body, where it has one.
+    """
+
+    def __init__(self, status: int, headers: Any, text: str) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.headers = status, headers
+        try:
+            data = json.loads(text)
+        except ValueError:
+            data = None
+        error = data.get("error", data) if isinstance(data, dict) else None
+        self.message, self.code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
+
+
 @dataclass(frozen=True)
 class Trouble:
     """An attempt that gave no answer: its cause, whether to stop the run, try again, or give up on this call."""
@@ -292,33 +314,22 @@ class Trouble:
 
 
 def classify(error: Exception, key: str = "") -> Trouble:
-    """What an exception of the client means. Anything that is not a trouble of the network or the server is raised."""
+    """What an exception of a request means. Anything that is not a trouble of the network or the server is raised."""
     if isinstance(error, Malformed):
         return Trouble(str(error), billed=True)
-    if isinstance(error, openai.APIStatusError):
+    if isinstance(error, Refused):
         return _classify_status(error, key)
-    if isinstance(error, aiohttp.ClientError) or _caused_by(error, aiohttp.ClientConnectionError):
-        return Trouble("connection failed or closed")  # the transport calls some of these timeouts
-    if isinstance(error, TimeoutError | openai.APITimeoutError):
+    if isinstance(error, TimeoutError):  # aiohttp's own timeouts are connection errors too
         return Trouble("timeout")
-    if isinstance(error, openai.APIConnectionError):
+    if isinstance(error, aiohttp.ClientError):
         return Trouble("connection failed or closed")
     raise error
 
 
-def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    while error is not None:
-        if isinstance(error, kind) and not isinstance(error, TimeoutError):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _classify_status(error: openai.APIStatusError, key: str) -> Trouble:
-    status = error.status_code
-    detail = error.body.get("message") if isinstance(error.body, dict) else None
-    cause = f"HTTP {status}" + (f": {redact(str(detail), key)[:300]}" if detail else "")
-    wait = retry_after(error.response.headers)
+def _classify_status(error: Refused, key: str) -> Trouble:
+    status = error.status
+    cause = f"HTTP {status}" + (f": {redact(str(error.message), key)[:300]}" if error.message else "")
+    wait = retry_after(error.headers)
     if status in (401, 402, 404) or (status == 429 and error.code == "insufficient_quota"):
         return Trouble(cause, "stop")
     if status == 429 or status in (408, 409) or status >= 500:
@@ -380,15 +391,9 @@ class JudgeClient:
         self.redact = lambda text: redact(text, key)
         self._classify = lambda error: classify(error, key)
         self.read = lambda text: read_completion(text, key)
-        # aiohttp carries a call with half the work of the package's usual transport
-        http = openai.DefaultAioHttpClient(
-            timeout=preset.timeout_s,
-            trust_env=not _is_loopback(url),  # a proxy of the environment is not for the own machine
-            limits=httpx2.Limits(
-                max_connections=preset.concurrency + 4, max_keepalive_connections=preset.concurrency + 4
-            ),
-        )
-        self.api = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=http)
+        self._url, self._key = url, key
+        self._proxies = not _is_loopback(url)  # a proxy of the environment is not for the own machine
+        self._connections = preset.concurrency + 4
         self._backoff = backoff or Backoff()
         self._rng = random.Random()  # jitter must differ between processes; it touches no result
         self._requests = Pace(preset.requests_per_minute)
@@ -399,9 +404,51 @@ class JudgeClient:
         self._stop = asyncio.Event()
         self._fatal: Exception | None = None
 
+    @cached_property
+    def _http(self) -> aiohttp.ClientSession:
+        """Plain connections for chat completions: the openai package spends several times their work on each call."""
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        for name, header in (("OPENAI_ORG_ID", "OpenAI-Organization"), ("OPENAI_PROJECT_ID", "OpenAI-Project")):
+            if value := os.environ.get(name):
+                headers[header] = value
+        tls: ssl.SSLContext | bool = True
+        if self._url.startswith("https"):
+            tls = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections, ssl=tls),
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),  # a request's own, in `_attempt`
+            trust_env=self._proxies,
+        )
+
+    @cached_property
+    def api(self) -> openai.AsyncOpenAI:
+        """The openai package's client, for files and batches."""
+        http = openai.DefaultAioHttpClient(timeout=self.preset.timeout_s, trust_env=self._proxies)
+        return openai.AsyncOpenAI(base_url=self._url, api_key=self._key, max_retries=0, http_client=http)
+
     async def close(self) -> None:
-        """Close all connections."""
-        await self.api.close()
+        """Close all connections that were opened."""
+        opened = vars(self)
+        if "_http" in opened:
+            await self._http.close()
+        if "api" in opened:
+            await self.api.close()
+
+    async def _post(self, body: dict) -> str:
+        """A chat completion's text.
+
+        Raises:
+            Refused: the answer is no success.
+            aiohttp.ClientError: there is none.
+        """
+        data = json.dumps(body).encode()
+        async with self._http.post(f"{self._url.rstrip('/')}/chat/completions", data=data) as response:
+            text = (await response.read()).decode("utf-8", "replace")
+            if not 200 <= response.status < 300:
+                raise Refused(response.status, response.headers, text)
+            return text
 
     def stop(self) -> None:
         """Start no further request; those on their way are finished and kept."""
@@ -503,10 +550,9 @@ class JudgeClient:
         try:
             try:
                 async with asyncio.timeout(self.preset.timeout_s):
-                    # The package's plain `post`: its typed wrapper would cost as much time again as all of HTTP.
-                    raw = await self.api.post("/chat/completions", cast_to=httpx2.Response, body=call.body)
-                answer = self.read(raw.text)
-            except (openai.OpenAIError, aiohttp.ClientError, TimeoutError, Malformed) as error:
+                    text = await self._post(call.body)
+                answer = self.read(text)
+            except (Refused, aiohttp.ClientError, TimeoutError, Malformed) as error:
                 trouble = self._classify(error)
             else:
                 if same_model(self.preset.model, answer.model):
