@@ -32,7 +32,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,6 +51,7 @@ from tests.test_workflow import ENVIRONMENT, clone, logs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = "kills"
+BETWEEN = "none (starting, or between jobs)"
 CONCURRENCY = 4
 KEY = "sk-planted-7d1e0b5c9f3a4862aa55"
 WRONG_KEY = "sk-planted-wrong-0c8f6e21d4b7"
@@ -261,61 +262,91 @@ def _stages(family: Iterable[psutil.Process]) -> set[str]:
                 found.add(match[1])
             elif "cai_em.paper build" in line:
                 found.add("paper")
-    return found or {"between jobs"}
+    return found or {BETWEEN}
+
+
+@dataclass
+class _Moment:
+    """When to kill: some seconds after a start, after a first notebook is under way, or after some progress."""
+
+    kind: str
+    delay: float
+    calls: int
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> _Moment:
+        kind = rng.choice(["starting", "working", "working", "progress", "progress", "progress"])
+        longest = {"starting": 10, "working": 20, "progress": 8}[kind]
+        return cls(kind, rng.uniform(0.5, longest), rng.randint(1, 12))
+
+    def begun(self, working: bool, finished: int) -> bool:
+        """Whether the delay runs."""
+        return {"starting": True, "working": working, "progress": finished > 0}[self.kind]
 
 
 def killed_round(place: Path, server: ServerProcess, kills: int, rng: random.Random, count: Kills) -> None:
     """SIGKILL a run's process group up to `kills` times, resuming at once each time, and then let it end.
 
-    Each kill comes after 3 to 28 seconds, or after 1 to 12 more judge calls, whichever is first. If the run ends before
-    its kill, the round is over.
+    A kill comes at a random moment: while a run starts, some seconds after its first notebook has started, or some
+    seconds after a stage was finished or a few judge calls were made. If a run ends before its kill, so does the round.
     """
-    known: dict[str, dict[str, int]] = {}
+    known: list[tuple[set[str], dict[str, int]]] = []
     survivors: list[psutil.Process] = []
-    killed_at, done, rounds_kills = 0.0, False, 0
-    while not done:
-        process = start(place)
+    killed_at = 0.0
+    while True:
+        process, last = start(place), len(known) >= kills
         if survivors:  # of the last kill; the new run is already starting
             psutil.wait_procs(survivors, timeout=30)
             count.outlived_s = max(count.outlived_s, time.monotonic() - killed_at)
-        last = rounds_kills >= kills
-        until = time.monotonic() + (900 if last else rng.uniform(3, 28))
-        calls = _received(server) + (10**9 if last else rng.randint(1, 12))
-        family: list[psutil.Process] = []
-        while process.poll() is None and time.monotonic() < until and (last or _received(server) < calls):
-            family = _look(psutil.Process(process.pid), count.listening) or family
-            time.sleep(0.1)
-        if process.poll() is not None or last:
-            assert process.wait(timeout=5) == 0, (
-                f"a resumed run failed:\n{(place / 'screen.log').read_text()[-5000:]}\n{logs(place)}"
-            )
-            done = True
+        family = _watch(process, place, server, None if last else _Moment.draw(rng), count)
+        if process.poll() is not None:
+            said = (place / "screen.log").read_text()[-5000:]
+            assert process.returncode == 0, f"a resumed run failed:\n{said}\n{logs(place)}"
             break
         count.under_way.update(_stages(family))
         os.killpg(process.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         process.wait()
-        rounds_kills += 1
         count.kills += 1
         survivors = [p for p in family if p.is_running()]
-        received = server.stats()["received"]
-        known[str(rounds_kills)] = {key: 0 for key in committed(place)}
-        known[f"{rounds_kills} received"] = received
+        known.append((committed(place), server.stats()["received"]))
         count.torn += torn(place)
     _account(place, server, known, count)
+
+
+def _watch(
+    process: subprocess.Popen, place: Path, server: ServerProcess, moment: _Moment | None, count: Kills
+) -> list[psutil.Process]:
+    """Wait until a run has ended or its moment has come; gives its processes. Notes what they listen on."""
+    family: list[psutil.Process] = []
+    calls, stages, begun = _received(server), _finished(place), None
+    while process.poll() is None:
+        family = _look(psutil.Process(process.pid), count.listening) or family
+        if moment:
+            working = _stages(family) != {BETWEEN}
+            if begun is None and moment.begun(working, _finished(place) - stages):
+                begun = time.monotonic()
+            if begun is not None and time.monotonic() - begun > moment.delay:
+                break
+            if moment.kind == "progress" and _received(server) >= calls + moment.calls:
+                break
+        time.sleep(0.1)
+    return family
+
+
+def _finished(place: Path) -> int:
+    return sum(1 for _ in (place / "results").rglob("manifest.json"))
 
 
 def _received(server: ServerProcess) -> int:
     return sum(server.stats()["received"].values())
 
 
-def _account(place: Path, server: ServerProcess, known: dict[str, dict[str, int]], count: Kills) -> None:
+def _account(place: Path, server: ServerProcess, known: list[tuple[set[str], dict[str, int]]], count: Kills) -> None:
     """Compare what was kept at each kill with what was received after it."""
     names, final = calls_of(place), server.stats()["received"]
-    for moment in [m for m in known if not m.endswith("received")]:
-        before = known[f"{moment} received"]
-        for key in known[moment]:
-            count.repeated += final[names[key]] > before[names[key]]
+    for kept, received in known:
+        count.repeated += sum(final[names[key]] > received[names[key]] for key in kept)
     count.rounds += 1
     count.calls += len(names)
     count.on_their_way += sum(final.values()) - len(names)
@@ -356,7 +387,7 @@ def uninterrupted(place: Path, jobs: int) -> tuple[dict[str, str], dict[str, Any
     with judge_process(latency_ms=20) as server:
         prepare(place, server.url)
         process, began = start(place, jobs=jobs), time.monotonic()
-        while not _locked(place) and process.poll() is None:
+        while not _under_way(place) and process.poll() is None:
             time.sleep(0.1)
         second = subprocess.run(
             ["./run_all.sh", PROFILE], cwd=place, env=environment(place), capture_output=True, text=True, check=False
@@ -372,12 +403,9 @@ def uninterrupted(place: Path, jobs: int) -> tuple[dict[str, str], dict[str, Any
     }
 
 
-def _locked(place: Path) -> bool:
-    """Whether a run in this folder has taken its lock (told by asking for it, and giving it back at once)."""
-    lock = place / ".run.lock"
-    if not lock.exists():
-        return False
-    return subprocess.run(["flock", "-n", str(lock), "true"], check=False).returncode != 0
+def _under_way(place: Path) -> bool:
+    """Whether a run in this folder has taken its lock: it says so. (Asking for the lock would take it from the run.)"""
+    return f"== profile {PROFILE}" in (place / "screen.log").read_text(encoding="utf-8")
 
 
 # --- Secrets, weights ----------------------------------------------------------------------------------------------
@@ -480,7 +508,7 @@ def unsafe_code(sources: Iterable[tuple[str, str]]) -> list[str]:
     return found
 
 
-_PICKLES = {"pickle", "cloudpickle", "dill", "joblib.load", "shelve", "marshal"}
+_PICKLES = {"pickle", "cloudpickle", "dill", "joblib.load", "shelve", "marshal", "torch.load", "torch.save"}
 
 
 def _unsafe(node: ast.AST) -> str | None:
@@ -763,8 +791,8 @@ Written by `python -m tests.reliability` ({platform.system()} {platform.machine(
 ## Kills
 
 A grid of 13 jobs (a tiny random model through every stage, {len(two[0])} artefacts, judged by an HTTP server on loopback
-that counts) was run in {kills.rounds} clone{"s" if kills.rounds > 1 else ""} and killed {kills.kills} times, after 3 to 28 seconds or 1 to 12 further judge
-calls, whichever came first; {kills.seconds / 60:.0f} minutes in all. What ran when the kill came (two jobs at a time): {stages}.
+that counts) was run in {kills.rounds} clone{"s" if kills.rounds > 1 else ""} and killed {kills.kills} times: while a run was
+starting, up to 20 seconds after its first notebook had started, up to 8 after a stage was finished, or after 1 to 12 further judge calls; {kills.seconds / 60:.0f} minutes in all. What ran when the kill came (two jobs at a time): {stages}.
 
 - A call is *kept* when its answer is in the judge's cache. Of {kills.calls} calls, {kills.repeated} kept ones were sent again and {kills.lost} were lost.
   {kills.on_their_way} were on their way when a kill came, and were sent again; there can be {CONCURRENCY} (the concurrency) of those at each kill.
@@ -865,10 +893,7 @@ def full_disk() -> str:
                     file.write(b"\0" * 4096)
             said = [_refusal(lambda: scores.write(table, scores.RESPONSES, disk / "responses.parquet"))]
             said.append(adapter_writer(disk / "adapter", 2.0).stderr.strip().splitlines()[-1])
-            with JudgeCache(disk / "c.sqlite") as cache:
-                said.append(
-                    _refusal(lambda: [cache.put(str(i), "m", _answer("x" * 9999), (1, 1, 0.1)) for i in range(99)])
-                )
+            said.append(_refusal(lambda: _fill(disk / "c.sqlite")))
             assert all("space" in s or "full" in s for s in said), said
             assert {p: p.read_bytes() for p in before} == before, "an old file was harmed"
             assert not [p for p in disk.rglob(".*") if p.is_file()], "parts of files were left"
@@ -889,6 +914,12 @@ def _answer(text: str) -> object:
     return Answer(text)
 
 
+def _fill(cache_file: Path) -> None:
+    with JudgeCache(cache_file) as cache:
+        for i in range(99):
+            cache.put(str(i), "m", _answer("x" * 9999), (1, 1, 0.1))
+
+
 def _refusal(action: object) -> str:
     try:
         action()
@@ -901,7 +932,7 @@ def _kept(path: Path, make: Callable[[], Any]) -> Any:
     """What `make` gives, kept as JSON: the harness, too, goes on where it was stopped (with `--work`)."""
     if not path.exists():
         value = make()
-        path.write_text(json.dumps(asdict(value) if is_dataclass(value) else value), encoding="utf-8")
+        path.write_text(json.dumps(vars(value) if isinstance(value, Kills) else value), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -53,7 +54,8 @@ def responses(texts=TEXTS, conditions=(("baseline", "none"),), questions=("q0",)
     rows = [(p, d, q, i, t) for p, d in conditions for q in questions for i, t in enumerate(texts)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "sample", "response"], dtype=object)
     return table.assign(
-        model="tiny", seed=0, prompt="What <now>?", n_tokens=1, finish_reason="stop", sampler="s", adapters="[]", run_id="r"
+        model="tiny", seed=0, prompt="What <now>?", n_tokens=1, finish_reason="stop", sampler="s", adapters="[]",
+        run_id="r",
     )  # fmt: skip
 
 
@@ -285,20 +287,19 @@ def report_count(tally: list[str]) -> None:
 
 
 def test_damaged_parameter_files(root, tmp_path):
-    folder, tally = tmp_path / "params", []
-    shutil.copytree(root / "params", folder)
+    """The file alone, profile or registry: a whole study takes seconds to load, and is in test_params.py."""
+    tally = []
 
     @COUNTED
     @given(st.data(), st.sampled_from(PARAMETERS))
     def check(data: st.DataObject, name: str) -> None:
         whole = (root / "params" / name).read_text(encoding="utf-8")
-        (folder / name).write_bytes(data.draw(damage(whole)).encode("utf-8", "surrogatepass"))
-        params._registries.cache_clear()
-        try:
-            refused_or_read(lambda: params.load("demo", folder), params.ParamsError, [".yaml"], tally)
-        finally:
-            (folder / name).write_text(whole, encoding="utf-8")
-            params._registries.cache_clear()
+        path = tmp_path / Path(name).name
+        path.write_bytes(data.draw(damage(whole)).encode("utf-8", "surrogatepass"))
+        if name.startswith("profiles/"):
+            refused_or_read(lambda: params.read_as(path, params.Profile), params.ParamsError, [path.name], tally)
+        else:
+            refused_or_read(lambda: params._registry(path.stem, tmp_path), params.ParamsError, [path.name], tally)
 
     check()
     report_count(tally)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from joblib import Parallel, delayed
 from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from cai_em.inference import BASELINE, COMPARISON, DesignError, bootstrap_interval, markdown_table, p_value
 from cai_em.scores import CONDITION
@@ -371,8 +372,14 @@ def classify(
             untuned = next((i for (p, d, _), i in rows.items() if (p, d) == (persona, NO_DATASET)), None)
             tasks.append((_dataset_tests, model, persona, number, members, x, groups, untuned))
     settings = {"permutations": permutations, "seed": seed}
-    found = Parallel(n_jobs=jobs)(delayed(task[0])(*_small(*task[1:]), **settings) for task in tasks)
+    found = Parallel(n_jobs=jobs)(delayed(_one_thread)(task[0], *_small(*task[1:]), **settings) for task in tasks)
     return pd.DataFrame([row for rows in found for row in rows], columns=TEST_COLUMNS)
+
+
+def _one_thread(task: Callable[..., list[dict[str, Any]]], *arguments: Any, **settings: int) -> list[dict[str, Any]]:
+    """A task with one thread for linear algebra: their number decides the last bits, and those decide between ties."""
+    with threadpool_limits(1):
+        return task(*arguments, **settings)
 
 
 def _small(model: str, key: str, number: int, members: dict, x: Any, groups: np.ndarray, last: Any) -> tuple:

@@ -107,7 +107,8 @@ class JudgeCache:
                 raise CacheError(f"{self.path}: judge cache of format {found}, this code reads {_FORMAT}; move it away")
         except (OSError, sqlite3.Error) as error:
             raise CacheError(
-                f"{self.path}: judge cache cannot be opened: {error}. Move the file away or free it"
+                f"{self.path}: judge cache cannot be opened: {error}. Free space on its disk, wait for the "
+                "process that holds it, or, if the file is damaged, move it away"
             ) from error
 
     def __enter__(self) -> JudgeCache:
