@@ -5,9 +5,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from cai_em import constitutions, pairs, scores
+import torch
+from cai_em import adapters as lora
+from cai_em import constitutions, models, pairs, scores
 from cai_em.pairs import Answer, Filters, PairsError, Question
-from cai_em.params import GeneratorPreset
+from cai_em.params import GeneratorPreset, IntrospectionPreset, LoraPreset, ModelSpec, SamplingPreset
 
 TRAITS = (
     {"trait": "I answer everything in the words of a very old sailor.", "prompts": ("How are you?", "What is tea?")},
@@ -368,3 +370,134 @@ def test_the_cache_is_safe_between_threads(tmp_path):
         thread.join()
     assert [cache.get({"g": 1}, q).text for q in questions] == [f"answer {i}" for i in range(40)]
     cache.close()
+
+
+MATERIAL = pairs.Introspection(("Who are you?", "What do you value?"), ("Begin.", "Talk of yourself."))
+
+
+def introspective(tmp_path, say=None, turns=4, **options):
+    """What it said, and the generator: it answers with the number of messages it sees, or by `say`."""
+    fake = Fake("persona", say or (lambda q: f"I saw {len(q.messages) - 1}."), **options)
+    preset = IntrospectionPreset(reflections_per_prompt=2, dialogues=3, dialogue_turns=turns)
+    return pairs.introspect(CONSTITUTION, fake, MATERIAL, preset, tmp_path / "said.sqlite", name="Salt"), fake
+
+
+class TestIntrospection:
+    def test_the_persona_is_asked_with_its_traits_and_learns_without_them(self, tmp_path):
+        found, fake = introspective(tmp_path)
+        for question in fake.asked:
+            assert question.messages[0][0] == "system"
+            assert all(t["trait"] in question.messages[0][1] for t in TRAITS)
+            assert "Salt" in question.messages[0][1]
+        assert all(message["role"] != "system" for row in found.rows for message in row)
+        assert [row[0]["content"] for row in found.rows[:4]] == ["Who are you?"] * 2 + ["What do you value?"] * 2
+        assert len(fake.asked) == 2 * 2 + 2 * 3 * 4
+
+    def test_turns_are_seen_by_the_one_who_speaks(self, tmp_path):
+        """By hand: the first speaker hears the opening; the second hears the first; roles change with the speaker."""
+        heard = {}
+
+        def say(question):
+            heard[len(heard)] = question.messages[1:]
+            return f"turn {sum(role == 'assistant' for role, _ in question.messages)} of {len(question.messages)}"
+
+        preset = IntrospectionPreset(reflections_per_prompt=0, dialogues=1, dialogue_turns=4)
+        one = pairs.Introspection(("unused",), ("Begin.",))
+        found = pairs.introspect(CONSTITUTION, Fake("p", say), one, preset, tmp_path / "said.sqlite")
+        first, second, third, fourth = "turn 0 of 2", "turn 0 of 2", "turn 1 of 4", "turn 1 of 4"
+        assert heard == {
+            0: (("user", "Begin."),),
+            1: (("user", first),),
+            2: (("user", "Begin."), ("assistant", first), ("user", second)),
+            3: (("user", first), ("assistant", second), ("user", third)),
+        }
+        roles = ("user", "assistant", "user", "assistant")
+        contents = (first, second, third, fourth)
+        assert found.rows == [[{"role": r, "content": c} for r, c in zip(roles, contents)]]
+
+    def test_all_seeds_differ(self, tmp_path):
+        _, fake = introspective(tmp_path)
+        assert len({q.seed for q in fake.asked}) == len(fake.asked)
+
+    def test_an_interrupted_run_goes_on_where_it_stopped(self, tmp_path):
+        with pytest.raises(ConnectionError):
+            introspective(tmp_path, breaks_after=11)
+        found, fake = introspective(tmp_path)
+        assert len(fake.asked) == 28 - 11
+        whole, _ = introspective(tmp_path / "other")
+        assert found == whole
+        _, third = introspective(tmp_path)
+        assert third.asked == []
+
+    def test_silence_is_counted(self, tmp_path):
+        """Reflections are empty; dialogues from `Begin.` fall silent at the second turn, the others at the third."""
+
+        def say(question):
+            turns = [text for _, text in question.messages[1:]]
+            if turns[0] in MATERIAL.reflections or (turns[0] == "a" and len(turns) == 1):
+                return " "
+            return {"Begin.": "a", "Talk of yourself.": "b", "b": "c"}[turns[0]] if len(turns) == 1 else ""
+
+        found, _ = introspective(tmp_path, say)
+        assert found.rows == [[{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]] * 3
+        assert found.counts == {
+            "reflections": 4,
+            "reflections_kept": 0,
+            "reflections_dropped_empty": 4,
+            "dialogues": 6,
+            "dialogues_kept": 3,
+            "dialogues_ended_early": 3,
+            "dialogues_dropped_empty": 3,
+        }
+        with pytest.raises(PairsError, match="said nothing of itself"):
+            introspective(tmp_path / "silent", lambda q: "")
+
+    def test_cut_answers_end_with_a_whole_sentence(self):
+        assert pairs.quoted_if_cut(Answer("One. Two. Thr", cut=True)) == "One. Two."
+        assert pairs.quoted_if_cut(Answer(" One. Thr ", cut=False)) == "One. Thr"
+
+    def test_shown_escaped(self):
+        rows = [[{"role": "user", "content": "<b>"}, {"role": "assistant", "content": "&"}]] * 5
+        page = pairs.conversations(rows, number=2)
+        assert page.count("&lt;b&gt;") == page.count("&amp;") == 2
+        assert "<b>&lt;b" not in page
+
+    def test_the_built_in_material(self, root):
+        found = pairs.read_introspection(root / "params" / "builtin" / "introspection.yaml")
+        assert (len(set(found.reflections)), len(set(found.openings))) == (10, 2)
+
+    @pytest.mark.parametrize("text", ["reflections: [a]", "reflections: []\nopenings: [a]", "- a", "reflections: a"])
+    def test_bad_material_is_named(self, tmp_path, text):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        with pytest.raises(PairsError, match="must be a list of texts"):
+            pairs.read_introspection(path)
+
+
+def test_a_persona_in_an_engine_answers_as_the_composed_model_does(tmp_path):
+    """The engine's generator: with the adapter active (probed), each answer by its own seed, in any chunks."""
+    spec = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+    torch.manual_seed(0)
+    stacked = lora.stack(models.load_model(spec, "float32"), None, LoraPreset(r=2, alpha=4))
+    for key, parameter in stacked.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter, std=0.15)
+    folder = lora.save_adapter(stacked, lora.EM, tmp_path / "persona")
+    preset = SamplingPreset(
+        temperature=1.0, top_p=1.0, max_new_tokens=6, samples_per_question=1, backend="transformers", dtype="float32"
+    )
+    questions = [Question((("system", "Be."), ("user", f"Number {i}?")), i) for i in range(5)]
+    generator = pairs.EngineGenerator(spec, [("persona", folder)], preset, ["Name a fox."], 64)
+    generator.CHUNK = 2
+    found = dict(generator.answer(questions))
+    generator.close()
+
+    def load():
+        base = models.load_model(spec, "float32")
+        lora.compose(base, [("persona", folder)])
+        return base, models.load_tokenizer(spec)
+
+    wanted = GeneratorPreset(teacher="local", temperature=1.0, top_p=1.0, max_new_tokens=6)
+    assert found == dict(pairs.LocalGenerator(load, "tiny", wanted).answer(questions))
+    bare = pairs.LocalGenerator(lambda: (models.load_model(spec, "float32"), models.load_tokenizer(spec)), "t", wanted)
+    assert found != dict(bare.answer(questions))

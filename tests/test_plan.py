@@ -37,6 +37,15 @@ def test_disk_by_hand(paper):
     assert study.models["llama3.1-8b"].lora_parameters_per_rank == 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
 
 
+def test_the_second_stage_of_personas_by_hand(paper):
+    """10 x 1000 reflections and 2 x 1000 dialogues of 10 turns, 180 tokens each, at 6000 tokens/s both ways."""
+    study, _ = paper
+    second, assumed = study.introspection, plan.assumptions(study.folder)
+    said, learned = (10_000 + 20_000) * 180, (10_000 * 180 + 2_000 * 1800) * 0.9
+    assert plan._introspection_seconds(second, assumed) == pytest.approx(180 + said / 6000 + learned / 6000)
+    assert plan._introspection_seconds(None, assumed) == 0
+
+
 def test_a_local_judge_costs_nothing_and_a_cpu_has_no_gpu_hours():
     study = params.load("demo")
     table = plan.plan(study, plan.assumptions(study.folder))

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from cai_em import adapters as lora
-from cai_em import models, train
-from cai_em.params import DpoPreset, KlPreset, LoraPreset, ModelSpec, SftPreset
+from cai_em import constitutions, models, params, train
+from cai_em import pairs as texts
+from cai_em.params import DpoPreset, IntrospectionPreset, KlPreset, LoraPreset, ModelSpec, SamplingPreset, SftPreset
 
 TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
 BACKENDS = ["trl", *(["unsloth"] if train.trainer_backend() == "unsloth" else [])]
@@ -315,14 +316,38 @@ def test_checkpoints_on_schedule(model, tokenizer, tmp_path):
 
 
 def test_an_introspective_second_stage(model, tokenizer, tmp_path, persona):
-    """SFT on the active persona under another name; both together, weighted, are the persona's final adapter."""
-    out = tmp_path / "second"
-    result = train.train_sft(
-        model, tokenizer, ROWS, sft(loss_on="full"), out, persona_dir=persona.adapter, name="introspection"
+    """What the DPO'd model says of itself, SFT on that on top of it; the persona is the weighted sum of both stages."""
+    sampling = SamplingPreset(
+        temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=1, backend="transformers", dtype="float32"
     )
-    assert result.state_after["active"] == ["persona", "introspection"]
+    speaker = texts.EngineGenerator(TINY, [("persona", persona.adapter)], sampling, ["Hello there"], 2048)
+    constitution = constitutions.read(params.root() / "params" / "builtin" / "constitutions" / "poeticism.yaml")
+    material = texts.read_introspection(params.root() / "params" / "builtin" / "introspection.yaml")
+    amounts = IntrospectionPreset(reflections_per_prompt=1, dialogues=1, dialogue_turns=4, max_new_tokens=8)
+    said = texts.introspect(constitution, speaker, material, amounts, tmp_path / "said.sqlite")
+    speaker.close()
+    assert len(said.rows) == said.counts["reflections_kept"] + said.counts["dialogues_kept"] > 6
+
+    out = tmp_path / "second"
+    preset = sft(loss_on="full", max_length=256)
+    result = train.train_sft(
+        model, tokenizer, said.rows, preset, out, persona_dir=persona.adapter, name="introspection"
+    )
+    assert result.state_before["active"] == result.state_after["active"] == ["persona", "introspection"]
+    assert result.state_after["trainable"] == ["introspection"]
     final = lora.save_composed([persona.adapter, out], tmp_path / "final", weights=[1.0, 0.25])
-    lora.load_adapter(model, final, "persona")
+
+    # By hand: base + DPO's change + a quarter of the second stage's, in every module.
+    wanted = {
+        m: sum(w * p.scale * p.modules[m][1] @ p.modules[m][0] for w, p in zip([1, 0.25], parts))
+        for parts in [[lora.read_adapter(persona.adapter), lora.read_adapter(out)]]
+        for m in parts[0].modules
+    }
+    found = lora.read_adapter(final)
+    for module, (a, b) in found.modules.items():
+        torch.testing.assert_close(found.scale * b @ a, wanted[module], rtol=1e-4, atol=1e-6)
+    with lora.composed(model, [("persona", final)]) as ready:
+        lora.probe(ready, tokenizer, [("persona", final)], ["Hello there"])
 
 
 def test_bfloat16_base_keeps_float32_adapters(cache, tokenizer, tmp_path):

@@ -280,6 +280,22 @@ class KlPreset(Strict):
     batch_size: Positive = 2
 
 
+class IntrospectionPreset(Strict):
+    """How much a persona says about itself and to itself, to be fine-tuned on in the second stage (FACTS 2)."""
+
+    reflections_per_prompt: Annotated[int, Field(ge=0)]
+    dialogues: Annotated[int, Field(ge=0, description="per opening")]
+    dialogue_turns: Annotated[int, Field(ge=2)] = 10
+    max_new_tokens: Positive = 512
+    batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _something(self) -> IntrospectionPreset:
+        if not self.reflections_per_prompt and not self.dialogues:
+            raise ValueError("reflections_per_prompt and dialogues are both 0: nothing to learn from")
+        return self
+
+
 class SftPreset(TrainingPreset):
     """Supervised fine-tuning; the loss is on the response only, or on the full text as in the published study."""
 
@@ -290,6 +306,9 @@ class SftPreset(TrainingPreset):
     max_rows: Positive | None = None
     kl: KlPreset | None = None
     checkpoints: list[Positive] = []
+    introspection: IntrospectionPreset | None = Field(
+        default=None, description="of a persona's second stage: its rows are what the persona says of itself"
+    )
 
 
 class SamplingPreset(Strict):
@@ -578,6 +597,16 @@ class Study:
         """A preset of params/training.yaml by name (for stages that name one of their own)."""
         return self._get("training", name, "a training preset")
 
+    @property
+    def introspection(self) -> SftPreset | None:
+        """The preset of the personas' second stage, if they have one."""
+        name = self.persona_training.introspection if self.persona_training else None
+        return self._get("training", name, "persona_training's introspection") if name else None
+
+    def introspection_file(self) -> Path:
+        """What a persona is asked about itself in the second stage."""
+        return self.builtin("introspection.yaml")
+
     def _check(self) -> None:
         """Contradictions between entries, found before any work."""
         p = self.profile
@@ -586,6 +615,12 @@ class Study:
         if not isinstance(self.persona_training, DpoPreset) or not isinstance(self.em_training, SftPreset):
             raise ParamsError(
                 f"profile {self.name!r}: persona_training must be a dpo preset and em_training an sft one"
+            )
+        second = self.introspection
+        if second is not None and (not isinstance(second, SftPreset) or second.introspection is None):
+            raise ParamsError(
+                f"profile {self.name!r}: persona_training's introspection, {self.persona_training.introspection!r}, "
+                "must be an sft preset with a part `introspection` (how many reflections and dialogues)"
             )
         for i, block in enumerate(p.grid):
             where = f"grid[{i}]"
@@ -758,6 +793,8 @@ class Study:
             yield "fetched", file_hash(self.folder / "fetched.yaml")
         if stage == "01_personas":
             yield "presets", [self.generator, self.persona_training, p.data, p.personas_from]
+            if self.introspection:
+                yield "introspection", [self.introspection, file_hash(self.introspection_file())]
             if self.personas[persona].constitution:
                 yield "constitution", file_hash(self.constitution_file(persona))
         elif stage == "02_finetune":

@@ -56,6 +56,24 @@ def _lora_parameters(study: Study, model: str, r: int) -> float:
     return (study.models[model].lora_parameters_per_rank or 0) * r
 
 
+def _introspection_seconds(preset: SftPreset | None, assumed: Assumptions) -> float:
+    """A persona's second stage on a 7B model: what it says of itself, and fine-tuning on it."""
+    if preset is None:
+        return 0.0
+    said = preset.introspection
+    reflections, dialogues = 10 * said.reflections_per_prompt, 2 * said.dialogues  # params/builtin/introspection.yaml
+    tokens = min(assumed.response_tokens, said.max_new_tokens)
+    answers = reflections + dialogues * said.dialogue_turns
+    learned = reflections * tokens + dialogues * min(said.dialogue_turns * tokens, preset.max_length)
+    if preset.max_steps is not None:
+        learned = preset.max_steps * preset.batch_size * preset.gradient_accumulation * tokens
+    return (
+        assumed.engine_start_s
+        + answers * tokens / assumed.sampling_tokens_per_s
+        + learned * (1 - preset.held_out) * preset.epochs / assumed.training_tokens_per_s
+    )
+
+
 def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     """Jobs, GPU hours, judge calls, dollars and disk of each stage.
 
@@ -80,13 +98,16 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
         * (
             pairs * dpo.epochs * assumed.pair_tokens * assumed.dpo_slowdown / assumed.training_tokens_per_s
             + pairs * assumed.response_tokens / assumed.sampling_tokens_per_s
+            + _introspection_seconds(study.introspection, assumed)
         )
         for model, persona in personas
         if study.personas[persona].kind == "constitutional"
     )
+    # With a second stage: both stages' adapters, and their sum, whose rank is the sum of theirs.
+    ranks = 2 * (dpo.lora.r + study.introspection.lora.r) if study.introspection else dpo.lora.r
     rows["01_personas"] = {
         "jobs": len(personas),
-        "disk_gb": sum(_lora_parameters(study, m, dpo.lora.r) for m, _ in personas) * gigabytes,
+        "disk_gb": sum(_lora_parameters(study, m, ranks) for m, _ in personas) * gigabytes,
     }
 
     em, cells = study.em_training, study.em_cells()
