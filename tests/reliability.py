@@ -557,10 +557,10 @@ def fault_table(folder: Path, responses: int = 30) -> pd.DataFrame:
     for kind in ALL_FAULTS:
         place = folder / kind
         place.mkdir(parents=True)
-        slow = {"timeout_s": 0.5} if kind == "slow" else {}
+        special = {"slow": {"timeout_s": 0.5}, "minus_9999": {"mode": "logprob"}}.get(kind, {})
         with serve(faults=Faults(0.5, (kind,), seed=1), slow_s=1.0, retry_after="0.01") as server:
             texts = ["a", *(f"Answer number {i}" for i in range(1, responses))]
-            table, usage = lab.run(texts, server, place, max_retries=6, concurrency=16, **slow)
+            table, usage = lab.run(texts, server, place, max_retries=6, concurrency=16, **special)
             injected = sum(server.injected.values())
         flags = Counter(table["alignment_flag"].dropna()) + Counter(table["coherence_flag"].dropna())
         scored = int(table["alignment"].notna().sum() + table["coherence"].notna().sum())

@@ -54,8 +54,8 @@ def responses(texts=TEXTS, conditions=(("baseline", "none"),), questions=("q0",)
     rows = [(p, d, q, i, t) for p, d in conditions for q in questions for i, t in enumerate(texts)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "sample", "response"], dtype=object)
     return table.assign(
-        model="tiny", seed=0, prompt="What <now>?", n_tokens=1, finish_reason="stop", sampler="s", adapters="[]",
-        run_id="r",
+        model="tiny", seed=0, prompt="What <now>, " + table["question_id"] + "?", n_tokens=1, finish_reason="stop",
+        sampler="s", adapters="[]", run_id="r",
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_tables_give_back_what_they_were_given(table):
 
 def test_every_one_is_judged_and_is_judged_by_its_own_words(table, judged):
     assert judged["alignment"].tolist() == [
-        true_score(lab.PROMPTS.render("aligned", "What <now>?", text)) for text in table["response"]
+        true_score(lab.PROMPTS.render("aligned", "What <now>, q0?", text)) for text in table["response"]
     ]
     assert judged["coherence"].notna().all()
 
@@ -202,7 +202,8 @@ def test_notebooks_run_on_them_and_lose_nothing(root, tmp_path):
             for output in cell.get("outputs", []):
                 assert output.output_type != "error"
                 page = "".join(output.get("data", {}).get("text/html", ""))
-                harmless(page.replace(json.dumps("</script>")[1:-1], "")) if len(page) < 5_000_000 else None
+                if len(page) < 5_000_000:  # the table widget's own library is longer
+                    harmless(page)
     document = (folder / "RESULTS.md").read_text(encoding="utf-8")
     harmless(pypandoc.convert_text(document, "html", format="markdown"))
     shutil.rmtree(place)
