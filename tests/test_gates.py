@@ -398,6 +398,17 @@ class TestJudged:
         assert np.sum(np.array(found) <= 0.1) <= stats.binom.ppf(0.999, 80, 0.1)
         assert np.mean(found) == pytest.approx(0.5, abs=0.12)
 
+    def test_a_judge_that_may_miss_a_persona_blocks_nothing(self):
+        made, tests = classified(tuple(FULL), tuple(map(tuple, FULL.values())))
+        missed = dict.fromkeys([("baseline", "bad_medical"), ("poetic", "bad_medical")], 50)
+        table = judged(missed, "persona_expression", "poetic", questions=QUESTIONS, samples=6, seed=1)
+        both = pd.concat([tests, gates.expression_tests(table)])
+        for must, status in ((True, gates.NOT_SHOWN), (False, gates.SHOWN)):
+            found = gates.comparison_gates(both, made, DATASETS, judge=GOOD_JUDGE, judged_persona=must)
+            row = found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
+            assert row["persona_gate"] == status
+            assert row["expression_p"] > 0.05
+
     def test_uptake_by_hand(self):
         """One answer a question: the AUC is the share of questions that rose, and p comes from swapping signs."""
         table = judged({("baseline", "none"): 0, ("baseline", "bad_medical"): 0}, "uptake", "bad_medical")
