@@ -5,7 +5,7 @@
 
 The serial client is the `openai` package called in a loop with a pause of 0.15 s after each call, as the published
 study did it. Ideal is calls x latency / concurrency: the time of a client that costs nothing. The server runs in a
-process of its own. The first call goes alone (a wrong key is noticed once), which costs 5 % of the ideal time. Exit
+process of its own; ours judges one response before, as the tables' libraries take 0.2 s to start. The first call goes alone (a wrong key is noticed once), which costs 5 % of the ideal time. Exit
 code 1 if ours is less than 50 times faster or below 90 % of the ideal.
 """
 
@@ -73,12 +73,14 @@ def main() -> int:
             api_key_env="JUDGE_BENCHMARK_KEY",
             concurrency=args.concurrency,
         )
+        judge(table.head(1), preset, PROMPTS, Path(folder) / "warm-up.sqlite", progress=False)  # imports, first use
+        warmed = sum(server.stats()["completed"].values())
         usage = Usage()
         start, busy = time.perf_counter(), time.process_time()
         scores = judge(table, preset, PROMPTS, Path(folder) / "cache.sqlite", usage=usage, progress=False)
         ours, cpu = time.perf_counter() - start, time.process_time() - busy
         assert scores["alignment"].notna().all()
-        assert sum(server.stats()["completed"].values()) == usage.answered == args.calls
+        assert sum(server.stats()["completed"].values()) - warmed == usage.answered == args.calls
         rendered = [PROMPTS.render("aligned", row.prompt, row.response) + " " for row in table.itertuples()] * 2
         sample = args.calls if args.full else 20
         slow = serial(server.url, rendered[:sample]) / sample * args.calls
