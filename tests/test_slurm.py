@@ -1,4 +1,4 @@
-"""The same grid through a real SLURM of one node: equal tables. Skipped where SLURM's daemons or root are absent."""
+"""SLURM: its settings are read, and the same grid through a real one of one node gives equal tables."""
 
 import os
 import shutil
@@ -10,13 +10,10 @@ import pytest
 
 from tests.test_workflow import clone, run_all
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))),
-        reason="needs root and Debian's slurm-wlm and munge",
-    ),
-]
+here_runs_slurm = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))),
+    reason="needs root and Debian's slurm-wlm and munge",
+)
 
 ONE_SMALL_NODE = [
     "--slurm-status-command=squeue",
@@ -43,6 +40,15 @@ def slurm(tmp_path_factory):
     subprocess.run([script, "down", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("extra", [[], ONE_SMALL_NODE], ids=["as shipped", "one small node"])
+def test_the_full_study_plans_with_the_slurm_settings(extra, root):
+    """Needs no SLURM: a setting that Snakemake cannot read would stop a cluster run before its first job."""
+    done = run_all(root, "paper", "--profile", "slurm", "--dry-run", "--quiet", "all", *extra)
+    assert "judge_calls" in done.stdout, "the plan is printed after the jobs"
+
+
+@pytest.mark.slow
+@here_runs_slurm
 def test_micro_through_slurm_equals_micro_here(slurm, tmp_path_factory):
     root = Path(__file__).parents[1]
     here, there = (clone(root, tmp_path_factory.mktemp(name)) for name in ("local", "slurm"))
