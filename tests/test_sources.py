@@ -1,10 +1,13 @@
 """Downloads: cache, hashes, retries, offline; and the encrypted archive, on one of that format made here."""
 
 import base64
+import errno
 import hashlib
+import http.client
 import io
 import os
 import socket
+import ssl
 import threading
 import urllib.error
 import zipfile
@@ -36,6 +39,8 @@ def server():
                 self.send_header("Retry-After", "0")
             self.end_headers()
             self.wfile.write(body)
+
+        do_HEAD = do_GET
 
         def log_message(self, *args):
             pass
@@ -77,7 +82,7 @@ def test_tries_again_after_a_fault_that_may_pass(server, tmp_path, fault):
 
 def test_gives_up_after_the_retries(server, tmp_path):
     server.answers[URL] = [(503, b"")]
-    with pytest.raises(Unavailable, match=r"folder/file.json.*attempts: 3 .*Connect to the network"):
+    with pytest.raises(Unavailable, match=r"folder/file.json.*503.*\(attempts: 3\)\. Connect to the network"):
         get(server, tmp_path)
     assert len(server.asked) == 3
     assert not (tmp_path / "github").exists()
@@ -151,9 +156,61 @@ def test_a_host_that_does_not_exist_is_asked_for_once(tmp_path, monkeypatch):
         raise urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", no_such_host)
-    with pytest.raises(Unavailable, match="attempts: 1 "):
+    with pytest.raises(Unavailable, match=r"\(attempts: 1\)"):
         fetch("owner/repo", COMMIT, "x.json", cache=tmp_path)
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_one_file_that_the_host_refuses_for_now_does_not_make_the_others_missing(server, tmp_path, status):
+    """The host answers: only a host that cannot be reached is given up for all files."""
+    server.answers[URL] = [(status, b"")]
+    server.answers[URL.replace("file.json", "b.json")] = [(200, BODY)]
+    busy, there = (Pinned("owner/repo", COMMIT, p) for p in ("folder/file.json", "folder/b.json"))
+    found = fetch_all([busy, there], workers=1, cache=tmp_path, progress=False, **server.how)
+    assert list(found.paths) == [there]
+    assert f"answers {status}" in found.missing[busy]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ssl.SSLError(1, "record layer failure"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        ConnectionResetError("reset"),
+        http.client.IncompleteRead(b"a"),
+        TimeoutError("timed out"),
+    ],
+    ids=lambda f: type(f).__name__,
+)
+def test_a_connection_that_breaks_while_the_answer_is_read(tmp_path, monkeypatch, fault):
+    """Such errors are not wrapped by urllib: tried again, then an error that names the file."""
+    tries = []
+
+    class Answer(io.BytesIO):
+        def read(self, *args):
+            tries.append(fault)
+            if len(tries) < 3:
+                raise fault
+            return super().read(*args)
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda request, timeout: Answer(BODY))
+    with pytest.raises(Unavailable, match=r"^x\.json: https://.*could not be reached.*\(attempts: 2\)"):
+        fetch("owner/repo", COMMIT, "x.json", SHA, cache=tmp_path, retries=1, wait_s=0)
+    tries.clear()
+    assert fetch("owner/repo", COMMIT, "x.json", SHA, cache=tmp_path, retries=2, wait_s=0).read_bytes() == BODY
+
+
+def test_obtainable_asks_once_and_downloads_nothing(server, tmp_path):
+    server.answers[URL] = [(200, BODY)]
+    there, gone = (Pinned("owner/repo", COMMIT, p) for p in ("folder/file.json", "folder/gone.json"))
+    how = {"cache": tmp_path, "base_url": server.how["base_url"]}
+    assert [sources.obtainable(f, **how) for f in (there, gone)] == [True, False]
+    assert server.asked == [URL, URL.replace("file.json", "gone.json")]
+    assert not (tmp_path / "github").exists()
+    assert not sources.obtainable(there, cache=tmp_path, base_url="http://127.0.0.1:9")
+    fetch("owner/repo", COMMIT, "folder/file.json", SHA, cache=tmp_path, **server.how)
+    assert sources.obtainable(there, cache=tmp_path, base_url="http://127.0.0.1:9"), "cached"
 
 
 def test_fetch_all_does_not_call_a_changed_file_missing(server, tmp_path):

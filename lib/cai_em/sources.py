@@ -45,6 +45,7 @@ RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 """HTTP answers after which the same request may succeed."""
 
 MAX_WAIT_S = 60.0
+_HEADERS = {"User-Agent": f"cai-em/{__version__}"}
 LARGEST_MEMBER = 1 << 30
 """Bytes that one archive member may unpack to: a zip of a few kilobytes can claim to hold terabytes."""
 
@@ -160,7 +161,7 @@ def fetch(
         if sha256:
             _check(file, target, file_hash(target), "delete the file to have it downloaded again")
         return target
-    url = f"{base_url.rstrip('/')}/{urllib.parse.quote(file.relative)}"
+    url = _url(file, base_url)
     body = _download(file, url, target, retries, wait_s, timeout_s)
     try:
         with atomic(target) as part:
@@ -173,6 +174,24 @@ def fetch(
     return target
 
 
+def obtainable(
+    file: Pinned, *, cache: str | Path | None = None, base_url: str = GITHUB_RAW, timeout_s: float = 3.0
+) -> bool:
+    """Whether a file could be had now: it is cached, or its host has it (asked once; nothing is downloaded)."""
+    if cached(file, cache).is_file():
+        return True
+    request = urllib.request.Request(_url(file, base_url), headers=_HEADERS, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s):
+            return True
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _url(file: Pinned, base_url: str) -> str:
+    return f"{base_url.rstrip('/')}/{urllib.parse.quote(file.relative)}"
+
+
 def _check(file: Pinned, place: Path | str, found: str, remedy: str) -> None:
     if file.sha256 and found != file.sha256.lower():
         raise HashMismatch(
@@ -182,37 +201,39 @@ def _check(file: Pinned, place: Path | str, found: str, remedy: str) -> None:
 
 def _download(file: Pinned, url: str, target: Path, retries: int, wait_s: float, timeout_s: float) -> bytes:
     """The bytes behind a URL, tried again after failures that may pass."""
-    request = urllib.request.Request(url, headers={"User-Agent": f"cai-em/{__version__}"})
+    request = urllib.request.Request(url, headers=_HEADERS)
     pauses = random.Random(url)  # jitter: it spreads requests over time and touches no result
     remedy = (
         f"Connect to the network and run again, or put the file at {target}, or set CAI_EM_CACHE to a cache that has it"
     )
     for attempt in range(retries + 1):
-        asked = None
+        asked = status = None
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 body = answer.read()
             _check(file, url, hashlib.sha256(body).hexdigest(), "the transfer or the publication is damaged")
             return body
-        except urllib.error.HTTPError as error:
-            with error:
-                asked = error.headers.get("Retry-After")
-            cause: Exception = error
-            if error.code not in RETRY_STATUS:
-                raise Unavailable(f"{file.path}: {url} answers {error.code} {error.reason}", remedy) from error
         except HashMismatch as error:
-            cause = error
+            cause: Exception = error
             if attempt == retries:
                 raise
-        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        except urllib.error.HTTPError as error:
+            with error:
+                cause, status, asked = error, error.code, error.headers.get("Retry-After")
+            if status not in RETRY_STATUS:
+                raise Unavailable(f"{file.path}: {url} answers {status} {error.reason}", remedy) from error
+        except (OSError, http.client.HTTPException) as error:  # reading the answer raises bare SSL and socket errors
             cause = error
             if _no_such_host(error):
                 break
         if attempt < retries:
             pause = float(asked) if asked and asked.isdigit() else wait_s * 2**attempt * (0.5 + pauses.random())
             time.sleep(min(pause, MAX_WAIT_S))
+    tried = f"(attempts: {attempt + 1})"
+    if status:  # the host answers, if not with this file: others may still be had
+        raise Unavailable(f"{file.path}: {url} answers {status} {cause.reason} {tried}", remedy) from cause
     reason = getattr(cause, "reason", None) or cause
-    raise Unreachable(f"{file.path}: {url} could not be reached, attempts: {attempt + 1} ({reason})", remedy)
+    raise Unreachable(f"{file.path}: {url} could not be reached: {reason} {tried}", remedy) from cause
 
 
 def _no_such_host(error: Exception) -> bool:
