@@ -1,8 +1,14 @@
 """Sampling: the arithmetic of drawing, independence of batch and order, resume, probes, parity of back ends."""
 
+import gc
 import importlib.util
 import json
+import sys
+import weakref
+from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +268,13 @@ class TestSample:
         )
         with pytest.raises(lora.ProbeError, match="makes no difference"):
             sample.sample(SPEC, [idle], QUESTIONS, PRESET, PROBE)
+        early = replace(idle, may_be_idle=("em",))  # a snapshot from before the first real step
+        found = sample.sample(SPEC, [early], QUESTIONS, PRESET, PROBE)
+        assert found.probes["poeticism__bad_medical__seed0"]["idle"] == ["em"]
+        assert len(found.responses) == 6
+        swapped = replace(idle, may_be_idle=("persona",))
+        with pytest.raises(lora.ProbeError, match="makes no difference"):
+            sample.sample(SPEC, [swapped], QUESTIONS, PRESET, PROBE)
 
     def test_responses_depend_on_nothing_but_their_condition(self, arms):
         together = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses
@@ -411,6 +424,53 @@ class TestToLookAt:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # vLLM's own, of which there are many
+def test_a_finished_groups_composed_adapters_leave_the_disk(adapters, tmp_path, monkeypatch):
+    """vLLM's engine without vLLM: what it needs of the package is put in its place."""
+    request = namedtuple("LoRARequest", "name number lora_path")
+    parameters = lambda **given: given  # noqa: E731
+    for name, content in (("vllm", {"SamplingParams": parameters}), ("vllm.lora.request", {"LoRARequest": request})):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    engine = object.__new__(sample.VllmEngine)
+    engine._folder, engine._ids, engine.timings, engine.group = SimpleNamespace(name=str(tmp_path)), {}, {}, 1
+    engine.ends, held = (0,), []
+
+    def generate(prompts, parameters, lora_request, use_tqdm):
+        held.append(sorted(p.name for p in tmp_path.iterdir()))
+        assert all(r is None or Path(r.lora_path).is_dir() for r in lora_request)
+        answer = SimpleNamespace(token_ids=[0], logprobs=[{0: SimpleNamespace(logprob=-1.0)}], finish_reason="stop")
+        return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    engine.llm = SimpleNamespace(generate=generate)
+    monkeypatch.setattr(engine, "_probe", lambda condition, prompts: engine._request(condition.adapters) and {})
+    parts = [("persona", adapters / "persona"), ("em", adapters / "em")]
+    some = [Condition("tiny", "p", d, 0, a) for d, a in (("x", tuple(parts)), ("y", (parts[1],)), ("z", ()))]
+    jobs = [sample.Job(c, (sample.Request((1, 2), 0),)) for c in some]
+    done = list(engine.run(jobs, FREE, []))
+    assert [d.job.condition.dataset for d in done] == ["z", "x", "y"]
+    assert held == [[], ["1"], ["2"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(monkeypatch):
+    class Trained:
+        """A model that a trainer and its callbacks hold in a circle: only the collector frees it."""
+
+    used, freed, emptied = Trained(), [], []
+    used.trainer = used
+    gone = weakref.ref(used)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gone() is None))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: freed.append(list(emptied))))
+    jobs = [sample.Job(Condition("tiny", "baseline", "none", 0), (sample.Request((1, 2), 0),))]
+    gc.disable()
+    try:
+        del used
+        sample.VllmEngine(SPEC, PRESET, jobs)
+    finally:
+        gc.enable()
+    assert freed == [[True]]
+
+
 class TestVllm:
     """Parity of the back ends, wherever vLLM is installed (its CPU build will do)."""
 

@@ -29,7 +29,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -631,7 +631,13 @@ class Slots:
         finally:
             _activate(self._peft, [])
 
-    def probe(self, tokenizer: PreTrainedTokenizerBase, adapters: Adapters, prompts: Sequence[str]) -> ProbeReport:
+    def probe(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Adapters,
+        prompts: Sequence[str],
+        may_be_idle: Collection[str] = (),
+    ) -> ProbeReport:
         """`probe` inside a `composed` block; what the base and single adapters compute is kept for later conditions.
 
         Raises:
@@ -641,7 +647,7 @@ class Slots:
             raise AdapterError("nothing to probe: no adapters are composed")
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
-        return probe(self._peft, tokenizer, adapters, prompts, known=self._known)
+        return probe(self._peft, tokenizer, adapters, prompts, known=self._known, may_be_idle=may_be_idle)
 
     def close(self) -> None:
         """Take the layers out again: the model is the bare one that it was."""
@@ -690,6 +696,7 @@ class ProbeReport:
         tolerance: largest difference taken for rounding.
         difference: largest absolute difference of a logit, composed model against all adapters active.
         others: the same against the base model and every proper part of the adapters (`base`, `persona`, `em`).
+        idle: adapters without which the logits are the same, where the condition allows for it (`may_be_idle`).
     """
 
     adapters: dict[str, str]
@@ -699,6 +706,23 @@ class ProbeReport:
     tolerance: float
     difference: float
     others: dict[str, float]
+    idle: list[str] = dataclasses.field(default_factory=list)
+
+
+def idle_adapters(others: Mapping[str, float], tolerance: float, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which adapters make no difference, and which parts of all adapters compute what all do.
+
+    Args:
+        others: difference from each part of the adapters, by its name (`base`, `persona`, `em`, ... as in a report).
+        tolerance: largest difference taken for rounding.
+        names: the adapters.
+
+    Returns:
+        Adapters without which the result is the same; the parts that are not explained by such an adapter alone.
+    """
+    same = [part for part, difference in others.items() if difference <= tolerance]
+    without = {"+".join(n for n in names if n != name) or "base": name for name in names}
+    return [without[part] for part in same if part in without], [part for part in same if part not in without]
 
 
 @contextlib.contextmanager
@@ -722,6 +746,7 @@ def probe(
     prompts: Sequence[str],
     name: str = COMPOSED,
     known: dict[tuple[str, ...], Tensor] | None = None,
+    may_be_idle: Collection[str] = (),
 ) -> ProbeReport:
     """Prove that a composed model computes what its adapters together compute, and that each of them matters.
 
@@ -733,6 +758,7 @@ def probe(
         name: the composed adapter's name.
         known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
             the hashes of their files; filled here. If given, the adapters' places stay in the model for the next probe.
+        may_be_idle: adapters that are allowed to make no difference; the report then says so.
 
     Returns:
         The differences found.
@@ -804,12 +830,13 @@ def probe(
             f"the composed model is not {all_names}: logits differ by up to {report.difference:.2g} (tolerance "
             f"{report.tolerance:.2g}){looks}; compose the adapters again from their recorded files"
         )
-    idle = [part for part, d in report.others.items() if d <= report.tolerance]
-    if idle:
+    idle, same = idle_adapters(report.others, report.tolerance, names)
+    if same or set(idle) - set(may_be_idle):
+        part = next(part for part, d in report.others.items() if d <= report.tolerance)
         raise ProbeError(
-            f"{all_names} computes the same as {idle[0]!r} alone: an adapter makes no difference; it was not trained"
+            f"{all_names} computes the same as {part!r} alone: an adapter makes no difference; it was not trained"
         )
-    return report
+    return dataclasses.replace(report, idle=idle)
 
 
 # --- The control of random direction -------------------------------------------------------------------------------

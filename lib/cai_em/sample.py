@@ -17,11 +17,13 @@ two draw their random numbers in different ways.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import html
 import importlib.util
 import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,13 +90,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition and where its adapters lie: `(("persona", folder), ("em", folder))`, either or both left out."""
+    """One condition and where its adapters lie: `(("persona", folder), ("em", folder))`, either or both left out.
+
+    `may_be_idle` names adapters that need not make a difference yet, such as a snapshot from the first steps of
+    training (under warm-up the first step's rate is 0); the probe then records it, and does not stop.
+    """
 
     model: str
     persona: str
     dataset: str
     seed: int
     adapters: tuple[tuple[str, Path], ...] = ()
+    may_be_idle: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -444,7 +451,10 @@ class TransformersEngine:
                 report: dict[str, Any] = {}
                 if job.condition.adapters:
                     with _timed(self.timings, "probe"):
-                        report = asdict(self.slots.probe(self.tokenizer, job.condition.adapters, probe_prompts))
+                        found_by = self.slots.probe(
+                            self.tokenizer, job.condition.adapters, probe_prompts, job.condition.may_be_idle
+                        )
+                        report = asdict(found_by)
                     if self.preset.merge:
                         with _timed(self.timings, "switch"):
                             stack.enter_context(_merged(ready))
@@ -523,6 +533,11 @@ class VllmEngine:
                 options["enforce_eager"] = True  # nothing to compile for on a CPU
             folder = str(models.model_folder(spec))
             self.tokenizer = models.load_tokenizer(spec)
+            # The engine claims most of the GPU's memory: what this process has held there (training in the same
+            # notebook, a model gone out of use) has to be given back first.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.llm = vllm.LLM(
                 model=folder,
                 dtype=preset.dtype,
@@ -599,9 +614,16 @@ class VllmEngine:
                     adapters.append(request)
             with _timed(self.timings, "decode"):
                 found = iter(self.llm.generate(prompts, parameters, lora_request=adapters, use_tqdm=False))
+            self._forget()
             for job, report in zip(group, reports):
                 completions = tuple(_from_vllm(next(found).outputs[0]) for _ in job.requests)
                 yield Done(job, completions, report)
+
+    def _forget(self) -> None:
+        """Remove the composed files of a finished group: hundreds of snapshots would fill the disk (`_request` makes
+        one again, under its own number, where a later group needs it)."""
+        for folder in Path(self._folder.name).iterdir():
+            shutil.rmtree(folder)
 
     def _probe(self, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
         """Prove that vLLM serves a condition's adapters: the composed file is their sum, and each makes a difference.
@@ -630,9 +652,12 @@ class VllmEngine:
         }
         largest = float(np.abs(found).max())
         tolerance = self.rounding * largest
-        if idle := [name for name, difference in others.items() if difference <= tolerance]:
+        names = [name for name, _ in adapters]
+        idle, same = lora.idle_adapters(others, tolerance, names)
+        if same or set(idle) - set(condition.may_be_idle):
+            part = next(name for name, difference in others.items() if difference <= tolerance)
             raise lora.ProbeError(
-                f"{condition.name}: vLLM computes the same with all adapters as with {idle[0]!r}: an adapter is not "
+                f"{condition.name}: vLLM computes the same with all adapters as with {part!r}: an adapter is not "
                 "served, or was not trained"
             )
         return {
@@ -643,6 +668,7 @@ class VllmEngine:
             "tolerance": tolerance,
             "difference": error,
             "others": others,
+            "idle": idle,
         }
 
     def _first_logprobs(self, adapters: Sequence[tuple[str, Path]], prompts: Sequence[str]) -> np.ndarray:
@@ -732,7 +758,7 @@ def sample(
     _check(conditions, questions)
     name = engine_name(preset)
     keys = {c: cell_hash(spec, c, questions, preset, probe_prompts, name) for c in conditions}
-    done = {c: found for c, key in keys.items() if (found := _read_cell(cells_dir, c, key)) is not None}
+    done = {c: found for c, key in keys.items() if (found := read_cell(cells_dir, c, key)) is not None}
     timings = {"conditions_found": len(done)}
     missing = [c for c in conditions if c not in done]
     if missing:
@@ -748,7 +774,7 @@ def sample(
                 for found in engine.run(jobs, decoding, probe_prompts):
                     condition = found.job.condition
                     table = _table(found, questions, preset, engine.tokenizer, name, keys[condition])
-                    done[condition] = _write_cell(cells_dir, condition, keys[condition], table, found.probe)
+                    done[condition] = write_cell(cells_dir, condition, keys[condition], table, found.probe)
                     bar.update()
             timings |= engine.timings
         finally:
@@ -832,14 +858,14 @@ def _cell(folder: str | Path, condition: Condition, key: str) -> Path:
     return Path(folder) / f"{condition.name}-{key}.parquet"
 
 
-def _read_cell(folder: str | Path | None, condition: Condition, key: str) -> tuple[pd.DataFrame, dict] | None:
+def read_cell(folder: str | Path | None, condition: Condition, key: str) -> tuple[pd.DataFrame, dict] | None:
     """A finished condition's responses and probe, or None."""
     if folder is None or not (path := _cell(folder, condition, key)).is_file():
         return None
     return scores.read(path, scores.RESPONSES), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _write_cell(
+def write_cell(
     folder: str | Path | None, condition: Condition, key: str, table: pd.DataFrame, probe: dict[str, Any]
 ) -> tuple[pd.DataFrame, dict]:
     """Keep a finished condition. The table is written last: where it is, the probe is too."""
