@@ -465,7 +465,7 @@ def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(mon
     gc.disable()
     try:
         del used
-        sample.VllmEngine(SPEC, PRESET, jobs)
+        sample.VllmEngine(SPEC, PRESET, jobs)._folder.cleanup()
     finally:
         gc.enable()
     assert freed == [[True]]
