@@ -32,12 +32,19 @@ def say(rng, *voices):
     return " ".join(words)
 
 
+def loaded_as_designed(persona, dataset, number=0):
+    """The adapters that a condition's arm needs: one file per persona, one per fine-tuned condition."""
+    em = [f"em of {persona} {dataset} {number}"] if dataset != "none" else []
+    return ([f"persona {persona}"] if persona != "baseline" else []) + em
+
+
 def responses(conditions, *, samples=12, seed=0, adapters=None, number=0):
-    """A responses table: conditions maps (persona, dataset) to the voices that speak in it."""
+    """A responses table: conditions maps (persona, dataset) to the voices that speak in it; `adapters` overrides."""
     rng = np.random.default_rng(seed)
     rows = []
     for (persona, dataset), voices in conditions.items():
-        loaded = json.dumps((adapters or {}).get((persona, dataset), []))
+        designed = loaded_as_designed(persona, dataset, number)
+        loaded = json.dumps((adapters or {}).get((persona, dataset), designed))
         for q in QUESTIONS:
             for s in range(samples):
                 rows.append(("m", persona, dataset, number, q, s, f"prompt {q}", f"{q} {say(rng, *voices)}", loaded))
@@ -264,16 +271,55 @@ class TestComparisonGates:
         assert "had no fine-tuning" in found.loc[("poetic", "bad_medical"), "gate_reason"]
         assert found.loc[("poetic", "none"), "design_gate"] == gates.SHOWN
 
-    def test_recorded_adapters_are_counted(self):
-        loaded = {k: ["p"] * (k[0] != "baseline") + ["e"] * (k[1] != "none") for k in FULL}
-        made = responses(FULL, adapters=loaded)
-        tests = gates.classify(made, permutations=40)
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            ({("poetic", "bad_medical"): ["em of poetic bad_medical 0"]}, "1 adapters, not 2"),
+            ({k: [] for k in FULL}, "0 adapters, not 2"),
+            ({("poetic", "bad_medical"): ["persona sarcastic", "em of poetic bad_medical 0"]}, "also stands for"),
+            (
+                {("poetic", "bad_medical"): ["persona poetic, older", "em of poetic bad_medical 0"]},
+                "not the same adapter",
+            ),
+            ({("poetic", "bad_medical"): ["persona poetic", "em of baseline bad_medical 0"]}, "also stands for"),
+        ],
+        ids=[
+            "persona left out",
+            "all left out",
+            "another persona's file",
+            "an older file",
+            "another condition's EM file",
+        ],
+    )
+    def test_wrong_adapters_at_sampling(self, wrong, said):
+        tests = gates.classify(responses(FULL), permutations=40)
         gate = lambda rows: gates.comparison_gates(tests, rows, DATASETS, judge=GOOD_JUDGE)  # noqa: E731
-        assert (gate(made)["design_gate"] == gates.SHOWN).all()
-        wrong = responses(FULL, adapters=loaded | {("poetic", "bad_medical"): ["e"]})
-        found = gate(wrong).set_index(["persona", "dataset"])
+        assert (gate(responses(FULL))["design_gate"] == gates.SHOWN).all()
+        found = gate(responses(FULL, adapters=wrong)).set_index(["persona", "dataset"])
         assert found.loc[("poetic", "bad_medical"), "design_gate"] == gates.NOT_SHOWN
-        assert "1 adapters, not 2" in found.loc[("poetic", "bad_medical"), "design_reason"]
+        assert said in found.loc[("poetic", "bad_medical"), "design_reason"]
+
+    def test_adapters_of_published_responses_are_not_recorded(self):
+        made = responses(FULL, adapters={k: [] for k in FULL}).assign(sampler="published")
+        found = table(made)
+        assert (found["design_gate"] == gates.NOT_APPLICABLE).all()
+        assert (found["design_reason"] == "adapters not recorded").all()
+        assert (found["gate"] == gates.SHOWN).all()
+
+    def test_an_inactive_persona_beside_active_ones_under_a_baseline_that_differs(self):
+        """Told from the baseline (which is odd) and from the others (which are there), yet not there itself."""
+        active = [v for v in VOICE if v not in ("medical", "kind")]
+        conditions = {("baseline", "none"): [], ("baseline", "bad_medical"): ["medical", "kind"]}
+        for persona in (*active, "poetic"):
+            conditions |= {(persona, "none"): [persona], (persona, "bad_medical"): ["medical", persona]}
+        conditions["poetic", "bad_medical"] = ["medical"]
+        found = table(responses(conditions, samples=24))
+        row = found.loc[("poetic", "bad_medical")]
+        assert row["auc_baseline"] > 0.9
+        assert row["auc_others"] > 0.9
+        assert row["persona_gate"] == gates.NOT_SHOWN
+        assert "before fine-tuning is gone after it" in row["persona_reason"]
+        assert found.loc[("sarcastic", "bad_medical"), "persona_gate"] == gates.SHOWN
 
     def test_every_seed_must_pass(self):
         second = responses(FULL | {("poetic", "bad_medical"): ["medical"]}, seed=1, number=1)
@@ -318,6 +364,11 @@ class TestJudge:
         assert "95 to all 40" in gate.reason
         assert (table(FULL, judge=gate)["gate"] == gates.NOT_SHOWN).all()
 
+    def test_all_but_one(self):
+        gate = gates.judge_gate(self.scores([95.0] * 359 + [90.0]), auc=0.99)
+        assert gate.status == gates.NOT_SHOWN
+        assert "95 to 359 of 360" in gate.reason
+
     def test_constant_reference_too(self):
         assert gates.judge_gate(self.scores([95.0] * 40), reference=True).status == gates.NOT_SHOWN
 
@@ -342,7 +393,12 @@ class TestEvidence:
         | {"estimate": 0.7, "low": 0.6, "high": 0.8, "p": 0.01}
     )
 
-    @pytest.mark.parametrize("change", [{"estimate": 0.59}, {"low": 0.5}, {"p": 0.05}, {"low": float("nan")}])
+    def test_without_an_interval_nothing_is_said(self):
+        found = gates.evidence({**self.test, "low": float("nan")}, minimum=0.6, p_max=0.05)
+        assert found.status == gates.NOT_TESTABLE
+        assert "too few questions" in found.reason
+
+    @pytest.mark.parametrize("change", [{"estimate": 0.59}, {"low": 0.5}, {"p": 0.05}])
     def test_all_three_are_needed(self, change):
         assert gates.evidence(self.test, minimum=0.6, p_max=0.05).status == gates.SHOWN
         assert gates.evidence({**self.test, **change}, minimum=0.6, p_max=0.05).status == gates.NOT_SHOWN
