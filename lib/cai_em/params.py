@@ -412,10 +412,10 @@ class Block(Strict):
 class Trajectory(Strict):
     """H3: training runs with checkpoints."""
 
-    personas: list[str]
+    personas: list[str] = Field(min_length=1)
     dataset: str
     preset: str
-    seeds: list[int] = [0]
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     questions: Positive = 8
     samples_per_question: Positive = 4
     max_new_tokens: Positive | None = Field(default=None, description="null: the sampling preset's")
@@ -425,12 +425,20 @@ class Trajectory(Strict):
 
 
 class Steering(Strict):
-    """H4: directions of emergent misalignment and their transfer between personas."""
+    """H4: directions of emergent misalignment and their transfer between personas.
 
-    personas: list[str]
+    With several seeds in the profile, each persona's direction is found once per seed: what differs between two runs
+    of one persona is no difference between personas.
+    """
+
+    personas: list[str] = Field(min_length=1)
     dataset: str
-    layers: list[int] = Field(description="layers at which the direction is tried; negative counts from the last")
-    strengths: list[float] = Field(description="times the direction: above 0 on the untuned model, below on the tuned")
+    layers: list[int] = Field(
+        min_length=1, description="layers at which the direction is tried; negative counts from the last"
+    )
+    strengths: list[float] = Field(
+        min_length=1, description="times the direction: above 0 on the untuned model, below on the tuned"
+    )
     samples_per_question: Positive = 4
     questions: Positive = 8
     max_new_tokens: Positive | None = Field(default=None, description="null: the sampling preset's")
@@ -645,18 +653,57 @@ class Study:
                     f"profile {self.name!r}: random control {cell.persona!r} takes its norm from {spec.norm_of!r}, "
                     f"which the grid of {cell.model} lacks"
                 )
+        self._check_dynamics(cells)
+        for kl in [self.em_training.kl] if self.em_training.kl else []:
+            self._get("datasets", kl.corpus, "em_training.kl.corpus")
+
+    def _check_dynamics(self, cells: set[Cell]) -> None:
+        """Contradictions in the parts `trajectory` (H3) and `steering` (H4)."""
+        p = self.profile
+
+        def refuse(what: str) -> None:
+            raise ParamsError(f"profile {self.name!r}: {what}")
+
         for part in ("trajectory", "steering"):
             settings = getattr(p, part)
             if settings is None:
                 continue
             for persona in settings.personas:
-                if not any(c.persona == persona for c in cells):
-                    raise ParamsError(f"profile {self.name!r}: {part}.personas names {persona!r}, not in the grid")
+                if missing := [m for m in p.models if not any((c.model, c.persona) == (m, persona) for c in cells)]:
+                    refuse(f"{part}.personas names {persona!r}, not in the grid of {missing[0]}")
             self._get("datasets", settings.dataset, f"{part}.dataset")
-        if p.trajectory:
-            self._get("training", p.trajectory.preset, "trajectory.preset")
-        for kl in [self.em_training.kl] if self.em_training.kl else []:
-            self._get("datasets", kl.corpus, "em_training.kl.corpus")
+            for name in ("personas", "seeds", "beside", "out_of_domain", "layers"):
+                values = getattr(settings, name, [])
+                if len(set(values)) != len(values):
+                    refuse(f"{part}.{name} names something twice: {values}")
+            if settings.dataset == NO_DATASET:
+                refuse(f"{part}.dataset is {NO_DATASET!r}: nothing is fine-tuned on it")
+        if t := p.trajectory:
+            if BASELINE not in t.personas:
+                refuse(f"trajectory.personas has no {BASELINE!r}, with which the others are compared")
+            for where, name in (("preset", t.preset), *(("beside", name) for name in t.beside)):
+                preset = self._get("training", name, f"trajectory.{where}")
+                if not isinstance(preset, SftPreset):
+                    refuse(f"trajectory.{where} must be an sft preset: {name!r} is {preset.kind}")
+                if preset.kl:
+                    self._get("datasets", preset.kl.corpus, f"{name}.kl.corpus")
+            if t.preset in t.beside:
+                refuse(f"trajectory.beside names the main preset {t.preset!r} again")
+            if not self.training_preset(t.preset).held_out:
+                refuse(f"trajectory.preset {t.preset!r} has held_out 0: uptake is measured on rows held out")
+            for dataset in t.out_of_domain:
+                self._get("datasets", dataset, "trajectory.out_of_domain")
+                if dataset in (NO_DATASET, t.dataset):
+                    refuse(f"trajectory.out_of_domain names {dataset!r}, which is not outside the domain")
+        if s := p.steering:
+            wanted = [Cell(m, who, s.dataset, seed) for m in p.models for who in s.personas for seed in p.seeds]
+            if lacking := [c for c in wanted if c not in cells]:
+                refuse(
+                    f"steering.dataset {s.dataset!r} is not in the grid of {lacking[0].persona} ({lacking[0].model}): "
+                    "the direction is that of an adapter of the grid"
+                )
+            if not any(s.strengths):
+                refuse("steering.strengths are all 0: nothing is added")
 
     # --- The grid ---
 
@@ -809,10 +856,7 @@ class Study:
             if p.manipulation:
                 yield "in domain", [p.manipulation, file_hash(self.builtin("questions", "in_domain.yaml"))]
         elif stage == "04_judge":
-            yield "judge", self.judge
-            yield "prompts", file_hash(self.folder / self.judge.prompts_file)
-            if self.judge.kind == "local":
-                yield "training", file_hash(self.builtin("judge_training.jsonl"))
+            yield from self._judge_settings()
             if p.manipulation:
                 # Rows and responses come with the responses' own dependencies; the characters of the baseline do not.
                 characters = [q for q in self.used_personas() if q.constitution and rest["shard"] in _rated_in(q)]
@@ -828,6 +872,23 @@ class Study:
             if p.source == "published":
                 lists = ("published_selection.csv", "published_repeated.csv")
                 yield "selection", [file_hash(self.folder / name) for name in lists]
+            if stage in ("09_trajectories", "10_steering"):
+                yield from self._judge_settings()
+                names = (self.profile.questions, "probe", *(["general"] if stage == "10_steering" else []))
+                files = [self.builtin("questions", f"{name}.yaml") for name in names]
+                yield "sampling", [self.sampling, [file_hash(file) for file in files]]
+            if stage == "09_trajectories" and (t := p.trajectory):
+                presets = [self.training_preset(name) for name in (t.preset, *t.beside)]
+                rows = [t.dataset, *t.out_of_domain, *(preset.kl.corpus for preset in presets if preset.kl)]
+                yield "presets", [*presets, *(self.datasets[d] for d in rows)]
+                yield "rows", [file_hash(self.dataset_file(d)) for d in rows if self.datasets[d].builtin]
+
+    def _judge_settings(self) -> Iterator[tuple[str, Any]]:
+        """What a stage that judges depends on."""
+        yield "judge", self.judge
+        yield "prompts", file_hash(self.folder / self.judge.prompts_file)
+        if self.judge.kind == "local":
+            yield "training", file_hash(self.builtin("judge_training.jsonl"))
 
     def questions_file(self) -> Path:
         """The question set: built-in, or fetched when the profile's data are."""
