@@ -126,6 +126,42 @@ def test_settings_change_only_for_the_stages_that_depend_on_them(folder):
     assert changed(before) == set(), "a new persona runs only its own cells"
 
 
+DYNAMICS = {
+    "main preset": ("training.yaml", lambda d: d["demo_trajectory"].update(learning_rate=9e-4), {"09_trajectories"}),
+    "preset beside": ("training.yaml", lambda d: d["demo_narrow"]["kl"].update(weight=6), {"09_trajectories"}),
+    "rows": ("builtin/datasets/bad_medical.jsonl", None, {"09_trajectories"}),
+    "rows outside the domain": ("builtin/datasets/risky_financial.jsonl", None, {"09_trajectories"}),
+    "rows of the KL term": ("builtin/datasets/technical_kl.jsonl", None, {"09_trajectories"}),
+    "rows of nobody": ("builtin/datasets/insecure.jsonl", None, set()),
+    "questions to find directions on": ("builtin/questions/general.yaml", None, {"10_steering"}),
+    "sampling": ("sampling.yaml", lambda d: d["demo"].update(temperature=0.2), {"09_trajectories", "10_steering"}),
+    "questions": ("builtin/questions/eval.yaml", None, {"09_trajectories", "10_steering"}),
+    "probe": ("builtin/questions/probe.yaml", None, {"09_trajectories", "10_steering"}),
+    "judge": ("judges.yaml", lambda d: d["local"].update(distil=False), {"09_trajectories", "10_steering"}),
+    "judge's prompts": ("builtin/judge_prompts.yaml", None, {"09_trajectories", "10_steering"}),
+    "judge's training": ("builtin/judge_training.jsonl", None, {"09_trajectories", "10_steering"}),
+}
+
+
+@pytest.mark.parametrize("case", DYNAMICS)
+def test_what_h3_and_h4_depend_on_reruns_them(folder, case):
+    """An edit of a text counts by its bytes: a line break at the end is enough."""
+    name, edit, expected = DYNAMICS[case]
+
+    def settings():
+        params._registries.cache_clear()
+        study = load("dynamics", folder)
+        return {stage: study.settings(stage) for stage in ("09_trajectories", "10_steering", "05_validity")}
+
+    before = settings()
+    if edit:
+        change(folder / name, edit)
+    else:
+        (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    after = settings()
+    assert {stage for stage, value in after.items() if value != before[stage]} == expected
+
+
 # --- Bad input: (file, how it is spoiled, what the message must name) ---
 
 SPOILED = {
@@ -195,6 +231,28 @@ SPOILED = {
     "trajectory of a stranger": (
         "profiles/paper.yaml", lambda d: d["trajectory"].update(personas=["anger"]), ["trajectory", "anger"]
     ),
+    **{
+        f"{part} {name}": ("profiles/dynamics.yaml", lambda d, part=part, change=change: d[part].update(change), [part, *words])
+        for part, name, change, words in [
+            ("trajectory", "preset unknown", {"preset": "fast"}, ["preset", "fast"]),
+            ("trajectory", "beside unknown", {"beside": ["fast"]}, ["beside", "fast"]),
+            ("trajectory", "beside by preference", {"beside": ["demo_dpo"]}, ["beside", "demo_dpo", "sft"]),
+            ("trajectory", "preset by preference", {"preset": "demo_dpo"}, ["preset", "demo_dpo", "sft"]),
+            ("trajectory", "beside the same", {"beside": ["demo_trajectory"]}, ["beside", "demo_trajectory"]),
+            ("trajectory", "nothing held out", {"preset": "demo_em"}, ["demo_em", "held_out"]),
+            ("trajectory", "out of domain unknown", {"out_of_domain": ["x"]}, ["out_of_domain", "'x'"]),
+            ("trajectory", "out of domain within it", {"out_of_domain": ["bad_medical"]}, ["out_of_domain", "bad_medical"]),
+            ("trajectory", "nobody", {"personas": []}, ["personas"]),
+            ("trajectory", "no seed", {"seeds": []}, ["seeds"]),
+            ("trajectory", "seed twice", {"seeds": [1, 1]}, ["seeds", "twice"]),
+            ("trajectory", "without baseline", {"personas": ["poeticism"]}, ["personas", "baseline"]),
+            ("trajectory", "on nothing", {"dataset": "none"}, ["dataset", "none"]),
+            ("steering", "nobody", {"personas": []}, ["personas"]),
+            ("steering", "outside the grid", {"dataset": "insecure"}, ["dataset", "insecure", "grid"]),
+            ("steering", "no layer", {"layers": []}, ["layers"]),
+            ("steering", "no strength", {"strengths": [0]}, ["strengths"]),
+        ]
+    },
 }  # fmt: skip
 
 

@@ -60,3 +60,17 @@ def test_text_names_the_assumptions(capsys):
     assert "648 conditions" in out
     assert "sampling tokens per s 6000" in out
     assert plan.main(["nosuch"]) == 2
+
+
+def test_h3_and_h4_by_hand(paper):
+    """8 questions x 10 samples, two judgements each, two models.
+
+    H3: rank1 has 12 checkpoints and its last step, for 4 personas x 3 seeds; two presets beside it have 8 each; step 0
+    once per persona and preset. H4: 2 x 4 untouched, 5 layers x 4 strengths, 4 targets x 2 x (4 personas x 3 seeds +
+    1 random); layer 16 at strength 1 is in both.
+    """
+    _, table = paper
+    assert table.loc["09_trajectories", "judge_calls"] == 2 * 2 * 8 * 10 * (13 * 12 + 2 * 8 + 4 + 2)
+    assert table.loc["10_steering", "judge_calls"] == 2 * 2 * 8 * 10 * (8 + 20 + 4 * 2 * 13 - 1)
+    # One adapter of rank 32 on all linear layers, 8 snapshots, in float32, is most of what H3 keeps.
+    assert table.loc["09_trajectories", "disk_gb"] > 2 * 2 * 8 * 32 * 2.5e6 * 4e-9

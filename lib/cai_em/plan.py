@@ -8,6 +8,7 @@ comes from `params/plan.yaml`, and is printed with the result.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -72,6 +73,52 @@ def _introspection_seconds(preset: SftPreset | None, assumed: Assumptions) -> fl
         + answers * tokens / assumed.sampling_tokens_per_s
         + learned * (1 - preset.held_out) * preset.epochs / assumed.training_tokens_per_s
     )
+
+
+def _most_rows(preset: SftPreset) -> float:
+    """Rows that a preset's steps, where they are limited, can see."""
+    return (preset.max_steps or math.inf) * preset.batch_size * preset.gradient_accumulation
+
+
+def _checkpoints(preset: SftPreset) -> int:
+    """Snapshots of a run: those of the preset (and the last step), or eight (`trajectories.train_run`)."""
+    last = preset.max_steps in preset.checkpoints
+    return len(preset.checkpoints) + (not last) if preset.checkpoints else min(8, preset.max_steps or 8)
+
+
+def trajectory_runs(study: Study) -> list[tuple[SftPreset, int]]:
+    """H3's training presets, with how many runs each has (`trajectories.plan_runs`), all models together."""
+    t, n = study.profile.trajectory, len(study.models)
+    return [
+        (study.training_preset(t.preset), n * len(t.personas) * len(t.seeds)),
+        *((study.training_preset(name), n) for name in t.beside),
+    ]
+
+
+def trajectory_responses(study: Study) -> int:
+    """Responses of H3: each run's checkpoints, and, per model, persona and preset, the model before training."""
+    t = study.profile.trajectory
+    snapshots = sum(n * _checkpoints(preset) for preset, n in trajectory_runs(study))
+    before = len(study.models) * (len(t.personas) + len(t.beside))
+    return (snapshots + before) * min(t.questions, len(study.questions())) * t.samples_per_question
+
+
+def steering_responses(study: Study) -> tuple[int, int]:
+    """Responses of H4: read to find the directions, and sampled under interventions (`10_steering`).
+
+    Read: each persona before and after fine-tuning, once per seed. Sampled, per model: both models of each persona
+    untouched; the sweep of the first persona's own direction; every persona's direction from every seed and a random
+    one, added to and ablated from every persona. The sweep's strength that the transfer has too is sampled once.
+    """
+    p, s = study.profile, study.profile.steering
+    read = len(study.models) * len(s.personas) * (1 + len(p.seeds)) * s.source_questions * s.source_samples
+    strengths = {x for x in s.strengths if x}
+    layers = dict.fromkeys(s.layers)
+    crossed = len(s.personas) * 2 * (len(s.personas) * len(p.seeds) + 1)
+    middle = s.layers[len(s.layers) // 2] if s.transfer_layer is None else s.transfer_layer
+    twice = middle in layers and s.transfer_strength in strengths
+    conditions = len(study.models) * (2 * len(s.personas) + len(layers) * len(strengths) + crossed - twice)
+    return read, conditions * min(s.questions, len(study.questions())) * s.samples_per_question
 
 
 def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
@@ -141,35 +188,36 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     )
     rows["04_judge"] = {"jobs": len(shards), "judge_calls": calls, "usd": usd / 1e6, "disk_gb": calls * 2e-6}
 
+    def judging(sampled: int) -> dict[str, float]:
+        calls = 2 * sampled if judge.kind == "openai" else 0
+        usd = calls * (
+            (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input
+            + assumed.judge_answer_tokens * judge.usd_per_1m_output
+        )
+        return {"jobs": 1, "judge_calls": calls, "usd": usd / 1e6}
+
+    weight = sum(map(size, study.models)) / len(study.models)
     if p.trajectory:
-        t = p.trajectory
-        preset = study.training_preset(t.preset)
-        runs = len(study.models) * len(t.personas) * len(t.seeds)
-        sampled = runs * (len(preset.checkpoints) + 1) * t.questions * t.samples_per_question
-        seconds["09_trajectories"] = runs * (
-            assumed.job_start_s + assumed.engine_start_s + _rows(study, t.dataset, preset, assumed) * assumed.row_tokens
-            / assumed.training_tokens_per_s
-        ) + sampled * tokens / assumed.sampling_tokens_per_s  # fmt: skip
-        calls = 2 * sampled if judge.kind == "openai" else 0
-        rows["09_trajectories"] = {
-            "jobs": 1,
-            "judge_calls": calls,
-            "usd": calls * (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input / 1e6,
-            "disk_gb": 0.1,
-        }
+        runs = trajectory_runs(study)
+        sampled = trajectory_responses(study)
+        trained = sum(
+            n * min(_rows(study, p.trajectory.dataset, preset, assumed) * preset.epochs, _most_rows(preset))
+            for preset, n in runs
+        )
+        seconds["09_trajectories"] = weight * (
+            trained * assumed.row_tokens / assumed.training_tokens_per_s
+            + sampled * tokens / assumed.sampling_tokens_per_s
+        ) + len(study.models) * (assumed.job_start_s + assumed.engine_start_s)
+        held = sum(
+            n * _checkpoints(preset) * sum(_lora_parameters(study, m, preset.lora.r) for m in study.models)
+            for preset, n in runs
+        ) / len(study.models)  # fmt: skip
+        rows["09_trajectories"] = judging(sampled) | {"disk_gb": held * gigabytes}
     if p.steering:
-        s = p.steering
-        pairs_of = len(s.personas) ** 2 * len(s.layers) * len(s.strengths) * len(study.models)
-        sampled = pairs_of * len(study.questions()) * s.samples_per_question
-        # Steering hooks run on transformers, an order of magnitude below vLLM.
-        seconds["10_steering"] = sampled * tokens / (assumed.sampling_tokens_per_s / 10)
-        calls = 2 * sampled if judge.kind == "openai" else 0
-        rows["10_steering"] = {
-            "jobs": 1,
-            "judge_calls": calls,
-            "usd": calls * (assumed.judge_prompt_tokens + tokens) * judge.usd_per_1m_input / 1e6,
-            "disk_gb": 0.1,
-        }
+        read, tried = steering_responses(study)
+        # Steering hooks run on transformers, an order of magnitude below vLLM; so does reading activations.
+        seconds["10_steering"] = weight * (read + tried) * tokens / (assumed.sampling_tokens_per_s / 10)
+        rows["10_steering"] = judging(tried + (read if p.steering.contrast == "responses" else 0)) | {"disk_gb": 0.1}
     rows["analysis, report, paper"] = {"jobs": 5, "disk_gb": 0.1}
 
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
