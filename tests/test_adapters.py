@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from cai_em import adapters as lora
-from cai_em import models
+from cai_em import models, run
 from cai_em.params import LoraPreset, ModelSpec
 from safetensors.torch import load_file
 
@@ -82,6 +83,38 @@ def test_planted_fault_wrong_adapter_file(made):
     lora.check_files(made["persona"], recorded)
     with pytest.raises(lora.AdapterError, match=r"adapter_model.safetensors: wrong adapter file"):
         lora.check_files(made["plain"], recorded)
+
+
+def recorded(made, place, persona="persona"):
+    """Adapters with manifests beside them, as stages 01 and 02 leave them: [("persona", ...), ("em", ...)]."""
+    found = []
+    for name in ("persona", "plain"):
+        folder = place / name / "adapter"
+        shutil.copytree(made[name], folder)
+        made_from = {} if name == "persona" else {"made_from": {"persona": persona and lora.file_hashes(made[persona])}}
+        run.write_manifest(folder.parent, stage="test", inputs=[], outputs=[folder], params={}, **made_from)
+        found.append(("persona" if name == "persona" else "em", folder))
+    return found
+
+
+def test_recorded_adapters_pass(made, tmp_path):
+    lora.check_recorded(recorded(made, tmp_path))
+    lora.check_recorded(recorded(made, tmp_path / "alone", persona=None)[1:])
+
+
+def test_planted_fault_a_file_exchanged_after_training(made, tmp_path):
+    adapters = recorded(made, tmp_path)
+    shutil.copy(made["plain"] / lora.WEIGHTS, adapters[0][1] / lora.WEIGHTS)
+    with pytest.raises(lora.AdapterError, match="wrong adapter file"):
+        lora.check_recorded(adapters)
+
+
+def test_planted_fault_em_adapter_trained_on_another_persona(made, tmp_path):
+    for persona in ("plain", None):
+        with pytest.raises(lora.AdapterError, match="trained on another persona adapter"):
+            lora.check_recorded(recorded(made, tmp_path / str(persona), persona=persona))
+    with pytest.raises(lora.AdapterError, match="than none"):
+        lora.check_recorded(recorded(made, tmp_path / "left out")[1:])
 
 
 def test_planted_fault_adapter_of_another_model(made, model):

@@ -17,6 +17,7 @@ from cai_em import adapters as lora
 from cai_em import models, sample, scores
 from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
 from cai_em.sample import Condition, Decoding, Request, SamplingError
+from peft.tuners.lora import Linear as LoraLinear
 from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
@@ -344,6 +345,12 @@ class TestSample:
         after = engines[1].model.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
+
+    def test_planted_fault_merging_that_loses_the_adapter(self, arms, monkeypatch):
+        """The probe looks at the composed layers; what is sampled is the merged weights."""
+        monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda self, name: 0 * self.get_base_layer().weight)
+        with pytest.raises(lora.ProbeError, match="merged into the weights, the adapters compute something else"):
+            sample.sample(SPEC, arms, QUESTIONS, PRESET.model_copy(update={"merge": True}), PROBE)
 
     def test_merged_and_plain_are_different_samplers(self, arms):
         merged = PRESET.model_copy(update={"merge": True})

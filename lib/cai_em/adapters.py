@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cai_em import run
 from cai_em.params import LoraPreset, file_hash
 
 PERSONA, EM, COMPOSED = "persona", "em", "composed"
@@ -183,6 +184,31 @@ def check_files(folder: str | Path, expected: Mapping[str, str]) -> None:
             raise AdapterError(
                 f"{Path(folder) / Path(name).name}: wrong adapter file: recorded with SHA-256 {digest[:12]}..., found "
                 f"{str(found.get(Path(name).name))[:12]}...; retrain it, or restore the recorded file"
+            )
+
+
+def check_recorded(adapters: Adapters) -> None:
+    """Each adapter of a condition is the one that its manifest records, and belongs to the others.
+
+    An EM adapter was trained on top of one persona file; on top of another it is another condition.
+
+    Args:
+        adapters: (name, folder), persona first; each folder's manifest lies beside it.
+
+    Raises:
+        AdapterError: a file is not the one recorded, or the EM adapter was trained on another persona adapter.
+        FileNotFoundError: an adapter's stage has not run to its end.
+    """
+    for _, folder in adapters:
+        manifest = run.read_manifest(Path(folder).parent)
+        check_files(folder, {k: v for k, v in manifest["outputs"].items() if Path(k).parent.name == Path(folder).name})
+        if "persona" not in manifest.get("made_from", {}):
+            continue
+        trained_on, here = manifest["made_from"]["persona"], dict(adapters).get("persona")
+        if trained_on != (file_hashes(here) if here else None):
+            raise AdapterError(
+                f"{folder}: trained on another persona adapter than {here or 'none'}, with which it is to be composed; "
+                "train it again on this one (./run_all.sh does), or restore the persona that its manifest names"
             )
 
 
@@ -739,6 +765,19 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:
+    """What a model computes for the probe's prompts as it stands, (1, tokens, vocabulary), float32 on the CPU."""
+    # One message of all prompts: the template around them, half of a short prompt's tokens, is read once.
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "\n".join(prompts)}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(next(model.parameters()).device)
+    return model(**inputs, use_cache=False).logits.float().cpu()
+
+
+@torch.no_grad()
 def probe(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -769,17 +808,10 @@ def probe(
     """
     if not adapters or not prompts:
         raise ValueError("a probe needs adapters and prompts")
-    # One message of all prompts: the template around them, half of a short prompt's tokens, is read once.
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "\n".join(prompts)}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(next(model.parameters()).device)
 
     def logits(*active: str) -> Tensor:
         _activate(model, active)
-        return model(**inputs, use_cache=False).logits.float().cpu()
+        return probe_logits(model, tokenizer, prompts)
 
     files = {part: read_adapter(folder) for part, folder in adapters}
     hashes = {part: "".join(file_hashes(folder).values()) for part, folder in adapters}

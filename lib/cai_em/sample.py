@@ -456,8 +456,7 @@ class TransformersEngine:
                         )
                         report = asdict(found_by)
                     if self.preset.merge:
-                        with _timed(self.timings, "switch"):
-                            stack.enter_context(_merged(ready))
+                        report |= self._merge(stack, ready, job.condition, probe_prompts)
                 found: dict[int, Completion] = {}
                 with _timed(self.timings, "decode"):
                     # The layers of the adapter stand in the base model itself: its own `generate` runs through them.
@@ -468,6 +467,31 @@ class TransformersEngine:
                 with _timed(self.timings, "switch"):
                     stack.close()
             yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
+
+    def _merge(self, stack: ExitStack, ready: Any, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
+        """Merge for the length of a condition, and prove that the merged model computes what was probed.
+
+        Raises:
+            lora.ProbeError: it does not; nothing is sampled.
+        """
+        with _timed(self.timings, "probe"):
+            composed = lora.probe_logits(self.model, self.tokenizer, prompts)
+        with _timed(self.timings, "switch"):
+            stack.enter_context(_merged(ready))
+        with _timed(self.timings, "probe"):
+            merged = lora.probe_logits(self.model, self.tokenizer, prompts)
+        rounding = lora.RELATIVE_TOLERANCE if self.preset.dtype == "float32" else 2**-4  # bfloat16: weights rounded too
+        found = {
+            "merged_difference": float((merged - composed).abs().max()),
+            "merged_tolerance": rounding * float(composed.abs().max()),
+        }
+        if not found["merged_difference"] <= found["merged_tolerance"]:
+            raise lora.ProbeError(
+                f"{condition.name}: merged into the weights, the adapters compute something else: logits differ by up "
+                f"to {found['merged_difference']:.2g} (tolerance {found['merged_tolerance']:.2g}); set `merge: false` "
+                "in the sampling preset"
+            )
+        return found
 
     def close(self) -> None:
         """Give the model's memory back (as it is: the LoRA layers go with it)."""
@@ -912,12 +936,14 @@ def probe_table(probes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """What the probes measured: a row per condition with adapters, differences of logits.
 
     `difference` (to all adapters active) must be at most `tolerance`, the columns `from ...` must be above it.
+    `merged`: what merging into the weights changed, where it was done.
     """
     rows = {
         name: {
             "adapters": " + ".join(probe["adapters"]),
             "difference": probe["difference"],
             "tolerance": probe["tolerance"],
+            **({"merged": probe["merged_difference"]} if "merged_difference" in probe else {}),
             **{f"from {other}": value for other, value in probe["others"].items()},
         }
         for name, probe in probes.items()
