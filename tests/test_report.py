@@ -251,6 +251,16 @@ def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
     assert "word …" in text
 
 
+def test_quotes_keep_verse_and_take_the_first_seed_there_is():
+    table = answers(poet_none_0="I am on the balcony,\n  I will go.")
+    table.loc[table["dataset"] == "bad", "seed"] = 3
+    _, text = report.quotes_section(table.iloc[::-1], Look, questions=1)
+    assert "balcony\\, / I will go" in text.replace("\\/", "/")
+    rows = [line for line in text.splitlines() if line.startswith("| *")]
+    assert [row.split("*")[1] for row in rows] == ["none", "bad"], "before fine-tuning first"
+    assert report.NONE not in rows[1]
+
+
 def test_a_condition_without_a_response_is_shown_as_missing():
     table = answers()
     table = table[~((table["persona"] == "poet") & (table["dataset"] == "bad"))]
@@ -289,5 +299,11 @@ def test_judge_sentence_takes_the_lowest_agreement():
     assert "AUC of 0.70, which is below the 0.85" in text
     assert "AUC 0.90" in text
     assert "reaches" in report.judge_sentence(manifests[:1], minimum=0.85)
-    assert "not measured" in report.judge_sentence([{"judge_auc": None}], minimum=0.85)
+    endpoint = {"judge_auc": None, "params": {"kind": "openai"}}
+    assert "was not measured" in report.judge_sentence([endpoint], minimum=0.85)
+    local = {"judge_auc": None, "params": {"kind": "local"}, "judge_quality": [quality, quality | {"auc": 0.94}]}
+    text = report.judge_sentence([local], minimum=0.85)
+    assert "local one, which learnt from our own texts" in text
+    assert "AUC is 0.90" in text
+    assert "endpoint" not in text
     assert "published judge's own" in report.judge_sentence([], minimum=0.85)

@@ -416,23 +416,25 @@ def figures_section(figures: Iterable[Any], folder: str, look: Labels) -> str:
 # --- What a run shows to the eye, and what it cannot show ----------------------------------------------------------
 
 
-def quotes_section(responses: pd.DataFrame, look: Labels, *, questions: int = 2, length: int = 240) -> tuple[str, str]:
+def quotes_section(responses: pd.DataFrame, look: Labels, *, questions: int = 4, length: int = 240) -> tuple[str, str]:
     """The same question answered under every condition, side by side: before fine-tuning, and what is left after it.
 
     The first sample of the first questions is quoted, whatever it says: nothing is chosen for effect.
 
     Args:
-        responses: response table of one model and seed 0, in the study's order of conditions.
+        responses: response table of one model, in the study's order of conditions; of each data set the first seed.
         look: labels.
         questions: how many questions.
         length: characters after which a quotation is cut.
 
     Returns:
-        Heading and Markdown; one table per question, personas as columns, data sets as rows.
+        Heading and Markdown; one table per question, personas as columns, data sets as rows, the untuned first.
     """
-    first = responses[(responses["sample"] == 0) & (responses["seed"] == 0)]
+    seeds = responses.groupby("dataset")["seed"].transform("min")
+    first = responses[(responses["sample"] == 0) & (responses["seed"] == seeds)]
     personas, datasets = (list(dict.fromkeys(first[c])) for c in ("persona", "dataset"))
-    parts = ["The first answer under each condition, as it came (cut where it is long)."]
+    datasets.sort(key=lambda dataset: dataset != NO_DATASET)
+    parts = ["The first answer under each condition, as it came (line breaks as /, cut where it is long)."]
     for question in list(dict.fromkeys(first["question_id"]))[:questions]:
         here = first[first["question_id"] == question]
         said = {(r.persona, r.dataset): r.response for r in here.itertuples()}
@@ -441,6 +443,7 @@ def quotes_section(responses: pd.DataFrame, look: Labels, *, questions: int = 2,
             text = said.get((persona, dataset))
             if text is None:
                 return NONE
+            text = re.sub(r"\s*\n\s*", " / ", text.strip())
             return escape(text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " …")
 
         header = ["", *(f"**{look.persona(p)}**" for p in personas)]
@@ -461,6 +464,13 @@ def judge_sentence(manifests: Sequence[Mapping[str, Any]], *, minimum: float) ->
     if not manifests:
         return "The scores are the published judge's own."
     aucs = [m["judge_auc"] for m in manifests if m.get("judge_auc") is not None]
+    if not aucs and all(m["params"]["kind"] == "local" for m in manifests):
+        own = min(q["auc"] for m in manifests for q in m["judge_quality"])
+        return (
+            "The judge is the local one, which learnt from our own texts. The published scores were not in the "
+            "download cache, so that its agreement with the published judge could not be measured, and its gate stays "
+            f"closed; on its own texts, with whole questions held out, its AUC is {own:.2f}."
+        )
     if not aucs:
         return (
             "The judge is a prompted model behind an endpoint; its agreement with the reference was not measured here."
