@@ -186,6 +186,26 @@ def read_all(paths: list[str | Path], schema: pa.DataFrameSchema) -> pd.DataFram
     return validate(pd.concat([read(p, schema) for p in paths], ignore_index=True), schema, f"{len(paths)} files")
 
 
+def one_judge(scores: pd.DataFrame) -> str:
+    """The name of the one judge that gave all scores: conditions judged by several are not comparable.
+
+    Raises:
+        TableError: several judges, modes or versions of prompts (of training texts, for the local judge); each is named
+            with the conditions that it judged.
+    """
+    found = scores.groupby(["judge", "judge_mode", "prompt_version"], sort=False)
+    if len(found) > 1:
+        who = [
+            f"{' / '.join(key)} judged {', '.join(dict.fromkeys(part['model'] + ' ' + part['persona']))}"
+            for key, part in found
+        ]
+        raise TableError(
+            f"scores of {len(found)} judges in one study: {'; '.join(who)}. Remove 04_judge from its results and run "
+            "again, so that one judge scores all (answers that were paid for stay in the cache)"
+        )
+    return str(scores["judge"].iloc[0])
+
+
 def with_responses(scores: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
     """Scores with `prompt`, `response` and what else the responses table knows, joined on `KEY`.
 
