@@ -78,7 +78,9 @@ def test_joined_with_responses_nothing_is_lost():
 def test_one_judge_per_study():
     assert scores.one_judge(scored()) == "j"
     other = scored(persona="poet", prompt_version="v2")
-    with pytest.raises(TableError, match=r"scores of 2 judges in one study: .*v1 judged m baseline; .*v2 judged m poet"):
+    with pytest.raises(
+        TableError, match=r"scores of 2 judges in one study: .*v1 judged m baseline; .*v2 judged m poet"
+    ):
         scores.one_judge(pd.concat([scored(), other]))
 
 
