@@ -872,7 +872,7 @@ class Study:
             if p.source == "published":
                 lists = ("published_selection.csv", "published_repeated.csv")
                 yield "selection", [file_hash(self.folder / name) for name in lists]
-            if stage in ("09_trajectories", "10_steering"):
+            if stage in ("09_trajectories", "10_steering") and p.source == "trained":
                 yield from self._judge_settings()
                 names = (self.profile.questions, "probe", *(["general"] if stage == "10_steering" else []))
                 files = [self.builtin("questions", f"{name}.yaml") for name in names]
