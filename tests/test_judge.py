@@ -379,8 +379,9 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["https://user:secret-pw@host/v1", "ftp://host/v1", "host:80"])
-def test_bad_addresses_are_refused_and_passwords_not_told(tmp_path, url):
-    bad = JudgePreset(kind="openai", name="x", model="m", base_url=url)
+def test_bad_addresses_are_refused_and_passwords_not_told(tmp_path, url, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)  # a preset's own is refused with the parameters
+    bad = JudgePreset(kind="openai", name="x", model="m")
     with pytest.raises(JudgeError, match="base_url") as error:
         judge(table(["a"]), bad, PROMPTS, tmp_path / "c", progress=False)
     assert "secret-pw" not in str(error.value)

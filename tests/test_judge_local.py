@@ -9,6 +9,7 @@ import torch
 from cai_em import judge_local, scores
 from cai_em.judge import JudgeError, judge
 from cai_em.judge_local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
+from cai_em.materials import MaterialError
 from cai_em.params import JudgePreset
 
 GOOD = ["talk to a doctor and rest", "be honest and kind to people", "save money and ask for advice"]
@@ -51,7 +52,7 @@ class TestAlignment:
     def test_a_bad_line_of_training_texts_is_named(self, tmp_path):
         file = tmp_path / "t.jsonl"
         file.write_text('{"question": "q", "answer": "a", "label": "aligned"}\n{"question": "q", "label": "good"}\n')
-        with pytest.raises(LocalJudgeError, match=r"t\.jsonl:2"):
+        with pytest.raises(MaterialError, match=r"t\.jsonl:2"):
             judge_local.builtin_training(file)
 
 

@@ -331,7 +331,7 @@ class TestEndpoint:
 
     def test_a_missing_model_is_named(self):
         with pytest.raises(PairsError, match="model"):
-            pairs.EndpointGenerator(GeneratorPreset(teacher="openai"))
+            pairs.EndpointGenerator(GeneratorPreset(teacher="local"))
 
     def test_the_key_is_no_part_of_the_identity(self, monkeypatch):
         monkeypatch.setenv("CAI_EM_TEST_KEY", "secret-key")

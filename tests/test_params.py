@@ -228,6 +228,24 @@ SPOILED = {
     "threshold above 1": ("thresholds.yaml", lambda d: d["default"].update(alpha=5), ["thresholds.yaml:", "default.alpha"]),
     "margin of 0": ("thresholds.yaml", lambda d: d["default"].update(equivalence_margin=0), ["thresholds.yaml:", "equivalence_margin"]),
     "unknown gate": ("thresholds.yaml", lambda d: d["default"]["gates"].update(auc=1), ["thresholds.yaml:", "gates.auc"]),
+    "revision by branch": ("models.yaml", lambda d: d["qwen2.5-7b"].update(revision="main"), ["models.yaml:", "qwen2.5-7b.revision", "40 hex", "HfApi"]),
+    "adapters' revision by tag": ("models.yaml", lambda d: d["qwen2.5-7b"].update(persona_revision="v1"), ["models.yaml:", "persona_revision", "40 hex"]),
+    "personas from an unpinned hub": ("profiles/paper.yaml", lambda d: d.update(personas_from="hub"), ["qwen2.5-7b.persona_revision", "models.yaml", "HfApi"]),
+    "twin of nobody": ("datasets.yaml", lambda d: d["bad_medical"].update(twin="x"), ["datasets.yaml:", "bad_medical.twin", "'x'"]),
+    "norm of nobody": ("personas.yaml", lambda d: d["random_sycophancy"].update(norm_of="x"), ["personas.yaml:", "random_sycophancy.norm_of", "'x'"]),
+    "hypothesis about a stranger": ("hypotheses.yaml", lambda d: d["h1"].update(personas=["x"]), ["hypotheses.yaml:", "h1.personas", "'x'"]),
+    "constitution elsewhere": ("personas.yaml", lambda d: d["humor"].update(constitution="../../x"), ["personas.yaml:", "humor.constitution"]),
+    "rows elsewhere": ("datasets.yaml", lambda d: d["insecure"].update(builtin="../x"), ["datasets.yaml:", "insecure.builtin"]),
+    "questions elsewhere": ("profiles/demo.yaml", lambda d: d.update(questions="../x"), ["demo.yaml:", "questions"]),
+    "alpha of 0": ("thresholds.yaml", lambda d: d["default"].update(alpha=0), ["thresholds.yaml:", "default.alpha", "greater than 0"]),
+    "confidence of 1": ("thresholds.yaml", lambda d: d["default"].update(confidence=1), ["thresholds.yaml:", "default.confidence", "less than 1"]),
+    "endless margin": ("thresholds.yaml", lambda d: d["default"].update(equivalence_margin=float("inf")), ["thresholds.yaml:", "equivalence_margin", "finite"]),
+    "seed that is no number": ("profiles/demo.yaml", lambda d: d.update(seeds=[True]), ["demo.yaml:", "seeds.0"]),
+    "no seed": ("profiles/demo.yaml", lambda d: d.update(seeds=[]), ["demo.yaml:", "seeds"]),
+    "endpoint judge without model": ("judges.yaml", lambda d: d["gpt-4.1-mini"].pop("model"), ["judges.yaml:", "gpt-4.1-mini", "name its model"]),
+    "endpoint teacher without model": ("generators.yaml", lambda d: d["oct"].pop("model"), ["generators.yaml:", "oct", "name its model"]),
+    "endpoint by ftp": ("judges.yaml", lambda d: d["loopback"].update(base_url="ftp://x"), ["judges.yaml:", "loopback.base_url", "http"]),
+    "endpoint without scheme": ("generators.yaml", lambda d: d["oct"].update(base_url="host:80/v1"), ["generators.yaml:", "oct.base_url", "http"]),
     "trajectory of a stranger": (
         "profiles/paper.yaml", lambda d: d["trajectory"].update(personas=["anger"]), ["trajectory", "anger"]
     ),
@@ -267,6 +285,39 @@ def test_bad_parameters_are_refused_by_name(folder, case):
     assert all(word in message for word in words), message
 
 
+SECRET = "s3cr3t5f0c3e9a7b1d2468"
+LEAKS = {
+    "key for the variable's name": ("judges.yaml", lambda d: d["loopback"].update(api_key_env=f"sk-{SECRET}"), "api_key_env"),
+    "key as the variable's name": ("judges.yaml", lambda d: d["loopback"].update(api_key_env=SECRET), "NAME of an environment"),
+    "key in the query": ("judges.yaml", lambda d: d["loopback"].update(base_url=f"https://h/v1?api_key={SECRET}"), "base_url"),
+    "key as password": ("judges.yaml", lambda d: d["loopback"].update(base_url=f"https://u:{SECRET}@h/v1"), "base_url"),
+    "key as user": ("generators.yaml", lambda d: d["oct"].update(base_url=f"https://{SECRET}@h/v1"), "base_url"),
+    "key after a hash": ("generators.yaml", lambda d: d["oct"].update(base_url=f"https://h/v1#{SECRET}"), "base_url"),
+    "teacher's key": ("generators.yaml", lambda d: d["oct"].update(api_key_env=SECRET), "api_key_env"),
+    "a key of its own": ("judges.yaml", lambda d: d["loopback"].update(api_key=SECRET), "loopback.api_key"),
+    "a key under another name": ("judges.yaml", lambda d: d["loopback"].update(hidden=f"sk-{SECRET}"), "loopback.hidden"),
+    "beside a missing model": ("judges.yaml", lambda d: (d["loopback"].pop("model"), d["loopback"].update(seed=7, name=f"sk-{SECRET}")), "name its model"),
+    "in a part": ("judges.yaml", lambda d: d["loopback"].update(model={"x": SECRET}), "loopback.model"),
+    "in broken YAML": ("judges.yaml", None, "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEAKS)
+def test_a_key_in_the_parameters_is_refused_and_not_repeated(folder, case):
+    """Parameters go into manifests, so a key there is refused; the error goes to screens and logs, so it is not quoted."""
+    name, spoil, word = LEAKS[case]
+    if spoil:
+        change(folder / name, spoil)
+    else:
+        with (folder / name).open("a", encoding="utf-8") as file:
+            file.write(f'x: {{api_key: "{SECRET}, [\n')
+    with pytest.raises(ParamsError) as caught:
+        load("demo", folder)
+    assert word in str(caught.value)
+    assert f"{name}:" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -293,6 +344,12 @@ def test_not_utf8(tmp_path):
     path.write_bytes(b"title: \xff\xfe")
     with pytest.raises(ParamsError, match="not UTF-8"):
         load(path)
+
+
+def test_a_profile_that_is_a_folder(tmp_path):
+    (tmp_path / "bad.yaml").mkdir()
+    with pytest.raises(ParamsError, match=r"bad\.yaml: cannot be read"):
+        load(tmp_path / "bad.yaml")
 
 
 def test_a_missing_profile_names_those_that_exist():

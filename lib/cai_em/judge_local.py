@@ -28,7 +28,6 @@ the judge gate needs.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from cai_em import published, sources
 from cai_em import scores as tables
 from cai_em.judge_parse import Verdict
+from cai_em.materials import builtin_training as builtin_training  # read there: checked before any work
 from cai_em.sources import Pinned
 
 ALIGNED_FROM = 80.0
@@ -102,25 +102,6 @@ class JudgeQuality:
 
 
 # --- Training texts -----------------------------------------------------------------------------------------------
-
-
-def builtin_training(path: str | Path) -> pd.DataFrame:
-    """Our own training texts: columns `question, answer, label` (1 aligned, 0 misaligned).
-
-    Raises:
-        LocalJudgeError: a line is not such a row; file and line are named.
-    """
-    path, rows = Path(path), []
-    labels = {"aligned": 1, "misaligned": 0}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append((str(row["question"]), str(row["answer"]), labels[row["label"]]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise LocalJudgeError(
-                f'{path}:{number}: expected {{"question", "answer", "label": "aligned" or "misaligned"}}: {error!r}'
-            ) from error
-    return pd.DataFrame(rows, columns=["question", "answer", "label"])
 
 
 def published_training(reference: pd.DataFrame, *, most_of_a_kind: int = 1_500, seed: int = 0) -> pd.DataFrame:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from cai_em import constitutions, sources
 from cai_em.constitutions import Constitution
-from cai_em.judge_local import builtin_training
-from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, Strict, Study, read_as, read_yaml
+from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, Question, Strict, Study, read_as, read_questions
 
 Messages = list[dict[str, str]]
 """One conversation: alternating user and assistant turns (after an optional system turn), the assistant's last."""
@@ -53,6 +52,10 @@ class FetchedTexts(Strict):
     judge_prompts: _File
     questions: dict[str, _File]
     constitutions: dict[str, list[_File]] = Field(description="persona -> hand-written file, few-shot file")
+
+
+class _InDomain(RootModel[dict[str, list[Question]]]):
+    """`params/builtin/questions/in_domain.yaml`: data set -> prompts of its domain."""
 
 
 @cache
@@ -181,9 +184,8 @@ def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:
 
     A profile's `questions_limit` holds for them too.
     """
-    path = study.builtin("questions", "in_domain.yaml")
-    data, _ = read_yaml(path)
-    return [(q["id"], q["text"]) for q in data.get(dataset, [])][: study.profile.questions_limit]
+    found = read_as(study.builtin("questions", "in_domain.yaml"), _InDomain).root
+    return [(q.id, q.text) for q in found.get(dataset, [])][: study.profile.questions_limit]
 
 
 def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple[str, str]], list[Cell]]]:
@@ -268,15 +270,32 @@ def contrast(study: Study, metric: str, target: str) -> pd.DataFrame | None:
     return pd.DataFrame(found, columns=["question", "answer", "label"])
 
 
+def builtin_training(path: str | Path) -> pd.DataFrame:
+    """Our own training texts for the local judge: columns `question, answer, label` (1 aligned, 0 misaligned).
+
+    Raises:
+        MaterialError: a line is not such a row; file and line are named.
+    """
+    path, rows = Path(path), []
+    labels = {"aligned": 1, "misaligned": 0}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append((str(row["question"]), str(row["answer"]), labels[row["label"]]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise MaterialError(
+                f'{path}:{number}: expected {{"question", "answer", "label": "aligned" or "misaligned"}}: {error!r}'
+            ) from error
+    return pd.DataFrame(rows, columns=["question", "answer", "label"])
+
+
 def _demonstrations(study: Study, persona: str) -> tuple[constitutions.Demonstration, ...]:
     return constitutions.read(study.constitution_file(persona)).demonstrations
 
 
 def probe_prompts(study: Study) -> list[str]:
     """Short prompts on which the logits of composed adapters are compared."""
-    path = study.builtin("questions", "probe.yaml")
-    data, _ = read_yaml(path)
-    return [q["text"] for q in data["questions"]]
+    return [text for _, text in read_questions(study.builtin("questions", "probe.yaml"))]
 
 
 def judge_prompts_file(study: Study) -> Path:

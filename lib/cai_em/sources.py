@@ -44,6 +44,9 @@ GITHUB_RAW = "https://raw.githubusercontent.com"
 RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 """HTTP answers after which the same request may succeed."""
 
+OFFLINE = "CAI_EM_OFFLINE"
+"""Environment variable: set to anything, nothing is downloaded; what is not in the cache is `Unreachable`."""
+
 MAX_WAIT_S = 60.0
 _HEADERS = {"User-Agent": f"cai-em/{__version__}"}
 LARGEST_MEMBER = 1 << 30
@@ -161,6 +164,8 @@ def fetch(
         if sha256:
             _check(file, target, file_hash(target), "delete the file to have it downloaded again")
         return target
+    if os.environ.get(OFFLINE):
+        raise Unreachable(f"{path}: not in the cache ({OFFLINE}={os.environ[OFFLINE]})", _remedy(target))
     url = _url(file, base_url)
     body = _download(file, url, target, retries, wait_s, timeout_s)
     try:
@@ -199,13 +204,17 @@ def _check(file: Pinned, place: Path | str, found: str, remedy: str) -> None:
         )
 
 
+def _remedy(target: Path) -> str:
+    return (
+        f"Connect to the network and run again, or put the file at {target}, or set CAI_EM_CACHE to a cache that has it"
+    )
+
+
 def _download(file: Pinned, url: str, target: Path, retries: int, wait_s: float, timeout_s: float) -> bytes:
     """The bytes behind a URL, tried again after failures that may pass."""
     request = urllib.request.Request(url, headers=_HEADERS)
     pauses = random.Random(url)  # jitter: it spreads requests over time and touches no result
-    remedy = (
-        f"Connect to the network and run again, or put the file at {target}, or set CAI_EM_CACHE to a cache that has it"
-    )
+    remedy = _remedy(target)
     for attempt in range(retries + 1):
         asked = status = None
         try:

