@@ -137,6 +137,15 @@ def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_ord
     assert report.significant_section(table.assign(p_adj=1.0), Look, 0.05, {}).endswith("None of 5 comparisons.")
 
 
+def test_significant_comparisons_say_where_the_manipulation_was_shown():
+    table = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "p_adj": 0.01, "delta": 1.0, "d": 0.5})
+    gates = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "gate": ["shown", "not shown"]})
+    text = report.significant_section(table, Look, 0.05, {}, gates)
+    assert "> **Manipulation shown in 1 of 2 rows** (A on d1). The others may not be interpreted." in text
+    assert "rows**." in report.significant_section(table.iloc[1:], Look, 0.05, {}, gates)
+    assert "Manipulation" not in report.significant_section(table, Look, 0.05, {})
+
+
 @pytest.mark.parametrize(
     ("printed", "expected"),
     [

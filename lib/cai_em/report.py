@@ -165,7 +165,12 @@ def by_persona_section(table: pd.DataFrame, look: Labels) -> str:
 
 
 def hypothesis_section(
-    hypothesis: Any, table: pd.DataFrame, verdict: Any, look: Labels, gated: tuple[str, str] | None = None
+    hypothesis: Any,
+    table: pd.DataFrame,
+    verdict: Any,
+    look: Labels,
+    gated: tuple[str, str] | None = None,
+    gates: pd.DataFrame | None = None,
 ) -> str:
     """One hypothesis, of one model: the published rules' verdict and, where gates are known, the gated one.
 
@@ -175,6 +180,7 @@ def hypothesis_section(
         verdict: its row of `stats.verdicts`.
         look: labels.
         gated: verdict and reason from the stage that tests manipulations.
+        gates: gates of the model's comparisons (`cai_em.gates.comparison_gates`); each row's is named.
     """
     lines = [f"#### {hypothesis.label}: {hypothesis.title}", ""]
     lines += [f"**Overall verdict: {verdict.verdict}** ({verdict.supporting}/{verdict.datasets} datasets)", ""]
@@ -196,10 +202,40 @@ def hypothesis_section(
     ]
     header = ["Dataset", "Persona", "Baseline", "Δ", "Cohen's d", "p-value", "Supports?"]
     marks = ["---------", "--------:", "--------:", "---:", "----------:", "--------:", ":---------:"]
-    return "\n".join([*lines, markdown_table(header, marks, rows)])
+    return "\n".join([*lines, markdown_table(header, marks, rows)]) + gates_of(table, gates, look)
 
 
-def significant_section(table: pd.DataFrame, look: Labels, alpha: float, notes: Mapping[str, str]) -> str:
+def gated_verdicts(verdicts: pd.DataFrame | None) -> dict[tuple[str, str], tuple[str, str]]:
+    """(model, hypothesis) -> verdict and reason about the hypothesis as a whole, from `inference.verdict_table`."""
+    if verdicts is None:
+        return {}
+    whole = verdicts[verdicts["persona"].isna()]
+    return {(r.model, r.hypothesis): (r.verdict, r.reason) for r in whole.itertuples()}
+
+
+def gates_of(table: pd.DataFrame, gates: pd.DataFrame | None, look: Labels) -> str:
+    """A paragraph that says in which of a table's comparisons the manipulation was shown; nothing without gates.
+
+    Args:
+        table: comparisons of one model (`persona`, `dataset`).
+        gates: that model's gates (`persona`, `dataset`, `gate`), or None.
+        look: labels.
+    """
+    if gates is None:
+        return ""
+    known = dict(zip(zip(gates["persona"], gates["dataset"]), gates["gate"]))
+    names = list(zip(table["persona"], table["dataset"]))
+    one = len({persona for persona, _ in names}) == 1
+    label = (lambda p, d: look.dataset(d)) if one else (lambda p, d: f"{look.persona(p)} on {look.dataset(d)}")
+    shown = [label(*name) for name in names if known.get(name) == "shown"]
+    which = f" ({', '.join(shown)})" if shown else ""
+    rest = " The others may not be interpreted." if len(shown) < len(names) else ""
+    return f"\n\n> **Manipulation shown in {len(shown)} of {len(names)} rows**{which}.{rest}"
+
+
+def significant_section(
+    table: pd.DataFrame, look: Labels, alpha: float, notes: Mapping[str, str], gates: pd.DataFrame | None = None
+) -> str:
     """Comparisons with adjusted p below alpha, by adjusted p (as stored, 6 decimals), then persona and data set.
 
     Args:
@@ -207,6 +243,7 @@ def significant_section(table: pd.DataFrame, look: Labels, alpha: float, notes: 
         look: labels.
         alpha: level of the false discovery rate.
         notes: persona -> what is known to be wrong with its rows.
+        gates: gates of the model's comparisons.
     """
     found = table[table["p_adj"] < alpha]
     found = found.iloc[np.argsort(found["p_adj"].round(6), kind="stable")]
@@ -219,6 +256,7 @@ def significant_section(table: pd.DataFrame, look: Labels, alpha: float, notes: 
         return text + f"None of {len(table)} comparisons."
     header = ["Persona", "Dataset", "Δ", "Cohen's d", "p-adj"]
     text += markdown_table(header, ["---------", "---------", "---:", "----------:", "------:"], rows)
+    text += gates_of(found, gates, look)
     by_note: dict[str, list[str]] = {}
     for persona in dict.fromkeys(found["persona"]):
         if notes.get(persona):
@@ -251,11 +289,13 @@ def model_sections(
     hypotheses: Sequence[Any],
     alpha: float = 0.05,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
+    gates: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> str:
     """Everything that the published document says about one model. Arguments as in `results_document`."""
     of = {name: table[table["model"] == model] for name, table in tables.items() if "model" in table}
     (total,) = of["design"].itertuples()
+    here = None if gates is None else gates[gates["model"] == model]
     parts = [
         f"## {look.model(model)}",
         f"**Total conditions:** {total.conditions} · **Total scored responses:** {total.scored:,}",
@@ -266,8 +306,9 @@ def model_sections(
     for hypothesis in hypotheses:
         rows = of["hypotheses"][of["hypotheses"]["hypothesis"] == hypothesis.key]
         (verdict,) = of["verdicts"][of["verdicts"]["hypothesis"] == hypothesis.key].itertuples()
-        parts.append(hypothesis_section(hypothesis, rows, verdict, look, (gated or {}).get((model, hypothesis.key))))
-    parts.append(significant_section(of["comparisons"], look, alpha, notes or {}))
+        says = (gated or {}).get((model, hypothesis.key))
+        parts.append(hypothesis_section(hypothesis, rows, verdict, look, says, here))
+    parts.append(significant_section(of["comparisons"], look, alpha, notes or {}, here))
     if len(of["medical"]):
         parts.append(medical_section(of["medical"], look))
     return "\n\n".join(parts)
@@ -545,6 +586,7 @@ def results_document(
     alpha: float = 0.05,
     resamples: int = 10_000,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
+    gates: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
     caveat: str = "",
     missing: Mapping[str, str] | None = None,
@@ -564,6 +606,7 @@ def results_document(
         alpha: level of the significant comparisons.
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
+        gates: the gate of every comparison (`cai_em.gates.comparison_gates`), named under the published tables.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
         missing: model -> why it is left out; stands at the top too.
@@ -582,7 +625,7 @@ def results_document(
         parts.append(f"> **What this run cannot show.** {_cell(caveat)}")
     for model in models:
         sections = model_sections(
-            model, tables, look=look, hypotheses=hypotheses, alpha=alpha, gated=gated, notes=notes
+            model, tables, look=look, hypotheses=hypotheses, alpha=alpha, gated=gated, gates=gates, notes=notes
         )
         parts += ["---", sections]
     parts += ["---", methodology(tables, look, judge, resamples), "---", lacking_sections(tables, models, look)]
