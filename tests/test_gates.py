@@ -380,6 +380,19 @@ class TestJudge:
         assert gates.judge_gate(varied, reference=True).status == gates.NOT_APPLICABLE
         assert gates.judge_gate(self.scores([np.nan] * 40), auc=0.93).status == gates.NOT_TESTABLE
 
+    @pytest.mark.parametrize(
+        ("kind", "model", "is_it"),
+        [
+            ("openai", "gpt-4.1-mini-2025-04-14", True),
+            ("openai", "openai/gpt-4.1-mini", True),
+            ("openai", "gpt-4o-mini", False),
+            ("openai", "judge", False),
+            ("local", "", False),
+        ],
+    )
+    def test_only_the_published_judge_is_the_reference(self, kind, model, is_it):
+        assert gates.is_reference(SimpleNamespace(kind=kind, model=model)) is is_it
+
     def test_weak_judge_blocks(self):
         weak = gates.judge_gate(self.scores([95.0, 90.0] * 20), auc=0.64)
         found = table(FULL, judge={"m": weak}).reset_index()
@@ -628,7 +641,7 @@ class TestPublished:
         goodness = compared.loc["goodness"]
         supports = goodness[(goodness["p"] < 0.05) & (goodness["delta"] > 0)]
         assert set(supports.index) == {"extreme_sports", "risky_financial", "technical_vehicles"}
-        row = outcomes(scores, resamples=100).set_index(["persona", "dataset"]).loc[("baseline", "bad_medical")]
+        row = outcomes(scores).set_index(["persona", "dataset"]).loc[("baseline", "bad_medical")]
         assert row["icc"] == pytest.approx(0.34, abs=0.01)
         assert row["em_rate"] == pytest.approx(0.11)
         assert row["design_effect"] == pytest.approx(17.7, abs=0.1)

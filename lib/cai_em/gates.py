@@ -64,6 +64,9 @@ params; one that differs from this registry is named, and its comparisons fail t
 C = 1.0
 """Inverse regularisation of the logistic regression (scikit-learn's default)."""
 
+REFERENCE_JUDGE = "gpt-4.1-mini"
+"""The published study's judge, which others are measured against; its dated versions begin with this name."""
+
 CONSTANT = 0.99
 """A judge that gives one and the same score to this share of all responses or more does not measure."""
 
@@ -631,6 +634,11 @@ def judge_gate(
     if auc < minimum:
         return Gate(NOT_SHOWN, f"the judge's agreement with the reference judge is AUC {auc:.2f}, below {minimum:.2f}")
     return Gate(SHOWN, f"the judge's agreement with the reference judge is AUC {auc:.2f}")
+
+
+def is_reference(judge: Any) -> bool:
+    """Whether a judge (a `params.JudgePreset`) is the reference itself. Being behind an endpoint does not make it one."""
+    return judge.kind == "openai" and judge.model.split("/")[-1].startswith(REFERENCE_JUDGE)
 
 
 def role_changes(datasets: Iterable[Any], declared: Mapping[str, str] = DECLARED_ROLES) -> dict[str, str]:

@@ -229,7 +229,8 @@ def gates_of(table: pd.DataFrame, gates: pd.DataFrame | None, look: Labels) -> s
     label = (lambda p, d: look.dataset(d)) if one else (lambda p, d: f"{look.persona(p)} on {look.dataset(d)}")
     shown = [label(*name) for name in names if known.get(name) == "shown"]
     which = f" ({', '.join(shown)})" if shown else ""
-    rest = " The others may not be interpreted." if len(shown) < len(names) else ""
+    left = "The others may not be interpreted." if shown else "None of them may be interpreted."
+    rest = f" {left}" if len(shown) < len(names) else ""
     return f"\n\n> **Manipulation shown in {len(shown)} of {len(names)} rows**{which}.{rest}"
 
 
