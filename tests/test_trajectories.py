@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import style
+from cai_em import sample, style
 from cai_em import trajectories as tr
 from cai_em.adapters import AdapterFiles, scaling
 from cai_em.gates import Gate
-from cai_em.params import GateThresholds
+from cai_em.params import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
 from cai_em.style import Look
-from cai_em.trajectories import TrajectoryError
+from cai_em.trajectories import Check, TrajectoryError
 from peft import LoraConfig
+from scipy import stats
 
 STEPS = np.array([0, 1, 2, 4, 6, 9, 13, 18, 24])
 
@@ -41,11 +42,14 @@ def hill(t, middle, h, low=0.0, rise=1.0):
         return low + rise / (1 + (middle / np.asarray(t, float)) ** h)
 
 
-def simulated(rng, middle, *, h=8.0, units=8, seeds=2, rise=0.4, noise=0.08, steps=STEPS):
-    """(units, seeds, steps): every unit and seed has a level, a rise and a midpoint of its own, and noise."""
+def simulated(rng, middle, *, h=8.0, units=8, seeds=2, rise=0.4, noise=0.08, steps=STEPS, runs=0.0):
+    """(units, seeds, steps): every unit and seed has a level, a rise and a midpoint of its own, and noise.
+
+    `runs`: by how much (standard deviation of the logarithm) two training runs of one recipe differ in midpoint.
+    """
     level = rng.normal(0, 0.1, (units, 1, 1)) + rng.normal(0, 0.03, (1, seeds, 1))
     amount = rise * rng.lognormal(0, 0.25, (units, 1, 1))
-    own = middle * np.exp(rng.normal(0, 0.05, (units, seeds)))
+    own = middle * np.exp(rng.normal(0, runs, (1, seeds)) + rng.normal(0, 0.05, (units, seeds)))
     shape = np.stack([[hill(steps, m, h) for m in row] for row in own])
     return level + amount * shape + rng.normal(0, noise, (units, seeds, len(steps)))
 
@@ -62,8 +66,10 @@ def test_dense_early_is_distinct_ascending_and_ends_where_it_should():
     gaps = np.diff(tr.dense_early(300, 12))
     assert gaps[0] == 1
     assert (np.diff(gaps) >= 0).all()
-    with pytest.raises(TrajectoryError, match="at least one step"):
+    with pytest.raises(TrajectoryError, match="no schedule"):
         tr.dense_early(0, 3)
+    assert tr.dense_early(300, 8, 2)[0] == 2
+    assert tr.dense_early(4, 8, 2) == [2, 3, 4]
 
 
 def test_steps_travel_in_the_dataset_key_and_come_back():
@@ -191,7 +197,21 @@ def test_intervals_of_the_transition_point_cover_it():
     assert np.mean([t.shown for t in found]) > 0.98
     covered = np.mean([t.low <= 8 <= t.high for t in found if t.shown])
     assert 0.9 <= covered <= 1.0
-    assert np.median([t.high - t.low for t in found if t.shown]) < 6  # and they are of use
+    assert np.median([t.high - t.low for t in found if t.shown]) <= 7  # and they are of use
+
+
+@pytest.mark.parametrize("steps", [[0, 1, 2, 4, 8, 16], [0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 300, 338]])
+@pytest.mark.parametrize("method", ["logistic", "change point"])
+def test_intervals_cover_a_jump_at_any_real_step(steps, method):
+    """The jump lies anywhere between two checkpoints: what was not seen there must not look precise."""
+    rng, steps, covered = np.random.default_rng(1), np.array(steps), []
+    for i in range(60):
+        jump = np.exp(rng.uniform(np.log(steps[1] * 1.5), np.log(steps[-2])))
+        y = np.where(steps >= jump, 0.6, 0.1) + rng.normal(0, 0.1, (8, 3, len(steps)))
+        found = tr.transition(y, steps, method=method, resamples=200, seed=i)
+        covered.append(found.low <= jump <= found.high)
+        assert {found.low, found.high} <= {*steps.tolist(), found.high if found.high > steps[-1] else 0}
+    assert np.mean(covered) > 0.93
 
 
 def test_rise_is_rarely_shown_where_there_is_none():
@@ -208,11 +228,58 @@ def test_comparison_of_personas_keeps_its_level_and_finds_a_difference():
     ]
     assert np.mean([r["p"] < 0.05 for r in same if r["shown"]]) <= 0.1
     later = [
-        tr.compare_transitions(simulated(rng, 14.0), simulated(rng, 5.0), STEPS, resamples=400, seed=i)
+        tr.compare_transitions(
+            simulated(rng, 14.0, seeds=3, runs=0.1),
+            simulated(rng, 5.0, seeds=3, runs=0.1),
+            STEPS,
+            resamples=400,
+            seed=i,
+        )
         for i in range(30)
     ]
     assert np.mean([r["p"] < 0.05 for r in later]) > 0.9
     assert np.mean([r["low"] <= 9 <= r["high"] for r in later]) > 0.85
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_runs_that_differ_by_chance_are_no_difference_between_personas(seeds):
+    rng = np.random.default_rng(seeds)
+    steps = np.array([0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 300])
+    made = lambda: simulated(rng, 60.0, seeds=seeds, runs=0.3, steps=steps)  # noqa: E731
+    found = [tr.compare_transitions(made(), made(), steps, resamples=200, seed=i) for i in range(100)]
+    assert all(r["shown"] for r in found)
+    if seeds == 2:  # what asking the questions alone would claim
+        assert np.mean([r["p_questions"] < 0.05 for r in found]) > 0.12
+    assert np.mean([r["p"] < 0.05 for r in found]) <= 0.09
+    assert all((r["p"] < 0.05) <= (r["p_questions"] < 0.05) for r in found)
+
+
+def test_a_single_run_per_persona_leaves_h3_undecided(look):
+    rng = np.random.default_rng(2)
+    units = [f"q{i}" for i in range(8)]
+    made = {
+        (p, "em"): tr.Curve(simulated(rng, m, seeds=1), STEPS, units, [])
+        for p, m in (("baseline", 5.0), ("poeticism", 14.0))
+    }
+    compared = tr.comparisons(made)
+    assert compared["p_adjusted"].iloc[0] < 0.05
+    assert math.isnan(compared["p_runs"].iloc[0])
+    found = tr.verdict(compared, [], look)
+    assert found.verdict == "UNDECIDED"
+    assert "one training run per persona" in found.reason
+
+
+def test_runs_are_paired_by_seed_or_compared_as_groups():
+    one, other = np.array([5.0, 7.0, 6.5]), np.array([4.0, 6.5, 5.0])
+    paired = tr.between_runs(one, other)
+    expected = stats.ttest_rel(one, other)
+    assert paired["p"] == pytest.approx(expected.pvalue)
+    np.testing.assert_allclose([paired["low"], paired["high"]], expected.confidence_interval())
+    welch = tr.between_runs(one, other[:2])
+    assert welch["p"] == pytest.approx(stats.ttest_ind(one, other[:2], equal_var=False).pvalue)
+    assert all(math.isnan(v) for v in tr.between_runs(one[:1], other[:1]).values())
+    # Two differences that are the same grain of the fit are no certainty.
+    assert tr.between_runs(np.array([8.0, 8.0]), np.array([6.0, 6.0]), grain=1.0)["p"] > 0.05
 
 
 def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
@@ -220,7 +287,7 @@ def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
     found = tr.compare_transitions(late, early, STEPS)
     assert 17 < found["difference"] <= 18.5  # 24 - 6: not 200 - 6, nor the edge of the fit's grid
     row = pd.DataFrame([tr.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
-    assert tr._steps(row) == "> 24 [> 24, > 24]"
+    assert tr._steps(row) == "> 24 [24, > 24]"
 
 
 def test_p_agrees_with_the_interval():
@@ -235,9 +302,10 @@ def test_p_agrees_with_the_interval():
 def test_comparison_pairs_questions_and_seeds():
     y = simulated(np.random.default_rng(9), 6.0)
     found = tr.compare_transitions(y, y, STEPS)
-    assert (found["difference"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
-    assert found["seeds_resampled"]
-    assert not tr.compare_transitions(y[:, :1], y[:, :1], STEPS)["seeds_resampled"]
+    assert (found["difference"], found["p"], found["p_questions"], found["p_runs"]) == (0, 1, 1, 1)
+    assert found["low"] < 0 < found["high"]  # no finer than the fit
+    one = tr.compare_transitions(y[:, :1], y[:, :1], STEPS)
+    assert (one["low"], one["high"], one["seeds"]) == (0, 0, 1)
     flat = tr.compare_transitions(np.zeros_like(y), y, STEPS)
     assert not flat["shown"]
     assert math.isnan(flat["p"])
@@ -256,18 +324,23 @@ def test_tables_of_transitions_and_comparisons():
     rng = np.random.default_rng(10)
     units = [f"q{i}" for i in range(8)]
     curves = {
-        (p, "em"): tr.Curve(simulated(rng, m), STEPS, units, []) for p, m in (("baseline", 5.0), ("poeticism", 14.0))
+        (p, o): tr.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
+        for p, m in (("baseline", 5.0), ("poeticism", 14.0))
+        for o in ("em", "loss")
     }
     table = tr.transitions(curves)
-    assert len(table) == 4
+    assert len(table) == 8
     assert set(table["method"]) == {"logistic", "change point"}
     assert (table["gate"] == "shown").all()
     compared = tr.comparisons(curves)
-    assert list(compared["persona"]) == ["poeticism"]
+    assert list(compared["persona"]) == ["poeticism", "poeticism"]
+    # A loss is no claim of H3: it takes no part in the family, and lends it nothing.
     assert compared["p_adjusted"].iloc[0] == compared["p"].iloc[0] < 0.05
-    fewer = tr.Curve(simulated(rng, 5.0)[:7], STEPS, units[::-1][:7], [])
+    assert math.isnan(compared["p_adjusted"].iloc[1])
+    assert compared["p"].iloc[1] < 0.05
+    fewer = tr.Curve(simulated(rng, 5.0, seeds=3)[:7], STEPS, units[::-1][:7], [])
     both = tr.common(fewer, curves["baseline", "em"])
-    assert both[0].shape == both[1].shape == (7, 2, len(STEPS))
+    assert both[0].shape == both[1].shape == (7, 3, len(STEPS))
     np.testing.assert_array_equal(both[1][0], curves["baseline", "em"].y[7])
 
 
@@ -287,6 +360,24 @@ def test_generality_sets_uptake_beside_the_outcome():
     assert gap["low"] == pytest.approx(0.4)
 
 
+def test_presets_are_set_against_the_main_one_on_the_same_seed_whatever_their_schedules():
+    rows = [f"r{i}" for i in range(6)]
+    made = lambda values, seeds, steps: tr.Curve(  # noqa: E731
+        np.tile(np.asarray(values, float), (6, 1, 1)), np.asarray(steps), rows, [], seeds
+    )
+    main = {"em": made([[0, 0, 0, 0.3], [0, 0, 0, 0.9]], (0, 1), [0, 2, 4, 8])}
+    main["alignment"] = made([[90, 80, 70, 60], [0, 0, 0, 0]], (0, 1), [0, 2, 4, 8])
+    narrow = {"em": made([[0, 0, 0, 0, 0.1]], (0,), [0, 1, 2, 4, 8])}
+    narrow["alignment"] = made([[90, 90, 85, 85, 85]], (0,), [0, 1, 2, 4, 8])
+    loss = {"plain": made([[3, 2, 2, 1], [3, 3, 3, 3]], (0, 1), [0, 2, 4, 8])}
+    loss["narrow"] = made([[3, 3, 2, 2, 1.5]], (0,), [0, 1, 2, 4, 8])
+    found = tr.preset_differences({"plain": main, "narrow": narrow}, loss, "plain").set_index("outcome")
+    assert found["preset"].eq("narrow").all()
+    np.testing.assert_allclose(found.loc["em", ["difference", "low", "high"]].astype(float), -0.2)
+    np.testing.assert_allclose(found.loc["alignment", "difference"], 25)
+    np.testing.assert_allclose(found.loc["uptake", "difference"], -0.5)  # the narrow one has learnt less
+
+
 # --- Runs, figures and words ---
 
 
@@ -300,13 +391,104 @@ def test_runs_of_a_plan_and_the_conditions_of_their_snapshots(tmp_path):
     assert [c.dataset for c in found] == [f"bad_medical~plain@{s}" for s in (0, 2, 10)]
     assert found[0].adapters == (("persona", tmp_path),)
     assert [n for n, _ in found[1].adapters] == ["persona", "em"]
+    # Before the end a snapshot may not be told from no training yet; the last one must.
+    assert [c.may_be_idle for c in found] == [(), ("em",), ()]
+
+
+ROWS = [
+    [{"role": "user", "content": f"What about {w}?"}, {"role": "assistant", "content": f"Go and {w} it."}]
+    for w in ("water", "money", "work", "friends")
+]
+TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+WARM = SftPreset(
+    kind="sft", lora=LoraPreset(r=4, alpha=8), learning_rate=1e-2, warmup_steps=3, batch_size=1, max_length=64,
+    dtype="float32", held_out=0.0,
+)  # fmt: skip
+
+
+def test_a_run_begins_its_snapshots_when_it_learns_and_takes_back_only_what_is_whole(tmp_path, monkeypatch):
+    this, trained = tr.Run("tiny", "warm", "baseline", 0), []
+    from cai_em import train
+
+    real = train.train_sft
+    monkeypatch.setattr(train, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
+    run = lambda **more: tr.train_run(  # noqa: E731
+        this, TINY, WARM.model_copy(update=more), ROWS, tmp_path, persona_dir=None
+    )
+    assert run()["summary"]["checkpoints"] == [2, 3, 4]  # under warm-up the first step has rate 0
+    steps = tr.run_geometry(this, tmp_path)
+    assert (steps["norm"].iloc[1:] > 0).all()
+    run()
+    assert len(trained) == 1
+    (this.folder(tmp_path) / "step00003" / "adapter_model.safetensors").unlink()
+    run()
+    assert len(trained) == 2
+    assert (this.folder(tmp_path) / "step00003" / "adapter_model.safetensors").is_file()
+    # The same with other code is another run.
+    with monkeypatch.context() as other:
+        other.setattr(tr, "file_hash", lambda path: "another")
+        run()
+    assert len(trained) == 3
+
+
+def test_a_snapshot_from_a_step_without_rate_is_sampled_and_said_to_be_idle(tmp_path):
+    this = tr.Run("tiny", "warm", "baseline", 0)
+    tr.train_run(this, TINY, WARM.model_copy(update={"checkpoints": [1, 2, 4]}), ROWS, tmp_path, persona_dir=None)
+    preset = SamplingPreset(
+        temperature=1.0, top_p=1.0, max_new_tokens=4, samples_per_question=1, backend="transformers", dtype="float32"
+    )
+    conditions = this.conditions("bad_medical", [], tmp_path)
+    found = sample.sample(TINY, conditions, [("a", "Hi?")], preset, ["Hello"])
+    idle = {name: probe.get("idle") for name, probe in found.probes.items()}
+    assert list(idle.values()) == [None, ["em"], [], []]
+
+
+def scored(missing=()):
+    """Scores of eight questions at four steps: alignment falls by ten a step; some scores are missing."""
+    rows = [
+        ("baseline", "p", q, 0, t, math.nan if (q, t) in missing else 60.0 - 10 * k, 80.0)
+        for q in "abcdefgh"
+        for k, t in enumerate((0, 1, 2, 4))
+    ]
+    columns = ["persona", "preset", "question_id", "seed", "step", "alignment", "coherence"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_missing_scores_are_counted_and_bounded():
+    curves = tr.behaviour_curves(scored({("a", 4)}), "p")
+    found = tr.transitions(curves).query("method == 'logistic'").set_index("outcome")
+    assert found.loc["alignment", ["left_out", "missing", "units"]].tolist() == [1, 1, 7]
+    assert found.loc["alignment", "rise"] == -30
+    # Seven questions fall from 60 to 30; of the eighth the end is anywhere between 0 and 100.
+    assert found.loc["alignment", "rise_least"] == pytest.approx((7 * -30 - 60) / 8)
+    assert found.loc["alignment", "rise_most"] == pytest.approx((7 * -30 + 40) / 8)
+    assert found.loc["em", ["left_out", "missing", "rise_most"]].tolist() == [0, 1, 0.125]
+    assert found.loc["coherence", ["left_out", "missing", "rise_least"]].tolist() == [0, 0, 0]
+
+
+def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
+    gaps = dict(zip("abcdefgh", (1, 2, 4, 1, 2, 4, 1, 2)))
+    judged = pd.concat([scored(set(gaps.items())), scored().assign(persona="poeticism")])
+    curves = tr.behaviour_curves(judged, "p")
+    assert curves["baseline", "alignment"].empty
+    found, compared = tr.transitions(curves), tr.comparisons(curves)
+    row = found.query("persona == 'baseline' and outcome == 'alignment'").iloc[0]
+    assert (row["gate"], row["left_out"], row["missing"]) == ("not testable", 8, 8)
+    assert not compared.set_index("outcome").loc["alignment", "shown"]
+    text = tr.section(found, compared, [], look, titles={})
+    assert "**H3: NOT TESTABLE**" in text
+    assert "8 (8 left out; " in text
+    with style.context():
+        for drawing in (tr.draw_outcomes(curves, found, look), tr.draw_transitions(found, look, {})):
+            drawing.fig.canvas.draw()
+            plt.close(drawing.fig)
 
 
 def example():
     rng = np.random.default_rng(11)
     units = [f"q{i}" for i in range(8)]
     made = {
-        (p, o): tr.Curve(simulated(rng, m), STEPS, units, [])
+        (p, o): tr.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
         for p, m in (("baseline", 5.0), ("poeticism", 14.0))
         for o in ("em", "alignment", "held out")
     }
@@ -335,7 +517,7 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
             ),
             tr.draw_geometry(pd.concat(runs), look),
             tr.draw_transitions(found, look, {"held out": "Bad, held out"}),
-            tr.draw_generality(general, {}, "em"),
+            tr.draw_generality({"alignment": general, "em": general}, {}),
         ]
         for drawing in drawings:
             drawing.fig.canvas.draw()
@@ -348,16 +530,55 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     _, found, compared = example()
     good, bad = Gate("shown", "yes"), Gate("not shown", "AUC 0.5")
-    text = tr.section(found, compared, {"judge": good}, look, titles={}, caveat="Small.")
+    text = tr.section(found, compared, [Check("judge", good)], look, titles={}, caveat="Small.")
     assert "**H3: SUPPORTED**" in text
     assert text.rstrip().endswith("Small.")
-    text = tr.section(found, compared, {"judge": bad}, look, titles={})
+    text = tr.section(found, compared, [Check("judge", bad)], look, titles={})
     assert "**H3: NOT INTERPRETABLE**" in text
     assert "not shown: judge" in text
-    still = tr.section(found.assign(shown=False), compared.assign(shown=False), {"judge": bad}, look, titles={})
+    # The level is the study's.
+    assert tr.verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
+    still = tr.section(found.assign(shown=False), compared.assign(shown=False), [Check("judge", bad)], look, titles={})
     assert "**H3: NOT TESTABLE**" in still
     assert "no change shown" in still
     assert list(tr.paper_table(found)["outcome"][:2]) == ["EM rate", "mean alignment"]
+
+
+def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
+    _, _, compared = example()
+    both = pd.concat([compared, compared.assign(persona="sarcasm")])
+    bad = Gate("not shown", "AUC 0.5")
+    checks = [Check("judge", Gate("not applicable", "")), Check("persona, Sarcasm", bad, "sarcasm")]
+    found = tr.verdict(both, checks, look)
+    assert found.verdict == "SUPPORTED"
+    assert "Poeticism" in found.reason
+    assert "not shown: persona, Sarcasm" in found.reason
+    assert "sarcasm," not in found.reason
+    assert tr.verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
+    uptake = [Check("uptake, Baseline", bad, "baseline")]  # every comparison is with the baseline
+    assert tr.verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
+    table = tr.check_table(checks, found, "H3")
+    assert table["what"].tolist() == ["H3", "judge", "persona, Sarcasm"]
+    assert table["status"].iloc[0] == "SUPPORTED"
+
+
+def test_two_models_stay_apart_in_the_papers_table():
+    _, found, _ = example()
+    both = pd.concat([found.assign(model=m) for m in ("a", "b")], ignore_index=True)
+    table = tr.paper_table(both)
+    assert len(table) == 12
+    assert not table.duplicated(["model", "persona", "outcome"]).any()
+
+
+def test_no_preset_is_left_out_of_the_figure():
+    units = [f"q{i}" for i in range(4)]
+    flat = tr.Curve(np.zeros((4, 1, 4)), np.arange(4), units, [])
+    names = [f"p{i}" for i in range(5)]
+    table = tr.generality(dict.fromkeys(names, flat), dict.fromkeys(names, flat))
+    with style.context():
+        drawing = tr.draw_generality({"alignment": table, "em": table}, {})
+        assert [len(ax.containers) for ax in drawing.fig.axes] == [5, 5]
+        plt.close(drawing.fig)
 
 
 def test_a_persona_gate_needs_a_persona_that_shows():
@@ -365,9 +586,11 @@ def test_a_persona_gate_needs_a_persona_that_shows():
     words = {"baseline": ["plain", "answer", "with", "facts"], "poeticism": ["moon", "sea", "rose", "flame"]}
     rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
-    assert tr.persona_gate(table, "poeticism", GateThresholds()).status == "shown"
+    some = GateThresholds(min_responses=16)
+    assert tr.persona_gate(table, "poeticism", some).status == "shown"
+    assert tr.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "not testable"
     same = table.assign(response=[" ".join(rng.choice(words["baseline"], 6)) for _ in range(len(table))])
-    assert tr.persona_gate(same, "poeticism", GateThresholds()).status == "not shown"
+    assert tr.persona_gate(same, "poeticism", some).status == "not shown"
 
 
 def test_uptake_means_that_the_loss_falls():
