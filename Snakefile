@@ -76,6 +76,8 @@ OPTIONAL = [
 
 rule all:
     default_target: True
+    message:
+        "all"
     input:
         PERSONAS,
         TUNED,
@@ -89,6 +91,8 @@ rule all:
 
 rule persona:
     """A persona's preference pairs and its LoRA adapter (a random control needs the adapter whose norm it takes)."""
+    message:
+        "persona {wildcards.model}: {wildcards.persona}"
     input:
         notebook=notebook("01_personas"),
         norm_of=lambda wc: (
@@ -114,6 +118,8 @@ rule persona:
 
 rule finetune:
     """The EM adapter of one cell, trained on top of the active, frozen persona."""
+    message:
+        "finetune {wildcards.model}: {wildcards.persona} x {wildcards.dataset}, seed {wildcards.seed}"
     input:
         notebook=notebook("02_finetune"),
         persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != study_params.BASELINE else [],
@@ -138,6 +144,8 @@ rule finetune:
 
 rule sample:
     """The responses of one shard: every condition of a persona (or of a model), one engine load."""
+    message:
+        "sample {wildcards.model}: {wildcards.shard}"
     input:
         notebook=notebook("03_sample"),
         adapters=lambda wc: sorted({a for c in STUDY.shard_cells(wc.model, wc.shard) for a in adapters(c)}),
@@ -161,6 +169,8 @@ rule sample:
 
 rule judge:
     """The scores of one shard's responses. `api`: how many judge jobs may share the rate limit."""
+    message:
+        "judge {wildcards.model}: {wildcards.shard}"
     input:
         notebook=notebook("04_judge"),
         responses=f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
@@ -184,7 +194,12 @@ rule judge:
 if not TRAINED:
 
     rule published:
-        """Published evaluation files into the same tables that our own sampling and judging write."""
+        """Published evaluation files into the same tables that our own sampling and judging write.
+
+        What could not be had is left out, and comes in when it can be: run_all.sh looks (`cai_em.published arrived`).
+        """
+        message:
+            "published"
         input:
             notebook=notebook("07_published"),
         output:
@@ -212,6 +227,8 @@ for name, inputs in ANALYSES.items():
     rule:
         name:
             name.split("_")[1]
+        message:
+            "{rule}"
         input:
             notebook=notebook(name),
             tables=inputs,
@@ -230,6 +247,8 @@ for name, inputs in ANALYSES.items():
 
 rule paper:
     """The paper with this profile's numbers: by Quarto where it is installed, else the built-in preview."""
+    message:
+        "paper"
     input:
         results=f"{R}/RESULTS.md",
         sources=[ancient(f) for f in ("paper/index.qmd", "paper/_quarto.yml", "paper/references.bib")],

@@ -11,6 +11,7 @@
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
 # Options after the profile: --dry-run (jobs with reasons, and what they cost), --jobs N, --profile slurm, and any of Snakemake's.
+# CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -18,8 +19,24 @@ say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 die() { printf 'run_all.sh: %s\n' "$*" >&2; exit 2; }
 
 # --- 1. The environment: the active conda environment `cai-em`, else .venv, made from the lock -------------------------
-LOCK=requirements/cpu.lock
-if [ "$(uname -s)" = Linux ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then LOCK=requirements/cuda.lock; fi
+choose_lock() { # $@: what was asked for. CUDA's where this machine has a GPU, and where a GPU study is sent to a cluster: its login node has none
+  LOCK=requirements/cpu.lock
+  case "${CAI_EM_LOCK:-}" in
+    cpu) return ;;
+    cuda) LOCK=requirements/cuda.lock; return ;;
+    '') [ "$(uname -s)" = Linux ] || return 0 ;;
+    *) die "CAI_EM_LOCK is '$CAI_EM_LOCK': it may be cpu or cuda" ;;
+  esac
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then LOCK=requirements/cuda.lock; fi
+  case " $* " in
+    *' --profile local '*) ;;
+    *' --profile '*) ! grep -qs '^gpu: *true' "params/profiles/$1.yaml" "$1" || LOCK=requirements/cuda.lock ;;
+  esac
+  # An environment that was made for GPUs stays so: the demo runs in it too, and jobs of another run may be using it.
+  [ "$(cat "$(environment)/.cai-em-lock" 2>/dev/null)" != "requirements/cuda.lock" ] || LOCK=requirements/cuda.lock
+}
+
+environment() { if [ "${CONDA_DEFAULT_ENV:-}" = cai-em ]; then echo "$CONDA_PREFIX"; else echo "$PWD/.venv"; fi; }
 
 find_python() {
   for p in python3.11 python3.12 python3.13 python3; do
@@ -30,21 +47,32 @@ find_python() {
 
 install_torch() { # the CPU build where there is no GPU (0.2 GB instead of 3): from the configured index, else from PyTorch's own
   local version; version=$(grep '^torch==' "$LOCK")
-  if [ "$LOCK" = requirements/cuda.lock ] || [ "$(uname -s)" != Linux ]; then "$1" -m pip install -q "$version"; return; fi
+  if [ "$LOCK" = requirements/cuda.lock ]; then
+    # To pip, a CPU build satisfies the pin as well (2.13.0+cpu is a 2.13.0): one that is there must go, and `===` takes no other.
+    ! cpu_torch "$1" || "$1" -m pip uninstall -q -y torch
+    "$1" -m pip install -q "${version/==/===}" || "$1" -m pip install -q "$version"
+    ! cpu_torch "$1" || die "pip found only the CPU build of $version, and $LOCK needs CUDA's: 'pip config list' shows its indexes"
+    return
+  fi
+  if [ "$(uname -s)" != Linux ]; then "$1" -m pip install -q "$version"; return; fi
   "$1" -m pip install -q "$version+cpu" 2>/dev/null ||
     "$1" -m pip install -q "$version" --index-url https://download.pytorch.org/whl/cpu ||
     "$1" -m pip install -q "$version"
 }
 
-setup() {
-  if [ "${CONDA_DEFAULT_ENV:-}" = cai-em ]; then BIN=$CONDA_PREFIX/bin; else BIN=$PWD/.venv/bin; fi
-  local stamp want; stamp=$(dirname "$BIN")/.cai-em-stamp
-  want=$(cat "$LOCK" requirements/no-deps.lock pyproject.toml run_all.sh | cksum)
+cpu_torch() { "$1" -c 'import sys; from importlib.metadata import distributions as d; sys.exit(not any(x.version.endswith("+cpu") for x in d(name="torch")))'; }
+
+setup() { # $@: what was asked for
+  local stamp want; choose_lock "$@"
+  BIN=$(environment)/bin stamp=$(environment)/.cai-em-stamp
+  want=$(cat "$LOCK" requirements/no-deps.lock requirements/quarto.lock pyproject.toml run_all.sh | cksum)
   export PATH=$BIN:$PATH
   [ -z "${CAI_EM_SKIP_SETUP:-}" ] || return 0 # the tests: in the environment that runs them
   [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
-  if [ ! -x "$BIN/python" ]; then
+  if ! "$BIN/python" -m pip --version >/dev/null 2>&1; then # none yet, or one whose making was interrupted
+    [ "${CONDA_DEFAULT_ENV:-}" != cai-em ] || die "the conda environment cai-em has no pip: conda env update -f environment.yml"
     local py; py=$(find_python)
+    rm -rf .venv
     say "making .venv with $($py --version)"
     "$py" -m venv .venv || { rm -rf .venv; die "could not make a virtual environment. Debian or Ubuntu: sudo apt install python3-venv"; }
   fi
@@ -53,9 +81,10 @@ setup() {
   "$BIN/python" -m pip install -q --no-deps -r "$LOCK"      # complete and pinned: nothing is left to resolve
   "$BIN/python" -m pip install -q --no-deps -r requirements/no-deps.lock -e .
   # Quarto makes the paper; its PyPI package downloads it. Without it (offline, say) a built-in preview takes its place.
-  command -v quarto >/dev/null || "$BIN/python" -m pip install -q quarto-cli >/dev/null 2>&1 ||
+  command -v quarto >/dev/null || "$BIN/python" -m pip install -q --no-deps -r requirements/quarto.lock >/dev/null 2>&1 ||
     say "Quarto could not be installed: the paper will be a preview (install it from https://quarto.org for the HTML and PDF)"
   "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM" >/dev/null
+  echo "$LOCK" >"$(environment)/.cai-em-lock"
   echo "$want" >"$stamp"
 }
 
@@ -72,7 +101,7 @@ case "$WHAT" in
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
   die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: test, verify, clean, setup, lab"
-setup
+setup "$WHAT" "$@"
 
 # --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------
 WHERE=local
@@ -106,6 +135,6 @@ flock -n 9 || { printf 'run_all.sh: another run is active in this folder (%s); w
 [ -z "$(ls -A .snakemake/locks 2>/dev/null)" ] || "${SNAKEMAKE[@]}" --unlock --quiet all   # we hold the lock, so this one is a killed run's
 START=$SECONDS
 say "profile $WHAT"
-"${SNAKEMAKE[@]}" --quiet rules "${ARGS[@]}" 9>&- || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
+"${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" 9>&- || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
 NAME=$(basename "$WHAT" .yaml)
 say "done in $((SECONDS - START)) s: results/$NAME/RESULTS.md, results/$NAME/paper/index.html, notebooks with outputs in results/$NAME/notebooks/"

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -119,8 +121,154 @@ def test_what_is_installed_without_its_dependencies_has_a_reason(root, cpu, cuda
 
 def test_run_all_installs_every_lock(root):
     text = (root / "run_all.sh").read_text(encoding="utf-8")
-    for name in ("cpu.lock", "cuda.lock", "no-deps.lock"):
+    for name in ("cpu.lock", "cuda.lock", "no-deps.lock", "quarto.lock"):
         assert f"requirements/{name}" in text
+
+
+# --- Two commands on a fresh machine: run_all.sh itself, in a clean folder, with stand-ins for the packages ----------
+
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+
+BACKEND = """
+import pathlib, zipfile
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    name = "cai_em-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(pathlib.Path(folder) / name, "w") as wheel:
+        wheel.writestr("cai_em.pth", str(pathlib.Path.cwd() / "lib"))
+        info = "cai_em-0.1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: cai-em\\nVersion: 0.1.0\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return name
+"""
+
+CHECK = "import sys; sys.exit('as planned')"
+"""What run_all.sh runs first in the new environment."""
+
+GPU_MACHINE = "#!/bin/sh\necho 'GPU 0: pretended'\n"
+
+
+def wheel(folder: Path, name: str, version: str, source: str = "") -> None:
+    """A package of one module, as a file that pip installs."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", source)
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+class Fresh:
+    """A clone on a machine of its own: run_all.sh, two locks of two packages, pip without an index."""
+
+    def __init__(self, root: Path, place: Path) -> None:
+        self.place, self.wheels = place / "clone", place / "wheels"
+        files = {
+            "requirements/cpu.lock": "torch==2.13.0\nipykernel==7.4.0\n",
+            "requirements/cuda.lock": "torch==2.13.0\nipykernel==7.4.0\nvllm==0.32.0\n",
+            "requirements/no-deps.lock": "# None.\n",
+            "requirements/quarto.lock": "quarto-cli==1.8.27\n",
+            "pyproject.toml": PROJECT,
+            "backend.py": BACKEND,
+            "lib/cai_em/check.py": CHECK,
+            "lib/cai_em/__init__.py": "",
+            "params/profiles/demo.yaml": "gpu: false\n",
+            "params/profiles/paper.yaml": "gpu: true\n",
+            "params/snakemake/local/config.yaml": "",
+            "params/snakemake/slurm/config.yaml": "",
+        }
+        for name, text in files.items():
+            path = self.place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        shutil.copy2(root / "run_all.sh", self.place)
+        self.wheels.mkdir()
+        said = "import pathlib, sys; pathlib.Path('kernel').write_text(' '.join(sys.argv[1:]))"
+        for name, version in (("torch", "2.13.0+cpu"), ("torch", "2.13.0"), ("vllm", "0.32.0")):
+            wheel(self.wheels, name, version)
+        wheel(self.wheels, "ipykernel", "7.4.0", said)
+
+    def run(self, *arguments: str, gpu: bool = False, **variables: str) -> subprocess.CompletedProcess:
+        """`./run_all.sh ...`, nothing of this environment in sight but a Python."""
+        tools = self.place.parent / "tools"
+        tools.mkdir(exist_ok=True)
+        (tools / "nvidia-smi").write_text(GPU_MACHINE if gpu else "#!/bin/sh\nexit 9\n")
+        (tools / "nvidia-smi").chmod(0o755)
+        hidden = ("PIP_", "CONDA", "CAI_EM_", "PYTHON", "VIRTUAL_ENV")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+        offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)}
+        path = f"{tools}:{Path(sys.executable).resolve().parent}:{kept['PATH']}"
+        return subprocess.run(
+            [self.place / "run_all.sh", *arguments],
+            env={**kept, **offline, "PATH": path, **variables}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def installed(self) -> dict[str, str]:
+        """Package -> version in the environment that it made."""
+        (site,) = self.place.glob(".venv/lib/python3*/site-packages")
+        return {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=[str(site)])}
+
+
+@pytest.fixture(scope="module")
+def fresh(root, tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("the choice between CPU and CUDA builds is Linux's")
+    return Fresh(root, tmp_path_factory.mktemp("fresh"))
+
+
+def test_set_up_in_a_clean_folder(fresh):
+    done = fresh.run("setup")
+    assert done.returncode == 0, done.stderr
+    assert "making .venv with Python 3" in done.stderr
+    assert "2 locked packages from requirements/cpu.lock" in done.stderr
+    assert "Quarto could not be installed: the paper will be a preview" in done.stderr
+    found = fresh.installed()
+    assert {"cai-em": "0.1.0", "torch": "2.13.0+cpu", "ipykernel": "7.4.0"}.items() <= found.items()
+    assert (fresh.place / "kernel").read_text().startswith("install --sys-prefix --name cai-em")
+    start = time.monotonic()
+    again = fresh.run("setup")
+    assert time.monotonic() - start < 2
+    assert again.stderr.count("==") == 1, f"the second time it only says that it is ready: {again.stderr}"
+
+
+def test_an_interrupted_set_up_is_made_anew(fresh):
+    (site,) = fresh.place.glob(".venv/lib/python3*/site-packages")
+    for path in site.glob("pip*"):
+        shutil.rmtree(path)
+    (fresh.place / ".venv" / ".cai-em-stamp").unlink()
+    done = fresh.run("setup")
+    assert done.returncode == 0, done.stderr
+    assert {"pip", "torch", "cai-em"} <= fresh.installed().keys()
+
+
+def test_a_gpu_study_for_a_cluster_is_set_up_for_gpus_where_there_is_none(fresh):
+    """The CPU build of torch satisfies the CUDA lock's pin; it must not stay."""
+    fresh.run("demo", "--profile", "slurm")
+    assert fresh.installed()["torch"] == "2.13.0+cpu"
+    done = fresh.run("paper", "--profile", "slurm", "--dry-run")
+    assert "3 locked packages from requirements/cuda.lock" in done.stderr
+    assert {"torch": "2.13.0", "vllm": "0.32.0"}.items() <= fresh.installed().items()
+    assert "as planned" in done.stderr, "after it, the run begins"
+    assert "locked packages" not in fresh.run("setup").stderr, "the environment stays one for GPUs"
+
+
+def test_the_lock_is_chosen_by_hand_or_by_the_gpu_and_a_cpu_build_cannot_take_cudas_place(fresh):
+    done = fresh.run("setup", CAI_EM_LOCK="gpu")
+    assert done.returncode == 2
+    assert "CAI_EM_LOCK is 'gpu': it may be cpu or cuda" in done.stderr
+    assert fresh.run("setup", CAI_EM_LOCK="cpu").returncode == 0
+    assert fresh.installed()["torch"] == "2.13.0+cpu"
+    (fresh.wheels / "torch-2.13.0-py3-none-any.whl").unlink()
+    done = fresh.run("setup", gpu=True)
+    assert done.returncode == 2
+    assert "requirements/cuda.lock" in done.stderr
+    assert "only the CPU build of torch==2.13.0" in done.stderr
 
 
 def imported(root: Path) -> dict[str, str]:

@@ -69,8 +69,8 @@ def logs(place: Path) -> str:
 
 def planned(place: Path, *arguments: str) -> Counter:
     """Jobs by rule that a dry run lists."""
-    out = run_all(place, "micro", "--dry-run", *arguments)
-    return Counter(re.findall(r"^(?:local)?rule (\w+):", out.stdout + out.stderr, flags=re.MULTILINE))
+    out = run_all(place, profile, "--dry-run", *arguments)
+    return Counter(re.findall(r"^Job \d+: (\w+)", out.stdout + out.stderr, flags=re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
