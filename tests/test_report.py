@@ -301,6 +301,22 @@ def test_limits_count_what_the_gates_say():
     assert text.endswith("It is small.")
 
 
+def test_pairs_say_who_wrote_them_and_what_was_dropped():
+    pairs = pd.DataFrame(
+        {
+            "model": "m",
+            "persona": ["poet"] * 4 + ["good"] * 2,
+            "source": ["teacher", "demonstration", "demonstration", "teacher", "teacher", "demonstration"],
+            "dropped_because": [None, None, None, "too long", None, None],
+        }
+    )
+    heading, text = report.pairs_section(pairs, Look)
+    assert heading == "Where the personas come from"
+    assert "| M | Poet | 4 | 3 | 1 | 2 | 1 too long |" in text
+    assert "| M | Good | 2 | 2 | 1 | 1 | none |" in text
+    assert text.split("\n\n")[0].endswith("for: Poet.")
+
+
 def test_judge_sentence_takes_the_lowest_agreement():
     quality = {"trained_on": "builtin", "reference": "published scores", "held_out": "all", "auc": 0.9}
     manifests = [{"judge_auc": 0.9, "judge_quality": [quality]}, {"judge_auc": 0.7, "judge_quality": []}]

@@ -637,7 +637,7 @@ def judge_gate(
 
 
 def is_reference(judge: Any) -> bool:
-    """Whether a judge (a `params.JudgePreset`) is the reference itself: being behind an endpoint does not make it so."""
+    """Whether a judge (`params.JudgePreset`) is the reference itself: being behind an endpoint does not make it so."""
     return judge.kind == "openai" and judge.model.split("/")[-1].startswith(REFERENCE_JUDGE)
 
 

@@ -496,6 +496,37 @@ def quotes_section(responses: pd.DataFrame, look: Labels, *, questions: int = 4,
     return "Answers side by side", "\n\n".join(parts)
 
 
+def pairs_section(pairs: pd.DataFrame, look: Labels) -> tuple[str, str]:
+    """Who wrote the chosen answers of each persona's preference pairs, and what the filters dropped.
+
+    Args:
+        pairs: tables of `scores.PAIRS` with a column `model`.
+        look: labels.
+
+    Returns:
+        Heading and Markdown.
+    """
+    rows, leaning = [], []
+    for (model, persona), part in pairs.groupby(["model", "persona"], sort=False):
+        kept = part[part["dropped_because"].isna()]
+        counts = [(kept["source"] == s).sum() for s in ("teacher", "demonstration")]
+        dropped = part["dropped_because"].value_counts()
+        why = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
+        rows.append((look.model(model), look.persona(persona), len(part), len(kept), *counts, why))
+        if counts[1] > counts[0]:
+            leaning.append(look.persona(persona))
+    text = (
+        "A pair is two answers to one prompt: the chosen one in character, the rejected one by the plain model. "
+        "*Teacher*: a model with the constitution's traits in its system prompt. *Demonstration*: written by us."
+    )
+    if leaning:
+        names = ", ".join(dict.fromkeys(leaning))
+        text += f" Most chosen answers are demonstrations, for want of a teacher that can act the part, for: {names}."
+    header = ["Model", "Persona", "Pairs", "Kept", "Teacher", "Demonstration", "Dropped"]
+    marks = ["---", "---", "--:", "--:", "--:", "--:", "---"]
+    return "Where the personas come from", text + "\n\n" + markdown_table(header, marks, rows)
+
+
 def judge_sentence(manifests: Sequence[Mapping[str, Any]], *, minimum: float) -> str:
     """What is known about a judge, from the manifests of the judging stage.
 
