@@ -57,7 +57,7 @@ def study(tmp_path, root, monkeypatch):
         if tables:
             stage = results / "05_validity"
             stage.mkdir(exist_ok=True)
-            inference.outcomes(scores, resamples=50).to_parquet(stage / "outcomes.parquet")
+            inference.outcomes(scores).to_parquet(stage / "outcomes.parquet")
             compared = inference.compare_all(scores, models=False, resamples=50)
             compared = compared.assign(gate="shown", gate_reason="")
             compared.to_parquet(stage / "comparisons.parquet")
