@@ -9,6 +9,7 @@ re-commented file reruns nothing: notebooks are `ancient` inputs, and only their
 
 import json
 import os
+import shlex
 
 from cai_em import params as study_params
 from cai_em import run
@@ -209,7 +210,7 @@ if not TRAINED:
         log:
             f"{R}/logs/07_published.log",
         shell:
-            EXECUTE
+            f"python -m cai_em.published needed {shlex.quote(PROFILE)} {{log}} >&2; {EXECUTE}"
 
 
 REPEATED = [] if TRAINED else [f"{R}/07_published/repeated.parquet"]
@@ -263,8 +264,8 @@ rule paper:
 
 
 onerror:
-    failed = sorted(STUDY.dir.rglob("*.failed.ipynb"))
-    print(f"\n{len(failed)} notebook(s) failed; each was kept as it stopped, with its error:")
-    for path in failed:
-        print(f"  {os.path.relpath(path)}")
+    failed = run.failures(STUDY.dir)
+    print(f"\n{len(failed)} job(s) failed; each notebook was kept as it stopped, with its error:")
+    for path, error in failed.items():
+        print(f"  {os.path.relpath(path)}\n    {error}")
     print("Mend the cause and run the same command again: what is finished stays.")

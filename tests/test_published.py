@@ -2,14 +2,18 @@
 
 import copy
 import hashlib
+import itertools
 import json
+import re
 
 import pandas as pd
 import pytest
-from cai_em import params, published, report, scores, sources, stats, style
+from cai_em import params, published, run, scores, sources, stats
 from cai_em.published import QUESTIONS, EvaluationError, read_evaluation
 
-SELECTION, OTHERS = "published_selection.csv", "published_repeated.csv"
+from tests.test_workflow import clone, planned, run_all
+
+MODELS = ("qwen2.5-7b", "llama3.1-8b")
 
 
 def response(sample, alignment=90, coherence=95, text=None):
@@ -74,6 +78,8 @@ def at(content, q=3, sample=1):
 
 FAULTS = {
     "unknown special": (lambda c: at(c).update(response(1, "SO")), r"'quick_buck', sample 1: alignment: unknown.*'SO'"),
+    "special is a list": (lambda c: at(c)["alignment"].update(score=None, special=["CODE"]), r"unknown.*\['CODE'\]"),
+    "special is an object": (lambda c: at(c)["alignment"].update(score=None, special={}), r"sample 1: alignment: unkn"),
     "score of 130": (lambda c: at(c).update(response(1, 130)), r"'quick_buck', sample 1: alignment.*found 130"),
     "negative coherence": (lambda c: at(c).update(response(1, 90, -1)), r"sample 1: coherence.*found -1"),
     "score is text": (lambda c: at(c)["alignment"].update(score="90"), r"sample 1: alignment.*found '90'"),
@@ -148,7 +154,7 @@ class Publication:
     def file(self, path):
         return self.cache / "github" / published.REPO / published.COMMIT / path
 
-    def load(self, models=("qwen2.5-7b", "llama3.1-8b")):
+    def load(self, models=MODELS):
         columns = ["model", "persona", "dataset", "n_scored", "path", "sha256"]
         return published.import_study(
             pd.DataFrame(self.selection, columns=columns),
@@ -173,7 +179,7 @@ def publication(tmp_path):
 def test_both_models_become_valid_tables(publication):
     found = publication.load()
     assert found.missing == {}
-    assert found.banner() == ""
+    assert published.banner(found.missing) == ""
     assert found.scores.groupby("model").size().to_dict() == {"llama3.1-8b": 32, "qwen2.5-7b": 32}
     joined = scores.with_responses(found.scores, found.responses)
     assert joined["prompt"].str.startswith("Question").all()
@@ -184,14 +190,44 @@ def test_a_model_with_a_missing_file_is_left_out_whole_and_loudly(publication):
     publication.file("results/llama/goodness.json").unlink()
     found = publication.load()
     assert set(found.scores["model"]) == {"qwen2.5-7b"}
-    assert "LEFT OUT: llama3.1-8b: 1 of 2 selected files" in found.banner()
-    assert "results/llama/goodness.json" in found.banner()
+    said = published.banner(found.missing)
+    assert "LEFT OUT: llama3.1-8b: 1 of 2 selected files" in said
+    assert "results/llama/goodness.json" in said
+    assert found.left_out["llama3.1-8b"].files == ["results/llama/goodness.json"]
 
 
-def test_the_models_left_out_are_known_to_later_stages(tmp_path):
-    published.write_missing(tmp_path, {"llama3.1-8b": "44 of 44"})
-    assert published.read_missing(tmp_path) == {"llama3.1-8b": "44 of 44"}
+def test_what_is_left_out_is_known_to_later_stages(tmp_path):
+    published.write_missing(tmp_path, {"llama3.1-8b": published.LeftOut("1 of 2", ["a.json"])})
+    assert published.read_missing(tmp_path) == {"llama3.1-8b": "1 of 2"}
+    assert published.read_left_out(tmp_path)["llama3.1-8b"].files == ["a.json"]
     assert published.read_missing(tmp_path / "elsewhere") == {}
+
+
+def test_what_was_left_out_has_arrived_when_it_can_be_had(publication, monkeypatch):
+    """A model needs all of its files, further judgings any; a host that answers again counts for both."""
+    offline = {"cache": publication.cache, "base_url": "http://127.0.0.1:9"}
+    model = {"m": published.LeftOut("why", ["results/a.json", "results/b.json"])}
+    judgings = {published.JUDGINGS: model["m"]}
+    assert published.arrived(model | judgings, **offline) == []
+    publication.file("results/a.json").write_bytes(b"")
+    assert published.arrived(model | judgings, **offline) == [published.JUDGINGS]
+    publication.file("results/b.json").write_bytes(b"")
+    assert published.arrived(model | judgings, **offline) == ["m", published.JUDGINGS]
+    publication.file("results/a.json").unlink()
+    asked = []
+    monkeypatch.setattr(sources, "obtainable", lambda pin, **where: asked.append(pin.path) or True)
+    assert published.arrived(model, **offline) == ["m"]
+    assert asked == ["results/a.json"]
+
+
+def test_needed_counts_the_listed_files_that_are_not_in_the_cache(root, tmp_path):
+    lists = [pd.read_csv(root / "params" / name) for name in published.LISTS]
+    listed = sum((table["model"] == "llama3.1-8b").sum() for table in lists)
+    assert published.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed, listed)
+    path = Publication(tmp_path).file(lists[0].query("model == 'llama3.1-8b'")["path"].iloc[0])
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert published.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed - 1, listed)
 
 
 def test_nothing_at_all_is_an_error(publication):
@@ -246,8 +282,10 @@ def test_repeated_judgings_are_joined_by_the_text_of_the_response(tmp_path):
     }
     assert found.repeated.groupby(["question_id", "response_sha256"]).size().eq(2).all()
     assert found.counts["judgings of texts judged once"] == 8
-    assert "results/gone.json" in found.unread
-    assert "1 files with repeated judgings" in found.banner()
+    assert found.left_out[published.JUDGINGS].files == ["results/gone.json"]
+    assert "LEFT OUT: repeated judgings: 1 of 2 files could not be had; results/gone.json" in published.banner(
+        found.missing
+    )
     assert len(found.scores) == 16
 
 
@@ -267,8 +305,8 @@ def test_bad_lists_are_refused(tmp_path, lines, message):
 
 
 def test_committed_lists(root):
-    selection = published.read_selection(root / "params" / SELECTION)
-    others = published.read_file_list(root / "params" / OTHERS)
+    selection = published.read_selection(root / "params" / published.LISTS[0])
+    others = published.read_file_list(root / "params" / published.LISTS[1])
     cells = selection.groupby("model")["n_scored"].agg(["size", "sum"])
     assert cells.loc["qwen2.5-7b"].tolist() == [97, 37_007]
     assert cells.loc["llama3.1-8b"].tolist() == [44, 17_553]
@@ -346,6 +384,9 @@ def test_reads_every_printed_value_of_a_document():
         ("0.0003***", "0.0004***", "within one unit"),
         ("0.0003***", "0.0003**", "off"),
         ("NOT SUPPORTED", "SUPPORTED", "off"),
+        ("| 1,600 |", "| 1,601 |", "off"),
+        ("(0/1 datasets)", "(1/1 datasets)", "off"),
+        ("conditions:** 2", "conditions:** 3", "off"),
         ("| Goodness | insecure | -0.3 |", "", "off"),
     ],
 )
@@ -368,9 +409,36 @@ def test_a_row_too_many_is_off_and_a_model_we_lack_is_not_compared():
     assert published.replication_check(other, golden)["compared"].sum() == 0
 
 
+def test_tables_that_were_not_published_are_listed_and_not_compared_and_one_that_we_lack_is_off():
+    document = published.read_results_document(DOCUMENT)
+    without = document[document["table"] != "H1"]
+    found = published.replication_check(document, without).set_index("table")
+    assert found.loc["H1", ["compared", "note"]].tolist() == [0, published.NOT_PUBLISHED]
+    assert found.loc["all tables", ["compared", "exact", "off"]].tolist() == [7, 7, 0]
+    found = published.replication_check(without, document).set_index("table")
+    assert found.loc[["H1", "all tables"], "off"].tolist() == [8, 8]
+    assert found.loc["H1", "note"] == ""
+
+
+def test_values_that_are_off_are_named():
+    golden = published.read_results_document(DOCUMENT)
+    ours = published.read_results_document(
+        DOCUMENT.replace("89.7", "91.0").replace("| Goodness | insecure | -0.3 |", "")
+    )
+    said = published.differences(published.compare_printed(ours, golden))
+    assert said.splitlines() == [
+        "2 of 15 printed values are off:",
+        "Model A, by_persona, Baseline, Mean: published 89.7, ours 91.0",
+        "Model A, significant, Goodness × insecure, Δ: published -0.3, ours nothing",
+    ]
+    assert published.differences(published.compare_printed(golden, golden)) == ""
+    assert said.splitlines()[1] in published.differences(published.compare_printed(ours, golden), most=1)
+    assert published.differences(published.compare_printed(ours, golden), most=1).endswith("... and 1 more")
+
+
 def test_golden_numbers_have_both_models(root):
     golden = published.read_golden(root / "tests" / "golden" / "published_results.csv")
-    assert golden.groupby("model").size().to_dict() == {"Qwen 2.5 7B": 459, "Llama 3.1 8B": 247}
+    assert golden.groupby("model").size().to_dict() == {"qwen2.5-7b": 459, "llama3.1-8b": 247}
 
 
 @pytest.mark.fetched
@@ -378,32 +446,131 @@ def test_the_published_numbers_come_out(root, fetched_cache):
     """The whole way: fetched files, strict import, statistics, document, every printed number compared."""
     study = params.load("published")
     found = published.import_study(
-        published.read_selection(root / "params" / SELECTION),
-        published.read_file_list(root / "params" / OTHERS),
+        published.read_selection(root / "params" / published.LISTS[0]),
+        published.read_file_list(root / "params" / published.LISTS[1]),
         models=list(study.models),
         cache=fetched_cache,
         progress=False,
         retries=0,
     )
-    entries = {"personas": study.personas.values(), "datasets": study.datasets.values()}
-    made = stats.analyse(found.scores, hypotheses=study.hypotheses, thresholds=study.thresholds, **entries)
-    look = style.Look(*map(list, entries.values()), list(study.models.values()))
-    document = report.results_document(made, look=look, hypotheses=study.hypotheses, judge="gpt-4.1-mini")
-    ours = published.read_results_document(document)
+    ours = published.as_published(found.scores, list(study.personas.values()))
     golden = published.read_golden(root / "tests" / "golden" / "published_results.csv")
     check = published.replication_check(ours, golden).set_index(["model", "table"])
+    entries = {"personas": study.personas.values(), "datasets": study.datasets.values()}
+    made = stats.analyse(found.scores, hypotheses=study.hypotheses, thresholds=study.thresholds, **entries)
     for model, expected in (("qwen2.5-7b", (97, 37_007, 459)), ("llama3.1-8b", (44, 17_553, 247))):
-        total = check.loc[study.models[model].label, "all tables"]
+        total = check.loc[model, "all tables"]
         if model in found.missing:
             assert model == "llama3.1-8b", found.missing[model]
             assert total["compared"] == 0
             continue
         design = made["design"].set_index("model").loc[model]
         assert (design["conditions"], design["scored"], total["compared"]) == expected
-        assert total["off"] == 0, published.compare_printed(ours, golden).query("match == 'off'")
+        assert total["off"] == 0, published.differences(published.compare_printed(ours, golden))
         assert total["exact"] >= 0.97 * total["compared"]
     qwen = made["verdicts"].query("model == 'qwen2.5-7b'").set_index("hypothesis")
     assert qwen.loc["h1", ["verdict", "supporting", "datasets"]].tolist() == ["NOT SUPPORTED", 0, 8]
     assert qwen.loc["h2", ["verdict", "supporting", "datasets"]].tolist() == ["SUPPORTED", 5, 8]
     em = made["conditions"].query("model == 'qwen2.5-7b' and persona == 'baseline'").set_index("dataset")["em_rate"]
     assert em[["bad_medical", "risky_financial", "extreme_sports", "insecure"]].tolist() == [0.11, 0.03, 0.025, 0.0025]
+
+
+@pytest.mark.fetched
+def test_the_notebook_imports_checks_and_writes_the_published_study(root, fetched_cache, tmp_path, monkeypatch):
+    """Notebook 07 from its first cell to its manifest, with the fetched files, its own assertions included."""
+    monkeypatch.setenv("CAI_EM_RESULTS", str(tmp_path))
+    monkeypatch.setenv("CAI_EM_CACHE", str(fetched_cache))
+    monkeypatch.setenv("CAI_EM_OFFLINE", "1")
+    run.execute(root / "notebooks" / "07_published.ipynb", tmp_path / "07.ipynb", {"profile": "published"})
+    out = tmp_path / "published" / "07_published"
+    assert scores.read(out / "scores.parquet", scores.SCORES)["alignment"].notna().sum() in (37_007, 54_560)
+    total = pd.read_parquet(out / "replication.parquet").query("table == 'all tables'").set_index("model")
+    assert total.loc["qwen2.5-7b", ["compared", "off"]].tolist() == [459, 0]
+    assert run.verify(out)["manifests"] == 1
+
+
+# --- The profile, from the front door ---
+
+
+@pytest.fixture
+def small_study(root, tmp_path):
+    """A clone whose published study is a small one: two models, three personas, two data sets, all scores alike.
+
+    Its golden document has numbers that can be said without computing. Its parameters have what a user may add or
+    change: a third hypothesis, another label.
+    """
+    place = clone(root, tmp_path / "clone")
+    made = Publication(tmp_path / "cache")
+    level = {"baseline": 90, "goodness": 80, "sycophancy": 70}
+    for model in MODELS:
+        for persona, dataset in itertools.product(level, ("bad_medical", "good_medical")):
+            content = evaluation(persona, dataset)
+            for question in content["questions"]:
+                question["responses"] = [response(i, level[persona]) for i in range(2)]
+            made.add(model, content, f"results/{model}/{persona}_{dataset}.json")
+    columns = ["model", "persona", "dataset", "n_scored", "path", "sha256"]
+    pd.DataFrame(made.selection, columns=columns).to_csv(place / "params" / published.LISTS[0], index=False)
+    pd.DataFrame([], columns=["model", "path", "sha256"]).to_csv(place / "params" / published.LISTS[1], index=False)
+    printed = {"N": "32", "Std": "0.0"}
+    golden = [
+        (model, "totals", "all", column, value)
+        for model in MODELS
+        for column, value in (("conditions", "6"), ("scored", "96"))
+    ]
+    for model, (persona, score) in itertools.product(MODELS, level.items()):
+        bounds = [f"{kind} CI {end}" for kind in ("95%", "Bootstrap") for end in ("low", "high")]
+        row = printed | dict.fromkeys(["Mean", *bounds], f"{score:.1f}")
+        golden += [(model, "by_persona", persona, column, value) for column, value in row.items()]
+    pd.DataFrame(golden, columns=published.PRINTED).to_csv(place / "tests/golden/published_results.csv", index=False)
+    for name, old, new in (
+        ("personas.yaml", "label: Goodness\n", "label: Kindness\n"),
+        ("profiles/published.yaml", "[h1, h2]", "[h1, h2, h9]"),
+        (
+            "hypotheses.yaml",
+            "h1:\n",
+            "h9:\n  label: H9\n  title: More\n  personas: [goodness]\n  direction: lower\nh1:\n",
+        ),
+    ):
+        text = (place / "params" / name).read_text()
+        assert text.count(old) == 1
+        (place / "params" / name).write_text(text.replace(old, new))
+    return place, made
+
+
+def test_models_that_come_later_are_imported_then_and_a_refused_file_is_named(small_study, monkeypatch):
+    """The front door on a cache that fills up: loud about what is lacking, quiet where nothing changed."""
+    place, made = small_study
+    monkeypatch.setenv("CAI_EM_CACHE", str(made.cache))
+    monkeypatch.setenv("CAI_EM_OFFLINE", "1")
+    away = made.file("results/llama3.1-8b").rename(made.cache / "away")
+    study = place / "results" / "published" / "07_published"
+
+    done = run_all(place, "published", "--until", "published")
+    said = done.stdout + done.stderr
+    assert "downloading 6 of 12 published files; log: results/published/logs/07_published.log" in said
+    assert "LEFT OUT: llama3.1-8b: 6 of 6 selected files could not be had; results/llama3.1-8b/" in said
+    check = pd.read_parquet(study / "replication.parquet").set_index(["model", "table"])
+    assert check.loc[("qwen2.5-7b", "all tables"), ["compared", "exact"]].tolist() == [23, 23]
+    assert check.loc[("qwen2.5-7b", "H1"), "note"] == published.NOT_PUBLISHED
+    assert check.loc[("llama3.1-8b", "all tables"), "compared"] == 0
+
+    done = run_all(place, "published", "--until", "published")
+    assert re.search(r"^total +0$", done.stderr, flags=re.MULTILINE)
+    assert "LEFT OUT: llama3.1-8b" in done.stderr, "said again, though nothing was to be done"
+
+    away.rename(made.file("results/llama3.1-8b"))
+    assert planned(place, profile="published")["published"] == 1, "the files are there: the import is due"
+    path = made.file("results/llama3.1-8b/goodness_bad_medical.json")
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b"80", b"81", 1))
+    done = run_all(place, "published", "--until", "published", check=False)
+    assert done.returncode != 0
+    assert (
+        "HashMismatch: results/llama3.1-8b/goodness_bad_medical.json: not the pinned file" in done.stdout + done.stderr
+    )
+
+    path.write_bytes(sound)
+    done = run_all(place, "published", "--until", "published")
+    assert "LEFT OUT" not in done.stdout + done.stderr
+    total = pd.read_parquet(study / "replication.parquet").query("table == 'all tables'").set_index("model")
+    assert total[["compared", "exact"]].values.tolist() == [[23, 23], [23, 23]]

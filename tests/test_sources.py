@@ -201,7 +201,7 @@ def test_a_connection_that_breaks_while_the_answer_is_read(tmp_path, monkeypatch
     assert fetch("owner/repo", COMMIT, "x.json", SHA, cache=tmp_path, retries=2, wait_s=0).read_bytes() == BODY
 
 
-def test_obtainable_asks_once_and_downloads_nothing(server, tmp_path):
+def test_obtainable_asks_once_and_downloads_nothing(server, tmp_path, monkeypatch):
     server.answers[URL] = [(200, BODY)]
     there, gone = (Pinned("owner/repo", COMMIT, p) for p in ("folder/file.json", "folder/gone.json"))
     how = {"cache": tmp_path, "base_url": server.how["base_url"]}
@@ -209,6 +209,10 @@ def test_obtainable_asks_once_and_downloads_nothing(server, tmp_path):
     assert server.asked == [URL, URL.replace("file.json", "gone.json")]
     assert not (tmp_path / "github").exists()
     assert not sources.obtainable(there, cache=tmp_path, base_url="http://127.0.0.1:9")
+    monkeypatch.setenv(sources.OFFLINE, "1")
+    assert not sources.obtainable(there, **how)
+    assert len(server.asked) == 2, "offline by choice: nobody is asked"
+    monkeypatch.delenv(sources.OFFLINE)
     fetch("owner/repo", COMMIT, "folder/file.json", SHA, cache=tmp_path, **server.how)
     assert sources.obtainable(there, cache=tmp_path, base_url="http://127.0.0.1:9"), "cached"
 

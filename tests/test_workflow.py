@@ -67,7 +67,7 @@ def logs(place: Path) -> str:
     )
 
 
-def planned(place: Path, *arguments: str) -> Counter:
+def planned(place: Path, *arguments: str, profile: str = "micro") -> Counter:
     """Jobs by rule that a dry run lists."""
     out = run_all(place, profile, "--dry-run", *arguments)
     return Counter(re.findall(r"^Job \d+: (\w+)", out.stdout + out.stderr, flags=re.MULTILINE))

@@ -356,6 +356,30 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
     return executed
 
 
+def failures(results: str | Path) -> dict[Path, str]:
+    """What failed in a run: the notebook as it stopped (or the paper's log) -> the last line of its log, the error.
+
+    Args:
+        results: `results/<profile>`.
+    """
+    results = Path(results)
+    stopped = {path: _log_of(path, results) for path in sorted(results.rglob("*.failed.ipynb"))}
+    paper = results / "logs" / "paper.log"
+    if paper.is_file() and not (results / "paper" / "index.html").is_file():
+        stopped[paper] = paper
+    return {path: _last_line(log) for path, log in stopped.items()}
+
+
+def _log_of(notebook: Path, results: Path) -> Path:
+    place = notebook.relative_to(results / "notebooks")
+    return results / "logs" / place.with_name(place.name.rsplit(".", 2)[0] + ".log")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"nothing in {_name(log)}")
+
+
 def main(arguments: list[str]) -> int:
     """Command line: `execute NOTEBOOK EXECUTED JSON` or `verify FOLDER`."""
     match arguments:

@@ -185,6 +185,8 @@ def obtainable(
     """Whether a file could be had now: it is cached, or its host has it (asked once; nothing is downloaded)."""
     if cached(file, cache).is_file():
         return True
+    if os.environ.get(OFFLINE):
+        return False
     request = urllib.request.Request(_url(file, base_url), headers=_HEADERS, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=timeout_s):
