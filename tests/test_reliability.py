@@ -4,7 +4,7 @@ import krippendorff
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import reliability
+from cai_em import params, reliability
 
 
 def judged(files, *, persona="baseline", dataset="bad", question="q0", texts=None):
@@ -101,9 +101,32 @@ class TestMovement:
         assert (row["selected"], row["selected_rank"], row["judgings"]) == (80, 1, 3)
         assert row["means"] == "80.00, 82.00, 85.00"
 
-    def test_only_what_all_scored(self):
+    def test_number_or_flag_is_the_judges_noise_too(self):
+        # Fault 7 of the published study hides where only responses are compared that all judgings gave a number.
         files = {"a": ("j", True, [90, 70, None]), "b": ("j", False, [90, 70, 10])}
-        assert reliability.movement(reliability.units(judged(files)), least=1).iloc[0]["spread"] == 0
+        row = reliability.movement(reliability.units(judged(files)), least=1).iloc[0]
+        assert (row["units"], row["common_units"]) == (3, 2)
+        assert row["spread"] == pytest.approx(80 - 170 / 3)
+        assert row["common_spread"] == 0
+        assert (row["selected"], row["selected_rank"], row["common_selected"]) == (80, 2, 80)
+        assert (row["means"], row["scored"]) == ("56.67, 80.00", "3, 2")
+        assert reliability.smallest_effect(reliability.units(judged(files)), least=1)["tau"].iloc[0] > 10
+
+    def test_a_response_that_one_judging_never_saw_is_not_its_noise(self):
+        files = {"a": ("j", True, [90, 70]), "b": ("j", False, [90, 70, 10]), "c": ("j", False, [90, 70, 10])}
+        row = reliability.movement(reliability.units(judged(files)), least=1).iloc[0]
+        assert (row["units"], row["spread"]) == (2, 0)
+
+    def test_constant_scores_show_no_noise_and_no_lack_of_it(self):
+        files = {f: ("j", f == "a", [100] * 30) for f in "abc"}
+        other = judged({"d": ("j", True, [10, 90]), "e": ("k", False, [20, 80])}, dataset="other")  # once by this judge
+        table = reliability.units(pd.concat([judged(files), other]))
+        assert np.isnan(reliability.movement(table)["spread"].iloc[0])
+        row = reliability.smallest_effect(table).iloc[0]
+        assert row[["sigma", "tau", "smallest"]].isna().all()
+        found = [reliability.agreement(table), reliability.movement(table), reliability.smallest_effect(table)]
+        sections = dict(reliability.markdown(*found))
+        assert "| j | – | – | – | 0 |" in sections["The smallest effect that the judge's noise allows"]
 
     def test_sentence(self):
         low = judged({"a": ("j", True, [80, 70]), "b": ("j", False, [94, 76])})
@@ -149,3 +172,22 @@ def test_markdown():
     sections = dict(reliability.markdown(*found))
     assert len(sections) == 3
     assert "33.3 %" in sections["Judge reliability"]
+
+
+@pytest.mark.fetched
+def test_published_baseline_was_judged_four_times(fetched_cache):
+    """FACTS, fault 7: the four judgings of baseline/insecure have means from 94.4 to 95.7, and the lowest was used."""
+    from cai_em.published import import_study, read_file_list, read_selection
+
+    folder = params.root() / "params"
+    selection = read_selection(folder / "published_selection.csv")
+    mine = (selection["persona"] == "baseline") & (selection["dataset"] == "insecure")
+    others = read_file_list(folder / "published_repeated.csv")
+    others = others[others["path"].str.contains("/eval_baseline_gpt41mini")]
+    got = import_study(selection[mine], others, models=["qwen2.5-7b"], cache=fetched_cache)
+    moved = reliability.movement(reliability.units(got.repeated))
+    row = moved[(moved["persona"] == "baseline") & (moved["dataset"] == "insecure")].iloc[0]
+    assert (row["units"], row["judgings"], row["selected_rank"]) == (400, 4, 1)
+    assert row["means"] == "94.40, 94.80, 94.88, 95.65"
+    assert row["spread"] == pytest.approx(1.255, abs=0.001)
+    assert row["common_spread"] == pytest.approx(0.42, abs=0.005)

@@ -133,31 +133,44 @@ def agreement(table: pd.DataFrame, least: int = 20) -> pd.DataFrame:
 
 
 def movement(table: pd.DataFrame, least: int = 20) -> pd.DataFrame:
-    """How far each condition's mean moves from one judging to another, on the units that all of them scored.
+    """How far each condition's mean moves from one judging to another, of the same responses.
+
+    A judging's *own* mean is over what it gave a number. Whether a response gets a number or a flag is the judge's
+    word, too: leaving out what another judging flagged would take a part of the noise for none. The means over what all
+    of them gave a number stand beside.
 
     Args:
         table: from `units`.
         least: a judging with fewer units in common with the rest is left out.
 
     Returns:
-        One row per condition and judge with two judgings or more: `judgings, units, lowest, highest, spread, sd`
-        (of the means), `selected` (the mean of the published judging, null where it is not among them),
-        `selected_rank` (1: the lowest), `means` (text, ascending).
+        One row per condition and judge with two judgings or more: `judgings, units` (judged by all of them), `lowest,
+        highest, spread, sd` (of their own means), `selected` (the own mean of the published judging, NaN where it is
+        not among them), `selected_rank` (1: the lowest), `means` (text, ascending), `scored` (text, in the same order),
+        and `common_units` (given a number by all), `common_means, common_spread, common_selected`. Spreads and SDs are
+        NaN where all scores are the same number: such a judging can show no noise.
     """
     rows = []
     for (*cell, judge), part in table.groupby([*CELL, "judge"]):
-        grid = part.pivot_table(index="unit", columns="file", values="alignment", aggfunc="first", dropna=False)
-        grid = grid.loc[:, grid.notna().sum() >= least]
+        part = part.assign(row=1)
+        asked = part.pivot_table(index="unit", columns="file", values="row", aggfunc="size", fill_value=0) > 0
+        asked = asked.loc[:, asked.sum() >= least]
         # Judgings of disjoint sets of responses have nothing to compare; keep those that share units with the fullest.
-        if grid.shape[1] > 1:
-            fullest = grid.columns[grid.notna().sum().argmax()]
-            shared = grid[grid[fullest].notna()]
-            grid = shared.loc[:, shared.notna().sum() >= least].dropna()
-        if grid.shape[1] < 2 or len(grid) < least:
+        if asked.shape[1] > 1:
+            fullest = asked.columns[asked.sum().argmax()]
+            shared = asked[asked[fullest]]
+            shared = shared.loc[:, shared.sum() >= least]
+            asked = shared[shared.all(axis=1)]
+        if asked.shape[1] < 2 or len(asked) < least:
             continue
-        means = grid.mean().sort_values()
+        grid = part.pivot_table(index="unit", columns="file", values="alignment", aggfunc="first", dropna=False)
+        grid = grid.loc[asked.index, asked.columns]
+        means = grid.mean().sort_values(kind="stable")
+        common = grid.dropna()
+        constant = bool(grid.max(axis=None) == grid.min(axis=None))
         chosen = set(part.loc[part["selected"].astype(bool), "file"]) & set(means.index)
         rank = next((i + 1 for i, f in enumerate(means.index) if f in chosen), None)
+        alike = common.mean().sort_values()
         rows.append(
             {
                 **dict(zip(CELL, cell)),
@@ -166,11 +179,16 @@ def movement(table: pd.DataFrame, least: int = 20) -> pd.DataFrame:
                 "units": len(grid),
                 "lowest": float(means.iloc[0]),
                 "highest": float(means.iloc[-1]),
-                "spread": float(means.iloc[-1] - means.iloc[0]),
-                "sd": float(means.std(ddof=1)),
+                "spread": math.nan if constant else float(means.iloc[-1] - means.iloc[0]),
+                "sd": math.nan if constant else float(means.std(ddof=1)),
                 "selected": float(means.iloc[rank - 1]) if rank else math.nan,
                 "selected_rank": rank,
                 "means": ", ".join(f"{m:.2f}" for m in means),
+                "scored": ", ".join(str(n) for n in grid[means.index].notna().sum()),
+                "common_units": len(common),
+                "common_means": ", ".join(f"{m:.2f}" for m in alike) if len(common) else "",
+                "common_spread": math.nan if constant else float(alike.max() - alike.min()),
+                "common_selected": float(common[means.index[rank - 1]].mean()) if rank else math.nan,
             }
         )
     table = pd.DataFrame(rows)
@@ -181,22 +199,26 @@ def smallest_effect(table: pd.DataFrame, *, n: int = 400, confidence: float = 0.
     """The smallest difference of two conditions' means that a judge's noise leaves room for.
 
     Judging the same two conditions again would move their difference by sqrt(2 (tau^2 + sigma^2 / n)): tau is how far
-    a whole judging's mean moves beyond the noise of single scores (drift of the judge), sigma the SD of a single
-    score's repeats. A difference below z times that may be the judge's alone.
+    a whole judging's own mean moves beyond the noise of single scores (drift of the judge, and its word on what gets a
+    score at all), sigma the SD of a single score's repeats. A difference below z times that may be the judge's alone.
 
     Args:
         table: from `units`.
         n: responses per condition.
 
     Returns:
-        One row per judge with repeats: `judge, sigma, tau, conditions` (with repeated means), `smallest`.
+        One row per judge with repeats: `judge, sigma, tau, conditions` (with repeated means), `smallest`. All NaN where
+        the judge gave every response that it saw again the same number: that shows a constant, and no absence of noise.
     """
     moved = movement(table, least)
     within = agreement(table, least)
     rows = []
     for judge in within.loc[within["kind"] == "within", "judge_a"] if len(within) else []:
         sigma = float(within.loc[(within["judge_a"] == judge) & (within["judge_b"] == judge), "noise_sd"].iloc[0])
-        means = moved[moved["judge"] == judge] if len(moved) else moved
+        given = table[(table["judge"] == judge) & table["alignment"].notna()]
+        again = given.loc[given.groupby("unit")["unit"].transform("size") > 1, "alignment"]
+        sigma = sigma if again.nunique() > 1 else math.nan
+        means = moved[(moved["judge"] == judge) & moved["sd"].notna()] if len(moved) else moved
         if len(means):
             weights = means["judgings"] - 1
             extra = (weights * (means["sd"] ** 2 - sigma**2 / means["units"])).sum() / weights.sum()
@@ -268,18 +290,33 @@ def markdown(
     used = moved[moved["selected_rank"].notna()] if len(moved) else moved
     if len(used):
         rows = [
-            [r.persona, r.dataset, r.judge, r.units, r.means, f"{r.spread:.2f}", f"{r.selected:.2f}"]
+            [
+                r.persona,
+                r.dataset,
+                r.judge,
+                r.units,
+                r.means,
+                _two(r.spread),
+                _two(r.selected),
+                f"{_two(r.common_spread)} ({r.common_units})",
+            ]
             for r in used.itertuples()
         ]
-        header = ["persona", "data set", "judge", "responses", "means of the judgings", "spread", "published"]
-        text = selection_sentence(moved) + "\n\n" + markdown_table(rows, header, "lllrlrr")
+        header = ["persona", "data set", "judge", "responses", "means of the judgings", "spread", "published", "alike"]
+        text = (
+            selection_sentence(moved)
+            + " Each mean is over what that judging gave a number, for number or flag is the judge's word, too; "
+            "*alike* is the spread over what all of them gave a number (and how many that is).\n\n"
+            + markdown_table(rows, header, "lllrlrrr")
+        )
         sections.append(("How far a condition's mean moves when it is judged again", text))
     if len(smallest):
-        rows = [
-            [r.judge, f"{r.sigma:.2f}", "–" if math.isnan(r.tau) else f"{r.tau:.2f}", f"{r.smallest:.2f}"]
-            for r in smallest.itertuples()
-        ]
-        text = "Differences below the last column may be the judge's own noise.\n\n"
-        table = markdown_table(rows, ["judge", "SD of a score", "SD of a judging's mean", "smallest effect"], "lrrr")
+        rows = [[r.judge, _two(r.sigma), _two(r.tau), _two(r.smallest), r.conditions] for r in smallest.itertuples()]
+        text = (
+            "Differences below *smallest effect* may be the judge's own noise. A dash: it cannot be measured, for the "
+            "judge gave every response the same number or judged no condition twice.\n\n"
+        )
+        header = ["judge", "SD of a score", "SD of a judging's mean", "smallest effect", "conditions"]
+        table = markdown_table(rows, header, "lrrrr")
         sections.append(("The smallest effect that the judge's noise allows", text + table))
     return sections + [("Notes on the judgings", "\n".join(f"- {n}" for n in notes))] * bool(notes)
