@@ -27,6 +27,9 @@ EXECUTE = (
     "python -m cai_em.run execute {input.notebook} {params.executed} {params.arguments:q} > {log} 2>&1"
 )
 
+ON_GPU = "CAI_EM_JOB_GPUS={resources.gpu} " + EXECUTE
+"""Of a rule that may ask for a GPU: its job sees one free GPU of this machine and no other (cai_em.gpu)."""
+
 
 def notebook(stage):
     return ancient(f"notebooks/{stage}.ipynb")
@@ -114,7 +117,7 @@ rule persona:
     resources:
         gpu=GPU,
     shell:
-        EXECUTE
+        ON_GPU
 
 
 rule finetune:
@@ -140,7 +143,7 @@ rule finetune:
     resources:
         gpu=GPU,
     shell:
-        EXECUTE
+        ON_GPU
 
 
 rule sample:
@@ -165,7 +168,7 @@ rule sample:
     resources:
         gpu=GPU,
     shell:
-        EXECUTE
+        ON_GPU
 
 
 rule judge:
@@ -243,7 +246,7 @@ for name, inputs in ANALYSES.items():
         resources:
             gpu=GPU if name in ("09_trajectories", "10_steering") else 0,
         shell:
-            EXECUTE
+            ON_GPU
 
 
 rule paper:

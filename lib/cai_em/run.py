@@ -28,7 +28,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cai_em.params import file_hash, root
+from cai_em.gpu import one_gpu
+from cai_em.params import ParamsError, Study, file_hash, load, root
 
 MANIFEST = "manifest.json"
 
@@ -305,6 +306,7 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
 
     A lock beside the copy makes a second run of the same cell wait: a killed Snakemake may leave one running. The
     copy is written as it goes to `<name>.running.ipynb` (what a failed run leaves to look at is `<name>.failed.ipynb`).
+    With `CAI_EM_JOB_GPUS` above 0 in the environment (a rule's `gpu`), the kernel sees one free GPU and no other.
 
     Args:
         notebook: the source notebook.
@@ -331,8 +333,10 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
     with (
         executed.with_name(f".{executed.name}.lock").open("w") as lock,
         tempfile.TemporaryDirectory(prefix="cai-em-") as sockets,
+        contextlib.ExitStack() as held,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
+        held.enter_context(one_gpu(wanted=int(os.environ.get("CAI_EM_JOB_GPUS", "0")) > 0))
         failed.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(
