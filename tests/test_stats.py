@@ -248,6 +248,19 @@ def test_analyse_makes_every_table_and_does_not_depend_on_the_order_of_rows():
     assert first["design"].iloc[0].tolist() == ["m", 4, 48, 48, 3, 4, 1]
 
 
+def test_every_table_follows_the_order_of_models_given():
+    """The profile's order, not the alphabet's: `n` before `m`, whatever the order of the rows."""
+    both = pd.concat([table_of("+", "0"), table_of("-", "0").assign(model="n")])
+    twins = [Entry(key="d0", twin="d1"), Entry(key="d1")]
+    for scores in (both, both.iloc[::-1]):
+        tables = study(scores, models=["n", "m"], datasets=twins)
+        for name, table in tables.items():
+            assert list(dict.fromkeys(table["model"])) == ["n", "m"], name
+    assert list(dict.fromkeys(stats.comparisons(both)["model"])) == ["m", "n"], "by name where no order is given"
+    hardest_first = stats.difficulty(both, models=["n", "m"]).groupby("model", sort=False)["mean"]
+    assert hardest_first.apply(lambda means: means.is_monotonic_increasing).all()
+
+
 def test_analyse_leaves_custom_personas_out_of_the_persona_table_only():
     tables = study(table_of("+"), personas=[Entry(key="baseline"), Entry(key="good", custom=True)])
     assert tables["by_persona"]["persona"].tolist() == ["baseline"]
