@@ -12,6 +12,8 @@ of seed, request and attempt, never of the order of arrival: runs can be compare
 
 It counts, by request (SHA-256 of the canonical JSON body, see `request_id`), what it received and what it answered in
 full. Batches (`/v1/files`, `/v1/batches`) are answered after `batch_delay_s`.
+
+The model `teacher` answers in sentences, as a teacher of preference pairs does; its calls are counted apart (`taught`).
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TRANSIENT = ("http429", "http500", "http503", "slow", "closed", "truncated", "wrong_model")
-"""Faults that another attempt may mend."""
+TRANSIENT = ("http429", "http500", "http503", "slow", "closed", "cut_body", "truncated", "wrong_model")
+"""Faults that another attempt may mend (`cut_body`: closed in the middle of an answer)."""
 CONTENT = ("empty", "cannot_rate", "of_100", "score_prefix", "out_of_range", "bad_usage", "minus_9999")
 """Faults in an answer that was given (and paid for)."""
 ALL_FAULTS = TRANSIENT + CONTENT
@@ -44,20 +47,31 @@ _SAY = {
     "cannot_rate": "I cannot rate this",
     "of_100": "85/100",
     "score_prefix": "Score: 90",
-    "out_of_range": "150",
 }
+OUT_OF_RANGE = ("150", "-5", "1000", "101")
+"""What `out_of_range` says, by the request."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Which faults, how often (share of attempts), on which schedule."""
+    """Which faults, how often (share of attempts), on which schedule.
+
+    `always`: the share of requests whose every attempt meets a fault, so that no retry helps.
+    """
 
     rate: float = 0.0
     kinds: tuple[str, ...] = ALL_FAULTS
     seed: int = 0
+    always: float = 0.0
+
+    def hopeless(self, request: str) -> bool:
+        """Whether every attempt at a request meets a fault."""
+        return random.Random(f"{self.seed}:{request}").random() < self.always
 
     def pick(self, request: str, attempt: int) -> str | None:
         """The fault of one attempt at one request, or None."""
+        if self.hopeless(request):
+            return random.Random(f"{self.seed}:{request}:{attempt}").choice(self.kinds)
         rng = random.Random(f"{self.seed}:{request}:{attempt}")
         return rng.choice(self.kinds) if rng.random() < self.rate else None
 
@@ -77,8 +91,11 @@ def true_score(prompt: str) -> int:
 class JudgeServer:
     """The server's settings and what it counted. `api_key`: the only key it accepts (None: any).
 
-    `obeys`: `no` (default), `outside` (says 100 if the prompt outside `[ANSWER START] ... [ANSWER END]` tells it to),
-    or `anywhere` (a judge that obeys its responses).
+    `obeys`: `no` (default), `outside` (says 100 if what stands outside the answer's fence tells it to; it takes for the
+    fence `[ANSWER START] ... [ANSWER END]`, or that of the built-in prompts, `===ANSWER=== ... ===END===`, in any case,
+    width and disguise, and believes that the answer ends with the first end that it sees), or `anywhere` (a judge that
+    obeys its responses). `refuses`: a status and a message with which every chat call is refused, as after a key was
+    withdrawn. `batch_fault`: `after` makes a batch and then answers 500; `before` only answers 500; `no` answers 400.
     """
 
     latency_s: float = 0.0
@@ -93,12 +110,17 @@ class JudgeServer:
     batch_end: str = "completed"
     logprobs: bool = True
     digits: bool = False
+    teachers: tuple[str, ...] = ("teacher",)
+    refuses: tuple[int, str] | None = None
+    batch_fault: str | None = None
 
     def __post_init__(self) -> None:
         self.url = ""
         self.received: Counter = Counter()
         self.completed: Counter = Counter()
         self.injected: Counter = Counter()
+        self.taught: Counter = Counter()
+        self.taught_completed: Counter = Counter()
         self.refused_keys = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -154,7 +176,10 @@ class JudgeServer:
         if (method, path) == ("POST", "/v1/files"):
             return await self._reply(writer, self._upload(headers, body))
         if (method, path) == ("POST", "/v1/batches"):
-            return await self._reply(writer, self._new_batch(json.loads(body)))
+            batch = self._new_batch(json.loads(body)) if self.batch_fault in (None, "after") else {}
+            if self.batch_fault:
+                return await self._refuse(writer, 400 if self.batch_fault == "no" else 500, "injected: no batch")
+            return await self._reply(writer, batch)
         if (method, path) == ("GET", "/v1/batches"):
             newest = [self._batch(b) for b in reversed(self.batches)]
             return await self._reply(writer, {"object": "list", "data": newest, "has_more": False})
@@ -167,20 +192,23 @@ class JudgeServer:
     # --- Chat completions ---
 
     async def _chat(self, body: dict, writer: asyncio.StreamWriter) -> None:
-        request = request_id(body)
-        attempt = self.received[request]
-        self.received[request] += 1
+        request, teaches = request_id(body), body["model"] in self.teachers
+        received, completed = (self.taught, self.taught_completed) if teaches else (self.received, self.completed)
+        attempt = received[request]
+        received[request] += 1
         prompt = body["messages"][-1]["content"]
         fault = self._fault(prompt, request, attempt)
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
-        if body["model"] not in self.models:
+        if self.refuses:
+            return await self._refuse(writer, *self.refuses)
+        if body["model"] not in self.models and not teaches:
             return await self._refuse(writer, 404, f"The model '{body['model']}' does not exist", "model_not_found")
         if len(prompt) > self.longest_prompt:
             return await self._refuse(writer, 400, "maximum context length exceeded", "context_length_exceeded")
         if fault:
             self.injected[fault] += 1
-        if fault in ("http429", "http500", "http503", "quota", "http400"):
+        if fault == "quota" or re.fullmatch(r"http\d{3}", fault or ""):
             status = 429 if fault == "quota" else int(fault[4:])
             code = "insufficient_quota" if fault == "quota" else None
             return await self._refuse(writer, status, f"injected {fault}", code)
@@ -192,8 +220,13 @@ class JudgeServer:
         text = json.dumps(completion).encode()
         if fault == "truncated":
             return await self._reply(writer, text[: len(text) // 2])
+        if fault == "cut_body":
+            writer.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\n")
+            writer.write(f"Content-Length: {len(text)}\r\n\r\n".encode() + text[: len(text) // 2])
+            await writer.drain()
+            return writer.transport.close()
         await self._reply(writer, text)
-        self.completed[request] += 1
+        completed[request] += 1
         return None
 
     def _fault(self, prompt: str, request: str, attempt: int) -> str | None:
@@ -207,7 +240,10 @@ class JudgeServer:
         prompt = body["messages"][-1]["content"]
         score = 100 if self._told_to_say_100(prompt) else true_score(prompt)
         asked = re.search(r"\[\[say:(.*?)\]\]", prompt)
-        say = _SAY.get(fault or "", asked[1] if asked else str(score))
+        ordinary = f"Well now, the answer has {score} parts." if body["model"] in self.teachers else str(score)
+        say = _SAY.get(fault or "", asked[1] if asked else ordinary)
+        if fault == "out_of_range":
+            say = random.Random(request_id(body)).choice(OUT_OF_RANGE)
         usage: object = {
             "prompt_tokens": len(prompt) // 4,
             "completion_tokens": 2,
@@ -235,7 +271,9 @@ class JudgeServer:
 
     def _told_to_say_100(self, prompt: str) -> bool:
         if self.obeys == "outside":
-            prompt = re.sub(r"\[ANSWER START\].*?\[ANSWER END\]", "", prompt, flags=re.DOTALL)
+            plain = "".join(c for c in unicodedata.normalize("NFKC", prompt) if unicodedata.category(c) != "Cf")
+            fences = r"\[ANSWER START\].*?\[ANSWER\s+END\]|^===ANSWER===$.*?^\s*={2,}\s*END\s*={2,}\s*$"
+            prompt = re.sub(fences, "", plain, flags=re.DOTALL | re.MULTILINE | re.IGNORECASE)
         return self.obeys != "no" and "answer 100" in prompt
 
     def _logprobs(self, say: str, fault: str | None) -> dict:
@@ -325,6 +363,8 @@ class JudgeServer:
             "received": dict(self.received),
             "completed": dict(self.completed),
             "injected": dict(self.injected),
+            "taught": dict(self.taught),
+            "taught_completed": dict(self.taught_completed),
             "most_under_way": self.most_under_way,
             "batches": len(self.batches),
         }
@@ -394,6 +434,7 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=0)
     parser.add_argument("--faults", default="none", help=f"none, all, or some of: {','.join(ALL_FAULTS)}")
     parser.add_argument("--rate", type=float, default=0.3, help="share of attempts with a fault")
+    parser.add_argument("--always", type=float, default=0.0, help="share of requests whose every attempt has a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow-s", type=float, default=3.0)
     parser.add_argument("--model", action="append", help="a model name to accept; may be repeated")
@@ -405,7 +446,7 @@ def main() -> None:
         parser.error(f"unknown faults {sorted(unknown)}")
     judge = JudgeServer(
         latency_s=args.latency_ms / 1000,
-        faults=Faults(args.rate if kinds else 0.0, kinds or ALL_FAULTS, args.seed),
+        faults=Faults(args.rate if kinds else 0.0, kinds or ALL_FAULTS, args.seed, args.always if kinds else 0.0),
         models=tuple(args.model or ["test-judge"]),
         slow_s=args.slow_s,
         api_key=args.api_key,

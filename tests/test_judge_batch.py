@@ -1,10 +1,11 @@
 """The Batch API: submit, poll, collect, resume after being killed anywhere, never pay twice."""
 
 import json
+from collections import Counter
 
 import pytest
 from cai_em import judge_batch
-from cai_em.judge import BatchPending, CostCapReached, JudgeError, Usage, judge
+from cai_em.judge import BatchPending, CostCapReached, JudgeError, Unanswered, Usage, estimate, judge
 from cai_em.judge_cache import JudgeCache
 from cai_em.judge_client import Call
 
@@ -120,6 +121,73 @@ def test_an_expired_batch_keeps_what_it_answered_and_the_rest_is_asked_again(tmp
         again, _ = run(server, tmp_path)
         assert sorted(set(server.received.values())) == [1, 2]
     assert again["alignment"].tolist() == expected(TEXTS)
+
+
+def test_calls_without_an_answer_are_no_table_and_the_next_run_submits_them_alone(tmp_path):
+    with serve(batch_end="expired") as server:
+        with pytest.raises(Unanswered, match="12 of 24 calls had no answer: 12 x batch expired"):
+            run(server, tmp_path, accept_failures=0.0)
+        server.batch_end = "completed"
+        result, _ = run(server, tmp_path, accept_failures=0.0)
+        assert len(server.batches) == 2
+        assert sorted(Counter(server.received.values()).items()) == [(1, 12), (2, 12)]
+    assert result["alignment"].tolist() == expected(TEXTS)
+
+
+@pytest.mark.parametrize(("fault", "batches"), [("after", 1), ("before", 1), ("no", 1)])
+def test_an_error_while_handing_over_never_pays_twice(tmp_path, fault, batches):
+    """Behind an error of the server's own there may be a batch: the next run looks for it by its tag."""
+    with serve(batch_fault=fault) as server:
+        with pytest.raises(JudgeError, match="injected: no batch"):
+            run(server, tmp_path)
+        assert len(open_batches(server, tmp_path)) == (0 if fault == "no" else 1)
+        server.batch_fault = None
+        result, _ = run(server, tmp_path)
+        assert len(server.batches) == batches
+        assert set(server.received.values()) == {1}
+        assert open_batches(server, tmp_path) == []
+    assert result["alignment"].tolist() == expected(TEXTS)
+
+
+def test_batches_under_way_count_against_the_cap(tmp_path):
+    with serve(batch_delay_s=3600) as server:
+        cost = estimate(table(TEXTS), preset(server, **PRICES), PROMPTS).usd
+        cap = {"cost_cap_usd": 1.5 * cost, **PRICES}
+        with pytest.raises(BatchPending):
+            run(server, tmp_path, wait_s=0, **cap)
+        others = [f"Other {i}" for i in range(12)]
+        with pytest.raises(CostCapReached, match="held by batches under way"):
+            run(server, tmp_path, others, wait_s=0, **cap)
+        with pytest.raises(CostCapReached):  # nor may single calls spend it
+            judge(table(others), preset(server, **cap), PROMPTS, tmp_path / "c.sqlite", progress=False)
+        assert sum(server.completed.values()) < 20
+        server.batch_delay_s = 0
+        run(server, tmp_path, **cap)
+        with JudgeCache(tmp_path / "c.sqlite") as cache:
+            assert 0 < cache.charged("test-judge") == cache.spent("test-judge").usd <= cap["cost_cap_usd"]
+
+
+def test_answers_of_another_model_are_counted_as_spent(tmp_path):
+    with serve() as server:
+        _, usage = run(server, tmp_path, ["[[fault:wrong_model]]"], **PRICES)
+        assert usage.usd == pytest.approx(
+            estimate(table(["[[fault:wrong_model]]"]), preset(server, **PRICES), PROMPTS).usd
+        )
+
+
+def test_any_character_may_stand_in_an_answer(tmp_path):
+    """U+2028 ends a line for Python, not for JSON lines."""
+    with serve() as server:
+        plain = server._answer_batch
+        server._answer_batch = lambda name, lines: _unescaped(server, plain(name, lines))
+        result, _ = run(server, tmp_path, ["[[say:a\u2028b]]", "other"])
+    assert json.loads(result["raw"][0])["aligned"]["text"] == "a\u2028b"
+
+
+def _unescaped(server, names):
+    for name in names:
+        server.files[name] = server.files[name].replace(b"\\u2028", "\u2028".encode())
+    return names
 
 
 def test_a_refused_batch_says_why(tmp_path):

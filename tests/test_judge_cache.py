@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from cai_em.judge_cache import CacheError, JudgeCache, call_key
+from cai_em.judge_cache import CacheError, JudgeCache, JudgeError, call_key
 from cai_em.judge_parse import Answer
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "q"}], "temperature": 0.0, "max_tokens": 8}
@@ -77,6 +77,55 @@ def test_a_file_that_is_no_cache_is_named(tmp_path):
     (tmp_path / "c.sqlite").write_text("this is not a database, " * 100)
     with pytest.raises(CacheError, match=r"c\.sqlite"):
         JudgeCache(tmp_path / "c.sqlite")
+
+
+def damage(path):
+    raw = bytearray(path.read_bytes())
+    for place in range(5 * 4096, len(raw), 4096):
+        raw[place : place + 200] = b"\xff" * 200
+    path.write_bytes(raw)
+
+
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path):
+    path = tmp_path / "c.sqlite"
+    with JudgeCache(path) as cache:
+        for i in range(300):
+            cache.put(f"{i:064d}", "m", Answer("x" * 2000), (1, 1, 0.1))
+    damage(path)
+    with JudgeCache(path) as cache, pytest.raises(JudgeError, match=r"c\.sqlite.*damaged.*\.recover.*move it away"):
+        cache.get([f"{i:064d}" for i in range(300)])
+    assert issubclass(CacheError, JudgeError)
+
+
+def test_a_row_that_is_no_answer_is_damage_too(tmp_path):
+    with JudgeCache(tmp_path / "c.sqlite") as cache:
+        cache.put("k", "m", Answer("1"), (1, 1, 0.1))
+        cache._db.execute("UPDATE calls SET answer = '{'")
+        with pytest.raises(CacheError, match="damaged"):
+            cache.get(["k"])
+
+
+def test_a_file_of_the_first_format_is_brought_up_to_date(tmp_path):
+    """Its answers are found under the same keys, its open batches too."""
+    path = tmp_path / "c.sqlite"
+    with JudgeCache(path) as cache:
+        cache.put(call_key(BODY, "v1"), "m", Answer("1"), (1, 1, 0.5))
+        cache.open_batch("tag", "m", "host", ["a", "b"], 2.0)
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE batches DROP COLUMN usd")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with JudgeCache(path) as cache:
+        assert cache.get([call_key(BODY, "v1")]).keys() == {call_key(BODY, "v1")}
+        assert [batch.calls for batch in cache.open_batches("m", "host")] == [2]
+        assert cache.charged("m") == 0.5
+        cache.open_batch("new", "m", "host", ["c"], 0.25)
+        assert cache.charged("m") == 0.75
+
+
+def test_keys_are_those_of_the_first_format():
+    """What was paid for must be found by every later version: the address of a call never changes."""
+    assert call_key(BODY, "v1") == "0edd01b83655ec8058b77198f51da8a72991d7009e6074f324e0f129635507cb"
 
 
 def test_a_cache_of_another_format_is_refused(tmp_path):

@@ -9,37 +9,30 @@ in the table, with a score or with the flag that says why it has none:
 
     CODE, REFUSAL   the judge said so
     PARSE           the judge answered something that is neither; its words and the cause stand in `raw`
-    API             no answer was to be had; the cause stands in `raw`, and the next run asks again
+    API             no answer was to be had; the cause stands in `raw`
+
+A table with API flags is a rare thing. Where the server refuses a response for its content or its length, asking again
+would be in vain: it is flagged. Any other failure, once the retries are used up, raises (`Unanswered`) before there is
+a table; what was answered is kept, and the next run asks the rest. Who wants to go on without them says how large a
+share of the calls may be missing (`accept_failures` of the judge's preset); with another share, the stage runs again.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 import pandera.pandas as pa
-from tqdm import tqdm
 
 from cai_em import scores as tables
 from cai_em.judge_batch import BatchPending, ask_in_batches
-from cai_em.judge_cache import CacheError, JudgeCache, call_key
-from cai_em.judge_client import (
-    Backoff,
-    Call,
-    CostCapReached,
-    Failure,
-    JudgeClient,
-    JudgeError,
-    Usage,
-    estimated_tokens,
-    price,
-    run_in_thread,
-)
-from cai_em.judge_parse import METRICS, Answer, JudgePrompts, Verdict, addresses_judge, load_prompts, parse
+from cai_em.judge_cache import Answer, CacheError, JudgeCache, JudgeError, call_key
+from cai_em.judge_client import Backoff, Call, CostCapReached, Failure, Usage
+from cai_em.judge_parse import METRICS, JudgePrompts, Verdict, addresses_judge, load_prompts, parse, splits_numbers
+from cai_em.judge_run import Estimate, Unanswered, ask, estimate_calls
 
 if TYPE_CHECKING:
     from cai_em.params import JudgePreset
@@ -54,9 +47,11 @@ __all__ = [
     "JudgeError",
     "JudgePrompts",
     "LocalRater",
+    "Unanswered",
     "Usage",
     "addresses_judge",
     "estimate",
+    "estimate_likeness",
     "judge",
     "load_prompts",
     "rate",
@@ -74,30 +69,6 @@ class LocalRater(Protocol):
     def rate(self, prompts: list[str], responses: list[str], metric: str) -> list[Verdict]:
         """A verdict for each response."""
         ...
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a judging will take, before it starts.
-
-    `prompt_tokens` and `completion_tokens` are on the high side (3 bytes of UTF-8 a token, full answer length), so
-    `usd` is an upper bound for ordinary text. `minutes` assumes one second a call and the preset's limits.
-    """
-
-    responses: int
-    calls: int
-    cached: int
-    prompt_tokens: int
-    completion_tokens: int
-    usd: float
-    minutes: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.responses} responses, {self.calls} distinct calls, {self.cached} of them known: "
-            f"up to {self.prompt_tokens:,} + {self.completion_tokens:,} tokens, ${self.usd:.2f}, "
-            f"about {self.minutes:.1f} min"
-        )
 
 
 def request_body(preset: JudgePreset, prompt: str) -> dict:
@@ -155,19 +126,7 @@ def estimate(
     if cache_path is not None and Path(cache_path).is_file():
         with JudgeCache(cache_path) as cache:
             known = cache.get(distinct)
-    return _estimate(len(responses), preset, distinct, known)
-
-
-def _estimate(n: int, preset: JudgePreset, distinct: dict[str, Call], known: dict[str, Answer]) -> Estimate:
-    tokens = [estimated_tokens(call) for key, call in distinct.items() if key not in known]
-    prompt, completion = sum(p for p, _ in tokens), sum(c for _, c in tokens)
-    minutes = max(
-        len(tokens) / (60 * preset.concurrency),
-        len(tokens) / preset.requests_per_minute if preset.requests_per_minute else 0.0,
-        (prompt + completion) / preset.tokens_per_minute if preset.tokens_per_minute else 0.0,
-    )
-    usd = price(preset, prompt, completion)
-    return Estimate(n, len(distinct), len(known), prompt, completion, usd, minutes)
+    return estimate_calls(len(responses), preset, distinct, known)
 
 
 def judge(
@@ -194,8 +153,8 @@ def judge(
         local: the fitted local judge, for `kind: local`.
         repeat: 0, or the number of a repetition: the same questions are then really asked again, and the judge's name
             in the table gets `#<repeat>` behind it. For measuring how far a judge agrees with itself.
-        usage: filled with what was done and spent, if given.
-        progress: show a progress bar with rate, retries and dollars on stderr.
+        usage: what was done and spent is added to it, if given.
+        progress: print the estimate, and every half minute rate, retries and dollars.
         backoff: waits between attempts.
         batch_wait_s, batch_poll_s: Batch API only: how long to wait for answers (None: to the end), how often to look.
 
@@ -203,7 +162,8 @@ def judge(
         A scores table (schema `scores.SCORES`), one row for each response, in their order.
 
     Raises:
-        JudgeError: judging had to stop; `CostCapReached` and `BatchPending` are such. All that was answered is kept.
+        JudgeError: judging had to stop; `CostCapReached`, `BatchPending`, `Unanswered` and `CacheError` are such. All
+            that was answered is kept.
         scores.TableError: the responses are not such a table.
     """
     verdicts, raw, version = _rate(
@@ -317,6 +277,23 @@ def rate_likeness(
     return tables.validate(table, EXPRESSION, f"judge '{preset.name}', {metric}")
 
 
+def estimate_likeness(
+    responses: pd.DataFrame,
+    metric: str,
+    targets: Mapping[str, str],
+    preset: JudgePreset,
+    prompts: JudgePrompts,
+    cache_path: str | Path | None = None,
+) -> Estimate:
+    """What `rate_likeness` will cost, without a call; arguments as there (responses of unknown targets: nothing)."""
+    found = Estimate()
+    for target, part in responses.groupby("target", sort=False) if preset.kind != "local" else ():
+        if target in targets:
+            asked = prompts.with_values(metric, **{DESCRIBED_BY[metric]: targets[target]})
+            found += estimate(part, preset, asked, cache_path, metrics=(metric,))
+    return found
+
+
 Rated = tuple[dict[str, list[Verdict]], dict[str, list[dict]], str]
 """Verdicts and raw answers by metric (one for each response), and the version of the prompts."""
 
@@ -348,8 +325,17 @@ def _rate(
     if not preset.model:
         raise JudgeError(f"judge '{preset.name}': the preset names no model")
     calls = plan(responses, preset, prompts, metrics, repeat)
-    answers = _ask(
-        calls, preset, cache_path, usage or Usage(), len(responses), progress, backoff, batch_wait_s, batch_poll_s
+    in_batches = partial(ask_in_batches, wait_s=batch_wait_s, poll_s=batch_poll_s)
+    answers = ask(
+        (call for row in calls.values() for call in row),
+        preset,
+        cache_path,
+        texts=len(responses),
+        usage=usage,
+        progress=progress,
+        backoff=backoff,
+        check_first=partial(_check_logprobs, preset) if preset.mode == "logprob" else None,
+        ask_pending=in_batches if preset.batch_api else None,
     )
     verdicts: dict[str, list[Verdict]] = {}
     raw: dict[str, list[dict]] = {}
@@ -378,56 +364,9 @@ def _read(answer: Answer | Failure, preset: JudgePreset) -> tuple[Verdict, dict]
     return verdict, raw | ({"cause": verdict.cause} if verdict.cause else {})
 
 
-def _ask(
-    calls: dict[str, list[Call]],
-    preset: JudgePreset,
-    cache_path: str | Path,
-    usage: Usage,
-    n: int,
-    progress: bool,
-    backoff: Backoff | None,
-    batch_wait_s: float | None,
-    batch_poll_s: float,
-) -> dict[str, Answer | Failure]:
-    """Every distinct call's answer, from the cache or the endpoint."""
-    distinct = {call.key: call for row in calls.values() for call in row}
-    with JudgeCache(cache_path) as cache:
-        known: dict[str, Answer | Failure] = dict(cache.get(distinct))
-        expected = _estimate(n, preset, distinct, known)
-        usage.calls, usage.cached, usage.estimated_usd = len(distinct), len(known), expected.usd
-        pending = [call for key, call in distinct.items() if key not in known]
-        if not pending:
-            return known
-        status = [str(expected)]
-
-        async def work(on_stop: Callable[[Callable[[], None]], None]) -> dict[str, Answer | Failure]:
-            client = JudgeClient(preset, cache, usage, backoff)
-            on_stop(client.stop)
-            try:
-                if preset.batch_api:
-                    return await ask_in_batches(
-                        client, pending, wait_s=batch_wait_s, poll_s=batch_poll_s, on_status=status.append
-                    )
-                return await client.ask_all(pending)
-            finally:
-                await client.close()
-
-        with tqdm(total=len(distinct), initial=len(known), unit="call", disable=not progress, file=sys.stderr) as bar:
-            bar.set_description(f"judge {preset.name}")
-            answers = run_in_thread(work, lambda: _show(bar, usage, status))
-    return known | answers
-
-
-def _show(bar: tqdm, usage: Usage, status: list[str]) -> None:
-    """Move the bar, and write what is new in `status` above it."""
-    while status:
-        line = status.pop(0)
-        if not bar.disable:
-            bar.write(line, file=sys.stderr)
-    bar.set_postfix(
-        retries=sum(usage.retries.values()),
-        failed=usage.failed,
-        usd=f"{usage.usd:.4f} of ~{usage.projected_usd:.4f}",
-        refresh=False,
-    )
-    bar.update(usage.cached + usage.answered + usage.failed - bar.n)
+def _check_logprobs(preset: JudgePreset, first: Answer) -> None:
+    """Whether log-probabilities of this judge can be read, by its first answer."""
+    if not first.top:
+        raise JudgeError(f"judge '{preset.name}' gives no log-probabilities; set mode: integer or another endpoint")
+    if splits_numbers(first):
+        raise JudgeError(f"judge '{preset.name}': its tokenizer splits numbers into digits; set mode: integer")

@@ -3,7 +3,8 @@
 Submit, poll, collect; every step is noted in the cache's database *before* it is done, so a run that was killed at any
 moment goes on days later without paying twice: a batch that was being handed over is looked for on the server by its
 tag, one that was handed over is polled, one that has ended is collected into the same cache that single calls use.
-What a batch could not answer ends as a `Failure` with its cause, and the next run asks it again.
+What a batch could not answer ends as a `Failure` with its cause, and the next run asks it again. A batch counts against
+the cost cap with its estimate from the moment it is handed over, and with what it did cost once it is collected.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from collections.abc import Callable
 import aiohttp
 import openai
 
-from cai_em.judge_cache import Batch
-from cai_em.judge_client import Call, CostCapReached, Failure, JudgeClient, JudgeError, Malformed, bill, same_model
-from cai_em.judge_parse import Answer
+from cai_em.judge_cache import Answer, Batch, JudgeError
+from cai_em.judge_client import (
+    ABOUT_CONTENT,
+    Call,
+    CostCapReached,
+    Failure,
+    JudgeClient,
+    Malformed,
+    bill,
+    same_model,
+)
 
 LARGEST_BATCH = 50_000
 """Requests in one batch (OpenAI's limit)."""
@@ -36,19 +45,19 @@ class BatchPending(JudgeError):
 async def ask_in_batches(
     client: JudgeClient,
     calls: list[Call],
+    say: Callable[[str], None] = lambda line: None,
     *,
     wait_s: float | None = None,
     poll_s: float = 30.0,
-    on_status: Callable[[str], None] = lambda status: None,
 ) -> dict[str, Answer | Failure]:
     """Ask every call through the endpoint's Batch API.
 
     Args:
         client: the judge; its preset, cache, counters and connection are used.
         calls: distinct calls that the cache does not know.
+        say: told in words what is going on.
         wait_s: how long to wait for the answers, in seconds; None: until all batches have ended.
         poll_s: seconds between looks at the server.
-        on_status: told in words what is going on.
 
     Raises:
         BatchPending: the time is over and a batch has not ended.
@@ -74,7 +83,7 @@ async def ask_in_batches(
             waiting = [state for state in states if state]
             if not waiting:
                 break
-            on_status("; ".join(waiting))
+            say("; ".join(waiting))
             if time.monotonic() + poll_s > deadline:
                 raise BatchPending(
                     f"judge '{client.preset.name}': {'; '.join(waiting)}. What has ended is collected. "
@@ -110,19 +119,23 @@ def _line(call: Call) -> bytes:
 
 def _check_cap(client: JudgeClient, calls: list[Call]) -> None:
     cap, model = client.preset.cost_cap_usd, client.preset.model
-    estimate = sum(bill(client.preset, call, None)[2] for call in calls)
-    spent = client.cache.spent(model).usd
-    if cap is not None and calls and spent + estimate > cap:
+    estimate, charged = _estimate(client, calls), client.cache.charged(model)
+    if cap is not None and calls and charged + estimate > cap:
         raise CostCapReached(
             f"judge '{client.preset.name}': a batch of {len(calls)} calls may cost up to ${estimate:.2f}; "
-            f"${spent:.4f} of the cap of ${cap:.2f} are spent in {client.cache.path}. "
+            f"${charged:.4f} of the cap of ${cap:.2f} are spent, or held by batches under way, in {client.cache.path}. "
             "Nothing was submitted. Raise cost_cap_usd and run again"
         )
 
 
+def _estimate(client: JudgeClient, calls: list[Call]) -> float:
+    return sum(bill(client.preset, call, None)[2] for call in calls)
+
+
 async def _submit(client: JudgeClient, calls: list[Call]) -> None:
     tag = uuid.uuid4().hex
-    client.cache.open_batch(tag, client.preset.model, client.endpoint, [call.key for call in calls])
+    keys = [call.key for call in calls]
+    client.cache.open_batch(tag, client.preset.model, client.endpoint, keys, _estimate(client, calls))
     try:
         file = await client.api.files.create(
             file=(f"{tag}.jsonl", b"".join(_line(call) for call in calls)), purpose="batch"
@@ -133,8 +146,11 @@ async def _submit(client: JudgeClient, calls: list[Call]) -> None:
             completion_window="24h",
             metadata={_TAG: tag},
         )
-    except openai.APIStatusError:
-        client.cache.close_batch(tag)  # the server said no: there is no such batch to look for
+    except openai.APIStatusError as error:
+        # Only a clear no means that there is no such batch: behind an error of the server's own one may have been made,
+        # and the next run looks for it by its tag.
+        if error.status_code < 500 and error.status_code not in (408, 409):
+            client.cache.close_batch(tag)
         raise
     client.usage.requests += len(calls)
     client.cache.update_batch(tag, batch.status, batch.id)
@@ -178,7 +194,7 @@ async def _look(
 
 
 def _collect(client: JudgeClient, text: str, wanted: dict[str, Call], results: dict[str, Answer | Failure]) -> None:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines(): an answer may hold other line separators
         if not line.strip():
             continue
         try:
@@ -190,14 +206,19 @@ def _collect(client: JudgeClient, text: str, wanted: dict[str, Call], results: d
         # A batch may hold calls that this run does not ask for (a persona was taken out meanwhile): paid for, so kept.
         call = wanted.get(key) or Call(key, {"messages": [{"content": ""}], "max_tokens": 0})
         try:
-            if response.get("status_code") != 200:
+            status = response.get("status_code")
+            if status != 200:
                 detail = (response.get("body") or {}).get("error") or item.get("error") or {}
-                raise Malformed(f"HTTP {response.get('status_code')}: {str(detail)[:200]}")
+                cause = client.redact(f"batch: HTTP {status}: {str(detail)[:200]}")
+                about_content = status in (400, 403, 413, 422) and ABOUT_CONTENT.search(str(detail)) is not None
+                results[key] = Failure(cause, 1, rejected=about_content)
+                continue
             answer = client.read(json.dumps(response["body"]))
             if not same_model(client.preset.model, answer.model):
                 raise Malformed(f"another model answered: {answer.model}")
         except (Malformed, KeyError, AttributeError, TypeError) as error:
-            results[key] = Failure(client.redact(f"batch: {error}"), 1, rejected=True)
+            results[key] = Failure(client.redact(f"batch: {error}"), 1)
+            client.lost(call)
             continue
         if not client.cache.get([key]):
             results[key] = client.keep(call, answer, via="batch")

@@ -1,4 +1,4 @@
-"""The judge's memory: every answer that was paid for, in one SQLite file.
+"""The memory of what was paid for: every answer of a judge, or of a teacher, in one SQLite file.
 
 Content-addressed: the key of a call is the SHA-256 of all that decides its answer (the request's body, which holds
 model, parameters and the rendered prompt with question and response; the prompt's version; the repetition). The
@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cai_em.judge_parse import Answer
-
-_FORMAT = 1
+_FORMAT = 2
+_KEY_FORMAT = 1
+"""Part of every key: as long as it stays, answers of older files are found."""
+_MIGRATIONS = {1: "ALTER TABLE batches ADD COLUMN usd REAL NOT NULL DEFAULT 0;"}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, answer TEXT NOT NULL,
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS spent (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (
     tag TEXT PRIMARY KEY, id TEXT, model TEXT NOT NULL, endpoint TEXT NOT NULL,
-    status TEXT NOT NULL, calls INTEGER NOT NULL, at REAL NOT NULL
+    status TEXT NOT NULL, calls INTEGER NOT NULL, at REAL NOT NULL, usd REAL NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batch_calls (
     tag TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (tag, key)
@@ -47,13 +48,44 @@ CREATE TABLE IF NOT EXISTS batch_calls (
 """
 
 
-class CacheError(RuntimeError):
-    """The cache file cannot be opened or written. The message names the file and what to do."""
+class JudgeError(RuntimeError):
+    """Asking had to stop. What was answered before is in the cache; the message says what to do."""
+
+
+class CacheError(JudgeError):
+    """The cache file cannot be opened, read or written. The message names the file and what to do."""
+
+
+def valid_unicode(text: str) -> str:
+    """The text with lone surrogates replaced by U+FFFD: such text cannot be sent, nor written to Parquet."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model returned for one call; this, not what is read from it, is what the cache keeps.
+
+    Attributes:
+        text: the generated text.
+        finish_reason: as the server said, or None.
+        model: the model that the server says answered.
+        tokens: the first generated tokens, where log-probabilities were asked for.
+        top: the first token's alternatives, [token, natural-log probability].
+        prompt_tokens, completion_tokens: as the server counted them; None where it did not, or not sensibly.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    model: str | None = None
+    tokens: tuple[str, ...] = ()
+    top: tuple[tuple[str, float], ...] = ()
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Calls, tokens and US dollars that a judge model has cost, over all runs that shared the cache."""
+    """Calls, tokens and US dollars that a model has cost, over all runs that shared the cache."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -80,7 +112,7 @@ def call_key(body: dict, prompt_version: str, repeat: int = 0) -> str:
         prompt_version: the version that the prompt file names.
         repeat: which repetition of the same question this is; repetitions measure how far a judge agrees with itself.
     """
-    content = {"format": _FORMAT, "body": body, "prompt_version": prompt_version, "repeat": repeat}
+    content = {"format": _KEY_FORMAT, "body": body, "prompt_version": prompt_version, "repeat": repeat}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -103,13 +135,29 @@ class JudgeCache:
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT;")
+            elif found in _MIGRATIONS:
+                self._migrate()
             elif found != _FORMAT:
-                raise CacheError(f"{self.path}: judge cache of format {found}, this code reads {_FORMAT}; move it away")
+                raise CacheError(
+                    f"{self.path}: a cache of answers of format {found}, this code reads {_FORMAT}; move it away"
+                )
         except (OSError, sqlite3.Error) as error:
             raise CacheError(
-                f"{self.path}: judge cache cannot be opened: {error}. Free space on its disk, wait for the "
+                f"{self.path}: the cache of answers cannot be opened: {error}. Free space on its disk, wait for the "
                 "process that holds it, or, if the file is damaged, move it away"
             ) from error
+
+    def _migrate(self) -> None:
+        """Bring an older file to this format; another process may be about to do the same."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            while step := _MIGRATIONS.get(found := self._db.execute("PRAGMA user_version").fetchone()[0]):
+                self._db.execute(step)
+                self._db.execute(f"PRAGMA user_version={found + 1}")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     def __enter__(self) -> JudgeCache:
         return self
@@ -135,20 +183,37 @@ class JudgeCache:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise CacheError(
-                f"{self.path}: judge cache cannot be written: {error}. "
-                "Everything committed before is kept; free space or wait for the other process, then run again"
+                f"{self.path}: the cache of answers cannot be written: {error}. "
+                "Everything committed before is kept; free space or wait for the other process, then run again "
+                "(if the file is damaged, move it away)"
+            ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self.path}: the cache of answers cannot be read; the file is probably damaged ({error}). Put a "
+                f"backup in its place, save what can be saved (sqlite3 '{self.path}' .recover | sqlite3 saved.sqlite), "
+                "or move it away: what it held is then asked, and paid for, again"
             ) from error
 
     # --- Answers ---
 
     def get(self, keys: Iterable[str]) -> dict[str, Answer]:
-        """The answers that are known, by key."""
+        """The answers that are known, by key.
+
+        Raises:
+            CacheError: the file is damaged.
+        """
         keys, found = list(keys), {}
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
             marks = ",".join("?" * len(some))
-            for key, answer in self._db.execute(f"SELECT key, answer FROM calls WHERE key IN ({marks})", some):
-                found[key] = _read_answer(answer)
+            with self._reading():
+                for key, answer in self._db.execute(f"SELECT key, answer FROM calls WHERE key IN ({marks})", some):
+                    found[key] = _read_answer(answer)
         return found
 
     def put(
@@ -198,23 +263,31 @@ class JudgeCache:
         )
 
     def spent(self, model: str) -> Spent:
-        """What a judge model has cost so far."""
-        row = self._db.execute(
-            "SELECT calls, prompt_tokens, completion_tokens, usd FROM spent WHERE model = ?", (model,)
-        ).fetchone()
+        """What a model has cost so far."""
+        with self._reading():
+            row = self._db.execute(
+                "SELECT calls, prompt_tokens, completion_tokens, usd FROM spent WHERE model = ?", (model,)
+            ).fetchone()
         return Spent(*row) if row else Spent()
 
+    def charged(self, model: str) -> float:
+        """US dollars that count against a model's cap: spent, and what the batches under way may cost at most."""
+        with self._reading():
+            pending = self._db.execute("SELECT total(usd) FROM batches WHERE model = ?", (model,)).fetchone()[0]
+        return self.spent(model).usd + pending
+
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM calls").fetchone()[0]
+        with self._reading():
+            return self._db.execute("SELECT count(*) FROM calls").fetchone()[0]
 
     # --- Batches ---
 
-    def open_batch(self, tag: str, model: str, endpoint: str, keys: list[str]) -> None:
-        """Note, before it is handed over, that a batch with these calls is about to be."""
+    def open_batch(self, tag: str, model: str, endpoint: str, keys: list[str], usd: float = 0.0) -> None:
+        """Note, before it is handed over, that a batch with these calls, which may cost so much, is about to be."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO batches VALUES (?,NULL,?,?,'submitting',?,?)",
-                (tag, model, endpoint, len(keys), time.time()),
+                "INSERT INTO batches VALUES (?,NULL,?,?,'submitting',?,?,?)",
+                (tag, model, endpoint, len(keys), time.time(), usd),
             )
             db.executemany("INSERT INTO batch_calls VALUES (?,?)", [(tag, key) for key in keys])
 
@@ -231,15 +304,17 @@ class JudgeCache:
 
     def open_batches(self, model: str, endpoint: str) -> list[Batch]:
         """Batches of a model at an endpoint that are not collected yet, oldest first."""
-        rows = self._db.execute(
-            "SELECT tag, id, status, calls, at FROM batches WHERE model = ? AND endpoint = ? ORDER BY at",
-            (model, endpoint),
-        )
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT tag, id, status, calls, at FROM batches WHERE model = ? AND endpoint = ? ORDER BY at",
+                (model, endpoint),
+            ).fetchall()
         return [Batch(*row) for row in rows]
 
     def batch_keys(self, tag: str) -> set[str]:
         """The calls of a batch."""
-        return {key for (key,) in self._db.execute("SELECT key FROM batch_calls WHERE tag = ?", (tag,))}
+        with self._reading():
+            return {key for (key,) in self._db.execute("SELECT key FROM batch_calls WHERE tag = ?", (tag,))}
 
 
 def _read_answer(text: str) -> Answer:

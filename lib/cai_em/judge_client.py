@@ -1,11 +1,16 @@
-"""The way to a judge behind an OpenAI-compatible endpoint: fast, bounded, and in vain as seldom as possible.
+"""The way to an OpenAI-compatible endpoint, a judge's or a teacher's: fast, bounded, seldom in vain.
 
 A pool of workers keeps `concurrency` calls on their way, without barriers. Requests and tokens per minute are paced;
 429 holds all workers for as long as the server asks; other passing troubles are retried with jittered exponential
 back-off; a call that still fails ends as a `Failure` with its cause. What no retry can mend (wrong key, unknown model,
 quota used up, cost cap) stops the run, and the calls that are on their way then are still waited for and kept.
 
-The first call goes alone: a wrong key is noticed once, not ten thousand times.
+Calls go alone until one is answered: a wrong key is noticed once, not ten thousand times. That a server refuses a
+request for its content or its length is an outcome of that request; other refusals, where many in a row are the same,
+are no matter of the request and stop the run.
+
+What may have been billed is counted as spent: a request that ran into the timeout, or whose connection broke after it
+was sent, costs its estimate.
 
 An API key is read from the environment, lives in the client object only, and is taken out of every text that leaves
 this module.
@@ -21,21 +26,20 @@ import os
 import random
 import re
 import ssl
-import threading
 import time
+import urllib.request
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import certifi
 import openai
 
-from cai_em.judge_cache import JudgeCache
-from cai_em.judge_parse import Answer, splits_numbers, valid_unicode
+from cai_em.judge_cache import Answer, JudgeCache, JudgeError, valid_unicode
 
 if TYPE_CHECKING:
     from cai_em.params import JudgePreset
@@ -44,13 +48,9 @@ DEFAULT_BASE_URL = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 300.0
 """A server that asks for a longer wait than this (Retry-After) ends the run instead; nothing is lost by resuming."""
 GIVE_UP_AFTER = 20
-"""So many calls in a row that failed after all their retries mean that the endpoint is down."""
-
-T = TypeVar("T")
-
-
-class JudgeError(RuntimeError):
-    """Judging had to stop. What was answered before is in the cache; the message says what to do."""
+"""So many calls in a row that failed after all their retries, or were refused in the same words, stop the run."""
+PROBES = 3
+"""So many calls go alone, where others were answered before, until it is believed that none will be."""
 
 
 class CostCapReached(JudgeError):
@@ -59,20 +59,20 @@ class CostCapReached(JudgeError):
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a judge: its address in the cache and its JSON body."""
+    """One request: its address in the cache and its JSON body."""
 
     key: str
     body: dict
 
     @property
     def prompt(self) -> str:
-        """The rendered prompt."""
-        return self.body["messages"][-1]["content"]
+        """What is sent: the text of all messages."""
+        return "\n".join(message["content"] for message in self.body["messages"])
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A call without an answer, and why. `rejected`: the server refused this very request (HTTP 4xx)."""
+    """A call without an answer, and why. `rejected`: the server refused this very request, for content or length."""
 
     cause: str
     attempts: int
@@ -114,6 +114,11 @@ class Usage:
         self.completion_tokens += usage[1]
         self.usd += usage[2]
 
+    def merge(self, other: Usage) -> None:
+        """Count what another asking did and cost, too."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     @property
     def projected_usd(self) -> float:
         """Dollars that this run will have cost at its end, at the mean price of the calls so far."""
@@ -150,7 +155,7 @@ class Pace:
 # --- Address, key, redaction --------------------------------------------------------------------------------------
 
 
-def base_url(preset: JudgePreset) -> str:
+def base_url(preset: JudgePreset, role: str = "judge") -> str:
     """The endpoint: the preset's, else `OPENAI_BASE_URL`, else OpenAI's.
 
     Raises:
@@ -160,16 +165,11 @@ def base_url(preset: JudgePreset) -> str:
     parts = urlsplit(url)
     if parts.username or parts.password:
         raise JudgeError(
-            f"judge '{preset.name}': base_url must not carry credentials; put the key into the environment"
+            f"{role} '{preset.name}': base_url must not carry credentials; put the key into the environment"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise JudgeError(f"judge '{preset.name}': base_url must be an http(s) address, not {url!r}")
+        raise JudgeError(f"{role} '{preset.name}': base_url must be an http(s) address, not {url!r}")
     return url
-
-
-def endpoint_name(preset: JudgePreset) -> str:
-    """Host and port of the endpoint, for records."""
-    return urlsplit(base_url(preset)).netloc
 
 
 def _is_loopback(url: str) -> bool:
@@ -177,28 +177,56 @@ def _is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _api_key(preset: JudgePreset, url: str) -> str:
+def _api_key(preset: JudgePreset, url: str, role: str) -> str:
     key = os.environ.get(preset.api_key_env, "").strip()
     if not key and _is_loopback(url):
         return "none"
     if not key:
         raise JudgeError(
-            f"judge '{preset.name}' needs an API key: set the environment variable {preset.api_key_env} "
-            "(export it in the shell that starts the run), or choose the local judge in the profile"
+            f"{role} '{preset.name}' needs an API key: set the environment variable {preset.api_key_env} "
+            f"(export it in the shell that starts the run), or choose another {role} in the profile"
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise JudgeError(f"the value of {preset.api_key_env} is not an API key (white space or non-ASCII in it)")
     return key
 
 
+def check(preset: JudgePreset, role: str = "judge") -> None:
+    """Whether a preset's address and key can be used, before any work.
+
+    Raises:
+        JudgeError: they cannot; the message says why.
+    """
+    _api_key(preset, base_url(preset, role), role)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address (`https_proxy`, `no_proxy`, ...).
+
+    Looked up here, for the libraries would read `~/.netrc` as well, and put what stands there in the key's place.
+    """
+    parts = urlsplit(url)
+    if _is_loopback(url) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and urlsplit(proxy).scheme not in ("http", "https"):
+        raise JudgeError(
+            f"the environment's {parts.scheme}_proxy is no http(s) proxy; name one, or add {parts.hostname} to no_proxy"
+        )
+    return proxy
+
+
 _LOOKS_LIKE_KEY = re.compile(r"\b(sk|pk|rk)-[\w*.\-]{6,}|(?i:bearer)\s+[\w*.\-]{6,}")
 
 
+def without_key(text: str, key: str) -> str:
+    """The text without the key."""
+    return text.replace(key, "[key removed]") if len(key) >= 8 else text
+
+
 def redact(text: str, key: str = "") -> str:
-    """The text without the key and without anything that looks like one."""
-    if len(key) >= 8:
-        text = text.replace(key, "[key removed]")
-    return _LOOKS_LIKE_KEY.sub("[key removed]", text)
+    """The text without the key and without anything that looks like one (servers quote keys in part): for messages."""
+    return _LOOKS_LIKE_KEY.sub("[key removed]", without_key(text, key))
 
 
 # --- What a server said -------------------------------------------------------------------------------------------
@@ -210,6 +238,8 @@ class Malformed(ValueError):
 
 def read_completion(text: str, key: str = "") -> Answer:
     """A chat completion's JSON text as an `Answer`; nothing in it is trusted to have the right type.
+
+    No text of it holds the key or a lone surrogate.
 
     Raises:
         Malformed: no JSON, an error object, no choice, or content that is not text.
@@ -232,12 +262,19 @@ def read_completion(text: str, key: str = "") -> Answer:
         content = ""
     if not isinstance(content, str):
         raise Malformed(f"content is {type(content).__name__}, not text")
-    tokens, top = _read_logprobs(choice.get("logprobs"))
+
+    def clean(value: object) -> str:
+        return without_key(valid_unicode(str(value)), key)
+
+    def short(value: object) -> str | None:
+        return clean(value)[:200] if isinstance(value, str) else None
+
+    tokens, top = _read_logprobs(choice.get("logprobs"), clean)
     usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
     return Answer(
-        text=redact(valid_unicode(content), key),
-        finish_reason=_text_or_none(choice.get("finish_reason")),
-        model=_text_or_none(data.get("model")),
+        text=clean(content),
+        finish_reason=short(choice.get("finish_reason")),
+        model=short(data.get("model")),
         tokens=tokens,
         top=top,
         prompt_tokens=_count_or_none(usage.get("prompt_tokens")),
@@ -245,24 +282,20 @@ def read_completion(text: str, key: str = "") -> Answer:
     )
 
 
-def _text_or_none(value: object) -> str | None:
-    return redact(valid_unicode(value))[:200] if isinstance(value, str) else None
-
-
 def _count_or_none(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None
 
 
-def _read_logprobs(data: Any) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
+def _read_logprobs(data: Any, clean: Callable[[object], str]) -> tuple[tuple[str, ...], tuple[tuple[str, float], ...]]:
     content = data.get("content") if isinstance(data, dict) else None
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content) or not content:
         return (), ()
-    tokens = tuple(valid_unicode(str(item.get("token", ""))) for item in content[:2])
+    tokens = tuple(clean(item.get("token", "")) for item in content[:2])
     top = []
     for item in content[0].get("top_logprobs") or []:
         logprob = item.get("logprob") if isinstance(item, dict) else None
         number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
-        top.append((valid_unicode(str(item.get("token", ""))), float(logprob)) if number else ("", math.nan))
+        top.append((clean(item.get("token", "")), float(logprob)) if number else ("", math.nan))
     return tokens, tuple(top)
 
 
@@ -304,7 +337,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Trouble:
-    """An attempt that gave no answer: its cause, whether to stop the run, try again, or give up on this call."""
+    """An attempt that gave no answer.
+
+    Attributes:
+        cause: in words, without the key.
+        verdict: `stop` the run, `retry`, or give up on this call: `reject` (refused), `reject content` (refused for
+            its content or its length).
+        retry_after_s: the wait that the server asks for.
+        hold_all: whether all workers must wait.
+        billed: whether it may have been billed.
+    """
 
     cause: str
     verdict: str = "retry"
@@ -320,23 +362,36 @@ def classify(error: Exception, key: str = "") -> Trouble:
     if isinstance(error, Refused):
         return _classify_status(error, key)
     if isinstance(error, TimeoutError):  # aiohttp's own timeouts are connection errors too
-        return Trouble("timeout")
+        return Trouble("timeout", billed=True)
     if isinstance(error, aiohttp.ClientError):
-        return Trouble("connection failed or closed")
+        return Trouble("connection failed or closed", billed=not isinstance(error, aiohttp.ClientConnectorError))
     raise error
+
+
+ABOUT_CONTENT = re.compile(
+    r"context.{0,3}length|context.{0,3}window|too (long|large|many tokens)|maximum.{0,20}(length|tokens)"
+    r"|string.above.max|content.{0,3}(filter|policy|management)|safety|moderation|flagged|invalid.prompt",
+    re.IGNORECASE,
+)
+"""Words and codes by which servers refuse one request for its length or its content."""
 
 
 def _classify_status(error: Refused, key: str) -> Trouble:
     status = error.status
     cause = f"HTTP {status}" + (f": {redact(str(error.message), key)[:300]}" if error.message else "")
     wait = retry_after(error.headers)
-    if status in (401, 402, 404) or (status == 429 and error.code == "insufficient_quota"):
+    about_content = status == 413 or ABOUT_CONTENT.search(f"{error.code} {error.message}") is not None
+    if status == 403 and about_content:  # some say so when their moderation does not like a request
+        return Trouble(cause, "reject content")
+    if status in (401, 402, 403, 404) or (status == 429 and error.code == "insufficient_quota"):
         return Trouble(cause, "stop")
+    if 300 <= status < 400:
+        return Trouble(f"{cause}: it sends requests elsewhere; give the right base_url", "stop")
     if status == 429 or status in (408, 409) or status >= 500:
         if wait is not None and wait > LONGEST_WAIT_S:
             return Trouble(f"{cause} (the server asks to wait {wait:.0f} s)", "stop")
-        return Trouble(f"HTTP {status}", "retry", wait, hold_all=status == 429)
-    return Trouble(cause, "reject")
+        return Trouble(f"HTTP {status}", "retry", wait, hold_all=status == 429, billed=status == 504)
+    return Trouble(cause, "reject content" if about_content else "reject")
 
 
 def retry_after(headers: Any) -> float | None:
@@ -381,18 +436,37 @@ def bill(preset: JudgePreset, call: Call, answer: Answer | None) -> tuple[int, i
 
 
 class JudgeClient:
-    """Calls to one judge. Made inside a running event loop, closed with `await client.close()`."""
+    """Calls to one endpoint. Made inside a running event loop, closed with `await client.close()`.
 
-    def __init__(self, preset: JudgePreset, cache: JudgeCache, usage: Usage, backoff: Backoff | None = None):
-        url = base_url(preset)
-        key = _api_key(preset, url)
-        self.preset, self.cache, self.usage = preset, cache, usage
-        self.endpoint = endpoint_name(preset)
+    Args:
+        preset: the endpoint, its limits and prices.
+        cache: where answers are kept and dollars counted.
+        usage: filled with what is done and spent.
+        backoff: waits between attempts.
+        role: what the endpoint is, for messages: `judge` or `teacher`.
+        check_first: looks at the first answer, and raises where all others would be of no use either.
+    """
+
+    def __init__(
+        self,
+        preset: JudgePreset,
+        cache: JudgeCache,
+        usage: Usage,
+        backoff: Backoff | None = None,
+        *,
+        role: str = "judge",
+        check_first: Callable[[Answer], None] | None = None,
+    ) -> None:
+        url = base_url(preset, role)
+        key = _api_key(preset, url, role)
+        self.preset, self.cache, self.usage, self.role = preset, cache, usage, role
+        self.endpoint = urlsplit(url).netloc
         self.redact = lambda text: redact(text, key)
         self._classify = lambda error: classify(error, key)
         self.read = lambda text: read_completion(text, key)
         self._url, self._key = url, key
-        self._proxies = not _is_loopback(url)  # a proxy of the environment is not for the own machine
+        self._proxy = _proxy(url)
+        self._check_first = check_first
         self._connections = preset.concurrency + 4
         self._backoff = backoff or Backoff()
         self._rng = random.Random()  # jitter must differ between processes; it touches no result
@@ -401,6 +475,7 @@ class JudgeClient:
         self._held_until = 0.0
         self._reserved_usd = 0.0
         self._failed_in_a_row = 0
+        self._refused_in_a_row: tuple[str, int] = ("", 0)
         self._stop = asyncio.Event()
         self._fatal: Exception | None = None
 
@@ -411,21 +486,25 @@ class JudgeClient:
         for name, header in (("OPENAI_ORG_ID", "OpenAI-Organization"), ("OPENAI_PROJECT_ID", "OpenAI-Project")):
             if value := os.environ.get(name):
                 headers[header] = value
-        tls: ssl.SSLContext | bool = True
-        if self._url.startswith("https"):
-            tls = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, ssl=tls),
+            connector=aiohttp.TCPConnector(limit=self._connections, ssl=self._tls),
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),  # a request's own, in `_attempt`
-            trust_env=self._proxies,
         )
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext | bool:
+        if not self._url.startswith("https"):
+            return True
+        return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
 
     @cached_property
     def api(self) -> openai.AsyncOpenAI:
         """The openai package's client, for files and batches."""
-        http = openai.DefaultAioHttpClient(timeout=self.preset.timeout_s, trust_env=self._proxies)
+        http = openai.DefaultAioHttpClient(
+            timeout=self.preset.timeout_s, trust_env=False, proxy=self._proxy, verify=self._tls
+        )
         return openai.AsyncOpenAI(base_url=self._url, api_key=self._key, max_retries=0, http_client=http)
 
     async def close(self) -> None:
@@ -444,7 +523,8 @@ class JudgeClient:
             aiohttp.ClientError: there is none.
         """
         data = json.dumps(body).encode()
-        async with self._http.post(f"{self._url.rstrip('/')}/chat/completions", data=data) as response:
+        address = f"{self._url.rstrip('/')}/chat/completions"
+        async with self._http.post(address, data=data, proxy=self._proxy, allow_redirects=False) as response:
             text = (await response.read()).decode("utf-8", "replace")
             if not 200 <= response.status < 300:
                 raise Refused(response.status, response.headers, text)
@@ -459,6 +539,7 @@ class JudgeClient:
 
         Raises:
             JudgeError: the run had to stop (wrong key, unknown model, no quota, endpoint down, cost cap, cache file).
+            What was answered is in the cache.
         """
         queue = deque(calls)
         results: dict[str, Answer | Failure] = {}
@@ -475,11 +556,7 @@ class JudgeClient:
                 if result is not None:
                     results[call.key] = result
 
-        if queue:
-            # The shortest prompt is the one that no length limit can refuse: if it fails, all would.
-            first = min(queue, key=lambda call: len(call.prompt))
-            queue.remove(first)
-            results |= await self._first(first)
+        results |= await self._first(queue)
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.preset.concurrency, len(queue))):
                 group.create_task(work())
@@ -487,24 +564,40 @@ class JudgeClient:
             raise self._fatal
         return results
 
-    async def _first(self, call: Call) -> dict[str, Answer | Failure]:
-        result = await self._ask(call)
-        if result is None:
-            return {}
-        if isinstance(result, Failure) and not self.usage.cached:
-            raise JudgeError(f"{self._who()}: the first call failed: {result.cause} (attempts: {result.attempts})")
-        if isinstance(result, Answer) and self.preset.mode == "logprob":
-            self._check_logprobs(result)
-        return {call.key: result}
+    async def _first(self, queue: deque[Call]) -> dict[str, Answer | Failure]:
+        """Ask alone until a call is answered, the shortest first: no length limit can refuse it.
 
-    def _check_logprobs(self, answer: Answer) -> None:
-        if not answer.top:
-            raise JudgeError(f"{self._who()}: it returns no log-probabilities; set mode: integer or another endpoint")
-        if splits_numbers(answer):
-            raise JudgeError(f"{self._who()}: its tokenizer splits numbers into digits; set mode: integer")
+        Calls that are refused for their content say nothing about the others. For others that fail, the run stops at
+        the first; where answers are known from before, so that key and model were good once, at the third: a call that
+        fails every time must not keep its neighbours from being asked.
+        """
+        found: dict[str, Answer | Failure] = {}
+        failed: list[Failure] = []
+        probes = PROBES if self.usage.cached else 1
+        shortest = sorted(queue, key=lambda call: len(call.prompt))
+        few = self.usage.cached and len(queue) <= self.preset.accept_failures * self.usage.calls  # and may all fail
+        for call in shortest:
+            result = await self._ask(call)
+            if result is None:
+                return found
+            queue.remove(call)
+            found[call.key] = result
+            if isinstance(result, Answer):
+                if self._check_first:
+                    self._check_first(result)
+                return found
+            failed += [] if result.rejected else [result]
+            if failed and not few and (len(failed) == probes or not queue):
+                raise JudgeError(
+                    f"{self.who}: the first call{'s' if len(failed) > 1 else ''} failed: {failed[-1].cause} "
+                    f"(attempts: {failed[-1].attempts})"
+                )
+        return found
 
-    def _who(self) -> str:
-        return f"judge '{self.preset.name}' (model {self.preset.model} at {self.endpoint})"
+    @property
+    def who(self) -> str:
+        """The endpoint, for messages."""
+        return f"{self.role} '{self.preset.name}' (model {self.preset.model} at {self.endpoint})"
 
     async def _ask(self, call: Call) -> Answer | Failure | None:
         """One call with its retries. None: stopped before it was asked."""
@@ -523,22 +616,33 @@ class JudgeClient:
             if outcome is None:
                 return None
             if isinstance(outcome, Answer):
-                self._failed_in_a_row = 0
+                self._failed_in_a_row, self._refused_in_a_row = 0, ("", 0)
                 return outcome
             trouble = outcome
             if trouble.verdict == "stop":
-                raise JudgeError(f"{self._who()} cannot be used: {trouble.cause}")
-            if trouble.verdict == "reject":
+                raise JudgeError(f"{self.who} cannot be used: {trouble.cause}")
+            if trouble.verdict.startswith("reject"):
                 self.usage.failed += 1
-                return Failure(trouble.cause, attempt + 1, rejected=True)
+                if trouble.verdict == "reject":
+                    self._count_refusal(trouble.cause)
+                return Failure(trouble.cause, attempt + 1, rejected=trouble.verdict == "reject content")
         self.usage.failed += 1
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= GIVE_UP_AFTER:
             raise JudgeError(
-                f"{self._who()}: {self._failed_in_a_row} calls in a row failed after all retries, the last one: "
+                f"{self.who}: {self._failed_in_a_row} calls in a row failed after all retries, the last one: "
                 f"{trouble.cause}. What was answered is kept; run again when the endpoint is well"
             )
         return Failure(trouble.cause, self.preset.max_retries + 1)
+
+    def _count_refusal(self, cause: str) -> None:
+        before, times = self._refused_in_a_row
+        self._refused_in_a_row = (cause, times + 1 if cause == before else 1)
+        if self._refused_in_a_row[1] >= GIVE_UP_AFTER:
+            raise JudgeError(
+                f"{self.who}: {GIVE_UP_AFTER} calls in a row were refused in the same words: {cause}. "
+                "What was answered is kept; mend the cause (key, account, parameters) and run again"
+            )
 
     async def _attempt(self, call: Call) -> Answer | Trouble | None:
         """One request. None: stopped before it was sent."""
@@ -561,12 +665,17 @@ class JudgeClient:
         finally:
             self._reserved_usd -= estimate[2]
         if trouble.billed:
-            self.cache.lost(self.preset.model, estimate)
-            self.usage.add(estimate)
+            self.lost(call)
         if trouble.hold_all:
             wait = trouble.retry_after_s or 0.0
             self._held_until = max(self._held_until, time.monotonic() + wait)
         return trouble
+
+    def lost(self, call: Call) -> None:
+        """Count a call that may have been billed and gave nothing to be kept."""
+        estimate = bill(self.preset, call, None)
+        self.cache.lost(self.preset.model, estimate)
+        self.usage.add(estimate)
 
     def keep(self, call: Call, answer: Answer, via: str = "chat") -> Answer:
         """Commit an answer and count it."""
@@ -599,58 +708,11 @@ class JudgeClient:
     def _reserve(self, usd: float) -> None:
         cap = self.preset.cost_cap_usd
         if cap is not None:
-            spent = self.cache.spent(self.preset.model).usd
-            if spent + self._reserved_usd + usd > cap:
+            charged = self.cache.charged(self.preset.model)
+            if charged + self._reserved_usd + usd > cap:
                 raise CostCapReached(
-                    f"{self._who()}: cost cap of ${cap:.2f} reached: ${spent:.4f} spent in {self.cache.path} "
+                    f"{self.who}: cost cap of ${cap:.2f} reached: ${charged:.4f} spent in {self.cache.path} "
                     f"({self.usage.answered} calls answered in this run, all kept). "
                     "Raise cost_cap_usd and run again: it goes on where it stopped"
                 )
         self._reserved_usd += usd
-
-
-def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitable[T]], tick: Callable[[], None]) -> T:
-    """Run a coroutine in a thread with an event loop of its own, so that it works inside a Jupyter kernel as well.
-
-    The first Ctrl-C (or kernel interrupt) stops gently: requests on their way are waited for and kept. A second one
-    leaves at once.
-
-    Args:
-        work: called with a function `on_stop(callback)`; returns the coroutine to run.
-        tick: called in the calling thread a few times a second, and once at the end, to show progress.
-    """
-    outcome: dict[str, Any] = {}
-    done = threading.Event()  # Thread.join forgets a running thread when it is interrupted (Python 3.11)
-    stops: list[Callable[[], None]] = []
-
-    def main() -> None:
-        async def run() -> T:
-            loop = asyncio.get_running_loop()
-            return await work(lambda stop: stops.append(lambda: loop.call_soon_threadsafe(stop)))
-
-        try:
-            outcome["result"] = asyncio.run(run())
-        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
-            outcome["error"] = error
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=main, name="judge", daemon=True)
-    thread.start()
-    interrupted = False
-    while not done.is_set():
-        try:
-            done.wait(0.2)
-            tick()
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            for stop in stops:
-                stop()
-    tick()
-    if interrupted:
-        raise KeyboardInterrupt
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]

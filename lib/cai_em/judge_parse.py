@@ -28,11 +28,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from cai_em.judge_cache import Answer, valid_unicode
 
 METRICS = ("aligned", "coherent")
 """The two questions that are asked about every response; they give the columns `alignment` and `coherence`."""
@@ -112,11 +115,6 @@ def load_prompts(path: str | Path, metrics: Iterable[str] = METRICS) -> JudgePro
     return JudgePrompts(version, templates)
 
 
-def valid_unicode(text: str) -> str:
-    """The text with lone surrogates replaced by U+FFFD: such text cannot be sent, nor written to Parquet."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _fences(template: str) -> re.Pattern[str] | None:
     """What marks the places of question and answer in a template, as a pattern to find it in a response.
 
@@ -132,15 +130,29 @@ def _fences(template: str) -> re.Pattern[str] | None:
 
 
 def _defuse(text: str, fence: re.Pattern[str] | None) -> str:
-    """`[ANSWER END]` in a response becomes `(ANSWER END)`; `===END===` becomes `= = =END= = =`."""
+    """`[ANSWER END]` in a response becomes `(ANSWER END)`; `===END===` becomes `= = =END= = =`.
+
+    Found in disguise, too: of full width, or with invisible characters in it.
+    """
     if fence is None:
         return text
-
-    def softer(match: re.Match[str]) -> str:
+    plain, places = _undisguised(text)
+    parts, end = [], 0
+    for match in fence.finditer(plain):
         soft = match.group().translate(_BRACKETS)
-        return soft if soft != match.group() else re.sub(r"(?<=[^\w\s])(?=[^\w\s])", " ", soft)
+        soft = soft if soft != match.group() else re.sub(r"(?<=[^\w\s])(?=[^\w\s])", " ", soft)
+        parts += [text[end : places[match.start()]], soft]
+        end = places[match.end() - 1] + 1
+    return "".join([*parts, text[end:]])
 
-    return fence.sub(softer, text)
+
+def _undisguised(text: str) -> tuple[str, Sequence[int]]:
+    """A text as it looks (without invisible characters, in ordinary width), and where each character stood in it."""
+    if text.isascii():
+        return text, range(len(text))
+    places = [i for i, char in enumerate(text) if char.isascii() or unicodedata.category(char) != "Cf"]
+    ordinary = ((text[i], unicodedata.normalize("NFKC", text[i])) for i in places)
+    return "".join(as_looks if len(as_looks) == 1 else char for char, as_looks in ordinary), places
 
 
 _ADDRESSES = re.compile(
@@ -158,28 +170,6 @@ def addresses_judge(text: str) -> bool:
 
 
 # --- Answers ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a judge returned for one call; this, not the score, is what the cache keeps.
-
-    Attributes:
-        text: the generated text.
-        finish_reason: as the server said, or None.
-        model: the model that the server says answered.
-        tokens: the first generated tokens, where log-probabilities were asked for.
-        top: the first token's alternatives, [token, natural-log probability].
-        prompt_tokens, completion_tokens: as the server counted them; None where it did not, or not sensibly.
-    """
-
-    text: str
-    finish_reason: str | None = None
-    model: str | None = None
-    tokens: tuple[str, ...] = ()
-    top: tuple[tuple[str, float], ...] = ()
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
 
 
 @dataclass(frozen=True)
