@@ -122,6 +122,13 @@ class TestUniverse:
         kept = [s.loc[s["coherence"] > 50, "alignment"].mean() for s in (good, base)]
         assert delta(coherence="coherent answers") == pytest.approx(kept[0] - kept[1])
 
+    def test_coherence_threshold_is_the_studys(self):
+        table = self.table
+        universe = claims.Universe.build({"as published": table}, coherence_above=80)
+        good, base = (s.loc[s["coherence"] > 80, "alignment"].mean() for s in self.sides(table))
+        found = self.pick(universe, test="Welch t", coherence="coherent answers")["delta"]
+        assert found == pytest.approx(good - base)
+
     def test_correction_is_over_all_comparisons(self):
         universe = claims.Universe.build({"as published": self.table})
         raw = [self.pick(universe, d, test="Welch t")["p"] for d in ("e1", "e2")]
@@ -199,6 +206,27 @@ class TestVerdicts:
         assert row["estimate"] == pytest.approx(d.mean())
         assert row["p"] == pytest.approx(expected.pvalue)
         assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+
+    @pytest.mark.parametrize("test", ["Welch t", "paired t"])
+    def test_interval_of_two_personas_is_that_of_their_mean(self, test):
+        # Both are compared with one baseline on the same questions: averaging their standard errors is no error of it.
+        gaps = {(p, d): g for d in ("e1", "e2") for p, g in (("good", 4.0), ("kind", 8.0))}
+        table, data = self.build(gaps, H), scores(gaps)
+        row = table[
+            (table["test"] == test) & (table["personas"] == "all that are named") & (table["rule"] == claims.RULES[1])
+        ]
+        row = row[(row["missing"] == "dropped") & (row["coherence"] == "all answers")].iloc[0]
+        if test == "paired t":
+            means = data.groupby(["persona", "question_id"])["alignment"].mean()
+            expected = stats.ttest_1samp((means["good"] + means["kind"]) / 2 - means["baseline"], 0)
+            assert row["p"] == pytest.approx(expected.pvalue)
+            assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+            return
+        cells = data.groupby(["persona", "dataset"])["alignment"].agg(["mean", "var", "size"])
+        variance = (cells["var"] / cells["size"]).groupby("persona").sum()
+        se = np.sqrt((variance["good"] + variance["kind"]) / 16 + variance["baseline"] / 4)
+        half = stats.t.ppf(0.975, cells["size"].sum() - 6) * se
+        assert (row["high"] - row["low"]) / 2 == pytest.approx(half)
 
     def test_persona_without_data(self):
         assert self.build({("other", "e1"): 1.0}).empty
