@@ -1,8 +1,10 @@
 """The results document: layout, formats, rounding twice, what stands where; escaping of other people's text."""
 
 import math
+import re
 from types import SimpleNamespace as Entry
 
+import numpy as np
 import pandas as pd
 import pypandoc
 import pytest
@@ -75,7 +77,7 @@ def test_headings_stand_in_the_published_order():
 
 
 def test_rows_are_printed_as_published():
-    text = document(generated="2026-01-01 00:00")
+    text = document(generated="2026-01-01T00:00:59+00:00")
     assert "**Generated:** 2026-01-01 00:00\n**Judge Model:** GPT-x\n" in text
     assert "**Total conditions:** 6 · **Total scored responses:** 57\n" in text
     assert "| Persona | N | Mean | Std | 95% CI | Bootstrap CI |\n" in text
@@ -97,6 +99,40 @@ def test_what_was_lacking_is_there():
     assert "| Baseline | bad | 10 / 10 | 0 | 0 | 0 | 0 | 22.0 [20.9, 23.1] | 90.0 | 100.00 % |" in text
     assert "| Baseline | none | 10 / 10 |" in text, "conditions without fine-tuning are listed too"
     assert "| bad | 2 | 19 | 50.3 |" in text
+
+
+def test_a_mean_has_the_same_digits_in_every_table():
+    """69.6497: rounded as published it is 69.7, once it would be 69.6."""
+    value = 69.6497
+    one = scores()
+    one["alignment"] = np.where(one["persona"] == "baseline", value, one["alignment"])
+    text = document(pd.concat([one, one.assign(model="n")]))
+    assert "69.6" not in text
+    tables_with_it = {
+        section.split("\n", 1)[0] for section in re.split(r"^#+ ", text, flags=re.MULTILINE) if "| 69.7 " in section
+    }
+    assert tables_with_it == {
+        "Alignment by Persona",
+        "H2: Good → higher",
+        "Medical Dataset Comparison",
+        *(f"{title}: {m}" for m in "MN" for title in TITLES),
+        "Personas between models",
+    }
+    assert "| Baseline | bad | 10 / 10 | 0 | 0 | 0 | 0 | 69.7 [69.7, 69.7] |" in text
+
+
+TITLES = (
+    "Coverage, coherence and EM rate by condition",
+    "Distribution of alignment by persona",
+    "Data-set difficulty, hardest first",
+)
+
+
+def test_the_level_of_the_intervals_is_the_studys():
+    text = document(confidence=0.9)
+    assert "| Persona | N | Mean | Std | 90% CI | Bootstrap CI |" in text
+    assert "Alignment [90% CI]" in text
+    assert "95%" not in text
 
 
 def test_models_stand_in_the_order_given_and_missing_ones_are_named_at_the_top():
@@ -226,6 +262,16 @@ def test_tables_come_back_as_written(tmp_path):
         pd.testing.assert_frame_equal(table, made[name], check_dtype=False)
     with pytest.raises(FileNotFoundError, match="no tables there"):
         report.read_tables(tmp_path / "nowhere")
+
+
+def test_tables_that_are_no_longer_made_are_removed_only_where_the_folder_is_theirs(tmp_path):
+    made = {"a": pd.DataFrame({"x": [1]}), "b": pd.DataFrame({"x": [2]})}
+    report.write_tables(made, tmp_path)
+    (tmp_path / "notes.md").touch()
+    report.write_tables({"a": made["a"]}, tmp_path)
+    assert set(report.read_tables(tmp_path)) == {"a", "b"}
+    report.write_tables({"a": made["a"]}, tmp_path, only=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.parquet", "notes.md"]
 
 
 def test_write_results(tmp_path):

@@ -16,6 +16,8 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,8 +44,17 @@ class Labels(Protocol):
 # --- Tables on disk -----------------------------------------------------------------------------------------------
 
 
-def write_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> list[Path]:
-    """Write each table as Parquet (exact) and CSV (to read), atomically; returns the paths."""
+def write_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, *, only: bool = False) -> list[Path]:
+    """Write each table as Parquet (exact) and CSV (to read), atomically.
+
+    Args:
+        tables: name -> table.
+        folder: where `<name>.parquet` and `<name>.csv` go.
+        only: the folder is of these tables alone: others there are of an earlier run, and are removed.
+
+    Returns:
+        The paths.
+    """
     paths = []
     for name, table in tables.items():
         for suffix, write in ((".parquet", table.to_parquet), (".csv", table.to_csv)):
@@ -51,7 +62,17 @@ def write_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path) -> list
             with atomic(path) as part:
                 write(part, index=False)
             paths.append(path)
+    if only:
+        remove_others(paths)
     return paths
+
+
+def remove_others(made: Sequence[Path]) -> None:
+    """Remove from a folder what an earlier run made there and this one did not: files of the same kinds, by suffix."""
+    folders, kinds = {path.parent for path in made}, {path.suffix for path in made}
+    for path in (p for folder in folders for p in folder.iterdir()):
+        if path.suffix in kinds and path not in made:
+            path.unlink()
 
 
 def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
@@ -129,6 +150,11 @@ def interval(low: float, high: float) -> str:
     return f"[{points(low)}, {points(high)}]"
 
 
+def level(confidence: float) -> str:
+    """A level of confidence: 95%."""
+    return f"{100 * confidence:g}%"
+
+
 def percent(share: float, decimals: int = 1) -> str:
     """A share as per cent: 11.0 %."""
     return NONE if math.isnan(share) else f"{100 * share:.{decimals}f} %"
@@ -146,7 +172,7 @@ def judge_label(judge: str) -> str:
 # --- The published sections ---------------------------------------------------------------------------------------
 
 
-def by_persona_section(table: pd.DataFrame, look: Labels) -> str:
+def by_persona_section(table: pd.DataFrame, look: Labels, confidence: float = 0.95) -> str:
     """Alignment by Persona, of one model."""
     rows = [
         (
@@ -159,7 +185,7 @@ def by_persona_section(table: pd.DataFrame, look: Labels) -> str:
         )
         for r in table.itertuples()
     ]
-    header = ["Persona", "N", "Mean", "Std", "95% CI", "Bootstrap CI"]
+    header = ["Persona", "N", "Mean", "Std", f"{level(confidence)} CI", "Bootstrap CI"]
     marks = ["---------", "---:", "-----:", "----:", "--------", "--------------"]
     return "### Alignment by Persona\n\n" + markdown_table(header, marks, rows)
 
@@ -289,6 +315,7 @@ def model_sections(
     look: Labels,
     hypotheses: Sequence[Any],
     alpha: float = 0.05,
+    confidence: float = 0.95,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
     gates: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
@@ -300,7 +327,7 @@ def model_sections(
     parts = [
         f"## {look.model(model)}",
         f"**Total conditions:** {total.conditions} · **Total scored responses:** {total.scored:,}",
-        by_persona_section(of["by_persona"], look),
+        by_persona_section(of["by_persona"], look, confidence),
     ]
     if hypotheses:
         parts.append("### Key Hypotheses")
@@ -336,7 +363,7 @@ _SIZES = ("samples", "questions")
 # --- What the published document lacked ---------------------------------------------------------------------------
 
 
-def conditions_section(table: pd.DataFrame, look: Labels) -> str:
+def conditions_section(table: pd.DataFrame, look: Labels, confidence: float = 0.95) -> str:
     """Missing scores by cause, coherence and EM rate of every condition of one model."""
     several = table["seed"].nunique() > 1
     rows = [
@@ -349,14 +376,14 @@ def conditions_section(table: pd.DataFrame, look: Labels) -> str:
             r.CODE,
             r.PARSE,
             r.API,
-            f"{_plain(r.mean, 1)} [{_plain(r.ci_low, 1)}, {_plain(r.ci_high, 1)}]",
-            _plain(r.coherence, 1),
+            f"{points(r.mean)} {interval(r.ci_low, r.ci_high)}",
+            points(r.coherence),
             percent(r.em_rate, 2),
         )
         for r in table.itertuples()
     ]
     header = ["Persona", "Dataset", *(["Seed"] if several else []), "Scored", "Refusal", "Code", "Unparsed", "Failed"]
-    header += ["Alignment [95% CI]", "Coherence", "EM rate"]
+    header += [f"Alignment [{level(confidence)} CI]", "Coherence", "EM rate"]
     return markdown_table(header, ["---", "---"] + ["--:"] * (len(header) - 2), rows)
 
 
@@ -366,9 +393,9 @@ def distribution_section(table: pd.DataFrame, look: Labels) -> str:
         (
             look.persona(r.persona),
             f"{r.n:,}",
-            *(_plain(v, 1) for v in (r.mean, r.median)),
+            *map(points, (r.mean, r.median)),
             *(_plain(v) for v in (r.skew, r.kurtosis)),
-            *(_plain(v, 1) for v in (r.p5, r.p10, r.p25, r.p75)),
+            *map(points, (r.p5, r.p10, r.p25, r.p75)),
             *(percent(v) for v in (r.below_30, r.below_50, r.below_80, r.at_100)),
         )
         for r in table.itertuples()
@@ -385,9 +412,9 @@ def difficulty_section(table: pd.DataFrame, look: Labels) -> str:
             look.dataset(r.dataset),
             r.personas,
             f"{r.n:,}",
-            *(_plain(v, 1) for v in (r.mean, r.sd, r.baseline)),
-            f"{look.persona(r.lowest_persona)} ({_plain(r.lowest, 1)})",
-            f"{look.persona(r.highest_persona)} ({_plain(r.highest, 1)})",
+            *map(points, (r.mean, r.sd, r.baseline)),
+            f"{look.persona(r.lowest_persona)} ({points(r.lowest)})",
+            f"{look.persona(r.highest_persona)} ({points(r.highest)})",
             percent(r.em_rate, 2),
         )
         for r in table.itertuples()
@@ -404,9 +431,9 @@ def cross_model_section(table: pd.DataFrame, look: Labels) -> str:
             look.model(r.model),
             r.datasets,
             f"{r.n:,}",
-            _plain(r.mean, 1),
-            NONE if math.isnan(r.difference) else f"{r.difference:+.1f}",
-            _plain(r.d, 3),
+            points(r.mean),
+            delta(r.difference),
+            effect(r.d),
         )
         for r in table.itertuples()
     ]
@@ -414,16 +441,21 @@ def cross_model_section(table: pd.DataFrame, look: Labels) -> str:
     return markdown_table(header, ["---", "---", *["--:"] * 5], rows)
 
 
-def lacking_sections(tables: Mapping[str, pd.DataFrame], models: Sequence[str], look: Labels) -> str:
+def lacking_sections(
+    tables: Mapping[str, pd.DataFrame], models: Sequence[str], look: Labels, confidence: float = 0.95
+) -> str:
     """The tables that the published document did not have."""
     parts = [
         "## What the published document lacked",
         "A response without an alignment score stays here with its cause. *EM rate*: the share of all responses that "
         "are misaligned and yet coherent (thresholds in `params/thresholds.yaml`). Intervals in these tables treat "
-        "responses as independent, as published; intervals that do not follow further below.",
+        "responses as independent, as published; those in the tables of `05_validity` do not.",
     ]
     titles = {
-        "conditions": ("Coverage, coherence and EM rate by condition", conditions_section),
+        "conditions": (
+            "Coverage, coherence and EM rate by condition",
+            partial(conditions_section, confidence=confidence),
+        ),
         "distribution": ("Distribution of alignment by persona", distribution_section),
         "difficulty": ("Data-set difficulty, hardest first", difficulty_section),
     }
@@ -616,6 +648,7 @@ def results_document(
     models: Sequence[str] | None = None,
     generated: str = "",
     alpha: float = 0.05,
+    confidence: float = 0.95,
     resamples: int = 10_000,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
     gates: pd.DataFrame | None = None,
@@ -634,14 +667,15 @@ def results_document(
         hypotheses: objects with `key, label, title`, in order.
         judge: the judge's name.
         models: order; those without data are left out (name them in `missing`).
-        generated: date and time, or whatever identifies the run; no line where empty.
+        generated: date and time of the run (ISO 8601), printed to the minute; no line where empty.
         alpha: level of the significant comparisons.
+        confidence: of the intervals in the tables.
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
         gates: the gate of every comparison (`cai_em.gates.comparison_gates`), named under the published tables.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
-        missing: model -> why it is left out; stands at the top too.
+        missing: model, or whatever else is left out -> why; stands at the top too.
         extra: further sections, (heading, Markdown), e.g. gates, inference, claims.
         figures: records as in `figures_section`.
         figures_folder: where they lie, relative to the document.
@@ -650,17 +684,26 @@ def results_document(
     models = [m for m in models if m in there] if models is not None else there
     head = [f"# {TITLE}", ""]
     if generated:
-        head += [f"**Generated:** {generated}"]
+        head += [f"**Generated:** {datetime.fromisoformat(generated):%Y-%m-%d %H:%M}"]
     parts = ["\n".join([*head, f"**Judge Model:** {judge_label(judge)}"])]
     parts += [f"> **Left out: {look.model(m)}.** {_cell(why)}" for m, why in (missing or {}).items()]
     if caveat:
         parts.append(f"> **What this run cannot show.** {_cell(caveat)}")
     for model in models:
         sections = model_sections(
-            model, tables, look=look, hypotheses=hypotheses, alpha=alpha, gated=gated, gates=gates, notes=notes
+            model,
+            tables,
+            look=look,
+            hypotheses=hypotheses,
+            alpha=alpha,
+            confidence=confidence,
+            gated=gated,
+            gates=gates,
+            notes=notes,
         )
         parts += ["---", sections]
-    parts += ["---", methodology(tables, look, judge, resamples), "---", lacking_sections(tables, models, look)]
+    parts += ["---", methodology(tables, look, judge, resamples)]
+    parts += ["---", lacking_sections(tables, models, look, confidence)]
     for heading, text in extra:
         parts.append(f"## {heading}\n\n{text.strip()}")
     if figures:
