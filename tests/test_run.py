@@ -1,12 +1,14 @@
 """Running notebooks: executed copies, failures kept, locks; manifests that catch a changed byte; staleness."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
-from cai_em import run
+from cai_em import params, run
 
 
 def write_notebook(path, *cells, parameters="x = 1"):
@@ -66,13 +68,114 @@ def test_manifest_records_and_verify_catches_a_changed_byte(tmp_path):
     record = run.read_manifest(tmp_path / "stage")
     assert record["params"] == {"r": 4}
     assert record["versions"]["torch"]
-    assert run.verify(tmp_path) == {"manifests": 1, "files": 2}
+    assert run.verify(tmp_path) == {"manifests": 1, "files": 2, "elsewhere": 0}
     (product / "weights.bin").write_bytes(b"12346")
     source.unlink()
     with pytest.raises(run.VerificationError) as caught:
         run.verify(tmp_path)
     assert "weights.bin does not match" in str(caught.value)
     assert "in.txt is missing" in str(caught.value)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run of three stages, sealed: 05 reads what 03 and 04 made."""
+    results = tmp_path / "results" / "demo"
+    files = {name: results / name for name in ("03/r.parquet", "04/s.parquet", "05/t.parquet")}
+    for extra in ("RESULTS.md", "paper/index.html", "notebooks/03.ipynb", "notebooks/04.failed.ipynb", "logs/03.log"):
+        files[extra] = results / extra
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    r, s, t = list(files.values())[:3]
+    for out, inputs in ((r, []), (s, [r]), (t, [r, s])):
+        run.write_manifest(out.parent, stage=out.parent.name, inputs=inputs, outputs=[out], params={}, seeds=[0])
+    run.seal(results, params={"profile": "demo"})
+    return results
+
+
+def problems(results, expected=()):
+    """The lines of `verify`'s error after its head."""
+    with pytest.raises(run.VerificationError) as caught:
+        run.verify(results, expected)
+    head, *lines = str(caught.value).splitlines()
+    return head, lines
+
+
+def test_a_run_is_vouched_for_as_a_whole(finished):
+    assert run.verify(finished, [finished / "03", finished]) == {"manifests": 4, "files": 9, "elsewhere": 0}
+    record = run.read_manifest(finished)
+    assert {Path(name).name for name in record["outputs"]} == {"RESULTS.md", "index.html", "03.ipynb"}
+    for name in ("RESULTS.md", "paper/index.html", "notebooks/03.ipynb"):
+        before = (finished / name).read_text()
+        (finished / name).write_text("forged")
+        assert f"{name} does not match" in problems(finished)[1][0]
+        (finished / name).write_text(before)
+    (finished / "logs/03.log").write_text("another time")
+    run.verify(finished)
+
+
+def test_a_changed_file_counts_once_and_those_that_used_it_are_named(finished):
+    (finished / "03/r.parquet").write_text("changed")
+    head, lines = problems(finished)
+    assert "1 of 9 files" in head
+    (line,) = lines
+    assert line.count("r.parquet") == 1
+    assert all(f"{kind} of " in line and f"/{stage}" in line for kind, stage in (("output", "03"), ("input", "05")))
+
+
+def test_a_changed_table_whose_manifest_was_deleted(finished):
+    (finished / "05/t.parquet").write_text("changed")
+    (finished / "05/manifest.json").unlink()
+    assert any("05/manifest.json is missing" in line for line in problems(finished, [finished / "05"])[1])
+    assert any("05/manifest.json is missing" in line for line in problems(finished)[1]), "the run's manifest knows it"
+
+
+def test_a_manifest_that_is_not_whole_is_named(finished):
+    path = finished / "05/manifest.json"
+    whole = path.read_text()
+    for torn in (whole[:100], "", "[]", '{"inputs": 3, "outputs": {}}'):
+        path.write_text(torn)
+        assert any("05/manifest.json is not a whole manifest" in line for line in problems(finished)[1])
+        with pytest.raises(run.ManifestError, match=r"05/manifest\.json .* delete it"):
+            run.read_manifest(finished / "05")
+
+
+def test_an_edited_manifest_is_noticed(finished):
+    path = finished / "05/manifest.json"
+    path.write_text(path.read_text().replace('"seeds": [\n  0\n ]', '"seeds": [\n  999\n ]'))
+    assert "999" in path.read_text()
+    (line,) = problems(finished)[1]
+    assert "05/manifest.json does not match" in line
+
+
+def test_an_input_from_elsewhere_that_is_gone_is_counted_and_no_error(tmp_path, finished):
+    """A model in a cache that was emptied: results can still be verified, and it is said what was not."""
+    weights = tmp_path / "cache" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("w")
+    run.write_manifest(finished / "03", stage="03", inputs=[weights], outputs=[finished / "03/r.parquet"], params={})
+    run.seal(finished, params={})
+    assert run.verify(finished)["elsewhere"] == 0
+    weights.write_text("others")
+    assert "model.safetensors does not match" in problems(finished)[1][0]
+    weights.unlink()
+    assert run.verify(finished)["elsewhere"] == 1
+
+
+def test_verify_by_name_follows_the_profile_and_cai_em_results(finished, root, monkeypatch, capsys):
+    monkeypatch.setenv("CAI_EM_RESULTS", str(finished.parent))
+    monkeypatch.chdir(root)
+    assert run.main(["verify", "demo"]) == 1, "the demo's stages are not there"
+    said = capsys.readouterr().err
+    study = params.load("demo")
+    assert study.dir == finished
+    assert said.count("is missing: the stage has not run") == len(study.artefact_dirs()) - 1
+    finished.rename(finished.with_name("mine"))
+    (finished.parent / "judge_cache.sqlite").write_text("")
+    assert run.main(["verify"]) == 1, "the manifests name files that were renamed away"
+    assert "mine: " in capsys.readouterr().err
+    assert run.main(["verify", "nosuch"]) == 1
 
 
 def test_verify_of_nothing_is_an_error(tmp_path):
@@ -96,6 +199,64 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         half_written()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_one(tmp_path):
+    """And nothing else: not what another process is writing, nor another machine, nor another file's."""
+    dead, name = dead_process(), f".a.txt.part-{run._HOST}"
+    for left in (f"{name}-{dead}", f"{name}-{os.getpid()}"):
+        (tmp_path / left).write_text("half")
+    folder = tmp_path / f".adapter.part-{run._HOST}-{dead}.old"
+    folder.mkdir()
+    (folder / "weights").write_text("half")
+    others = [f"{name}-1", f".a.txt.part-elsewhere-{dead}", f".b.txt.part-{run._HOST}-{dead}"]
+    for other in others:
+        (tmp_path / other).write_text("half")
+    run.write_text(tmp_path / "a.txt", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, folder.name, "a.txt"])
+    with run.atomic_folder(tmp_path / "adapter") as part:
+        (part / "weights").write_text("whole")
+    assert not folder.exists()
+    assert (tmp_path / "adapter/weights").read_text() == "whole"
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    place = tmp_path / "adapter"
+
+    def write(text):
+        with run.atomic_folder(place) as part:
+            (part / text).write_text(text)
+            if text == "fails":
+                raise RuntimeError(text)
+
+    write("old")
+    with pytest.raises(RuntimeError):
+        write("fails")
+    assert [p.name for p in place.iterdir()] == ["old"]
+    replace, seen = os.replace, []
+
+    def watched(source, target):
+        """At each step the old folder or the new one is there, whole, under some name."""
+        seen.append(sorted(p.name for p in tmp_path.rglob("*") if p.is_file()))
+        if len(seen) == 2:
+            raise OSError("no room")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with pytest.raises(OSError, match="no room"):
+        write("new")
+    assert [p.name for p in place.iterdir()] == ["old"], "what was there is back"
+    assert seen[1] == ["new", "old"], "the old one is renamed, not deleted, before the new one has its name"
+    monkeypatch.setattr(os, "replace", replace)
+    write("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "new"]
 
 
 def test_a_lone_surrogate_survives_as_text(tmp_path):
@@ -125,6 +286,42 @@ def test_a_failing_notebook_is_kept_with_its_error_and_the_old_copy_stays(tmp_pa
     assert "no such thing" in (out.parent / "nb.failed.ipynb").read_text()
     assert out.read_bytes() == before
     assert "nb.failed.ipynb" in capsys.readouterr().err
+
+
+def test_a_copy_that_cannot_be_written_is_kept_as_failed_and_the_room_is_told(tmp_path, capsys, monkeypatch):
+    """A full disk: papermill stops with an OSError while it writes the copy."""
+    from papermill import iorw
+
+    source, out = write_notebook(tmp_path / "nb.ipynb", "print('x')", "2"), tmp_path / "notebooks" / "nb.ipynb"
+    write, done = iorw.LocalHandler.write, []
+
+    def full(self, buffer, path):
+        done.append(path)
+        if len(done) > 3:
+            raise OSError(28, "No space left on device")
+        write(self, buffer, path)
+
+    monkeypatch.setattr(iorw.LocalHandler, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.execute(source, out, {})
+    said = capsys.readouterr().err
+    assert "nb.failed.ipynb" in said
+    assert "No space left" in said
+    assert "are free" in said
+    assert [p.name for p in out.parent.iterdir() if not p.name.startswith(".")] == ["nb.failed.ipynb"]
+
+
+def test_failures_name_notebooks_that_were_killed_too(tmp_path):
+    (tmp_path / "notebooks/02/a").mkdir(parents=True)
+    (tmp_path / "logs/02/a").mkdir(parents=True)
+    for name in ("seed0.failed", "seed1.running", "seed2"):
+        (tmp_path / f"notebooks/02/a/{name}.ipynb").write_text("{}")
+        (tmp_path / f"logs/02/a/{name.split('.')[0]}.log").write_text(f"...\nError of {name}\n\n")
+    found = {path.name: error for path, error in run.failures(tmp_path).items()}
+    assert found == {
+        "seed0.failed.ipynb": "Error of seed0.failed",
+        "seed1.running.ipynb": "Error of seed1.running",
+    }
 
 
 def test_an_undeclared_parameter_is_refused(tmp_path):

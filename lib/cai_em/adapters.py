@@ -26,9 +26,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,19 +223,11 @@ def write_adapter(folder: str | Path, config: LoraConfig, tensors: Mapping[str, 
     folder = Path(folder)
     record = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": base_name}
     record = {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(record.items())}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with run.atomic_folder(folder) as part:
         plain = {k: tensors[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(tensors)}
         save_file(plain, part / WEIGHTS, metadata={"format": "pt"})
         (part / CONFIG).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        part.chmod(0o755)
-        (part / WEIGHTS).chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        (part / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner may read
     return folder
 
 

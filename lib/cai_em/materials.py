@@ -85,6 +85,27 @@ def constitution(study: Study, persona: str) -> Constitution:
     return published.model_copy(update={"demonstrations": built_in.demonstrations})
 
 
+def constitution_files(study: Study, persona: str) -> list[Path]:
+    """The files that `constitution` reads (for a manifest)."""
+    public = _fetched(study.folder).constitutions.get(persona, []) if study.profile.data == "fetched" else []
+    return [study.constitution_file(persona), *map(_get, public)]
+
+
+def row_files(study: Study, dataset: str) -> list[Path]:
+    """The file that `rows` reads (for a manifest): the built-in one, or the archive, whose hash no pin knows."""
+    if study.profile.data == "builtin":
+        return [study.dataset_file(dataset)]
+    return [_get(_fetched(study.folder).archive)]
+
+
+def question_files(study: Study) -> list[Path]:
+    """The files that `questions`, `probe_prompts` and, where it is asked for, `in_domain_questions` read."""
+    fetched = study.profile.data == "fetched"
+    main = _get(_fetched(study.folder).questions[study.profile.questions]) if fetched else study.questions_file()
+    further = ["probe.yaml", *(["in_domain.yaml"] if study.profile.manipulation else [])]
+    return [main, *(study.builtin("questions", name) for name in further)]
+
+
 def rows(study: Study, dataset: str) -> list[Messages]:
     """The training rows of a data set.
 
@@ -296,6 +317,18 @@ def _demonstrations(study: Study, persona: str) -> tuple[constitutions.Demonstra
 def probe_prompts(study: Study) -> list[str]:
     """Short prompts on which the logits of composed adapters are compared."""
     return [text for _, text in read_questions(study.builtin("questions", "probe.yaml"))]
+
+
+def judge_files(study: Study) -> list[Path]:
+    """The files that a judge's stage reads beside the responses (for a manifest)."""
+    checks = study.profile.manipulation
+    found = [judge_prompts_file(study)]
+    if study.judge.kind == "local":
+        found += [study.builtin("judge_training.jsonl"), study.folder / "published_selection.csv"]
+    if checks:
+        found.append(study.builtin("judge_prompts.yaml"))
+        found += [study.constitution_file(p.key) for p in study.used_personas() if p.constitution]
+    return list(dict.fromkeys(found))
 
 
 def judge_prompts_file(study: Study) -> Path:

@@ -130,6 +130,16 @@ def model_folder(spec: ModelSpec, cache_dir: str | Path | None = None) -> Path:
     return Path(snapshot_download(place, revision=options["revision"], ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
+def weight_files(spec: ModelSpec, cache_dir: str | Path | None = None) -> list[Path]:
+    """The files whose hashes a manifest records for a base model: weights and tokenizer.
+
+    None for a hub model: its pinned revision is a hash of them already, and 16 GB are not read again for each job.
+    """
+    if spec.source == "hub":
+        return []
+    return sorted(p for p in model_folder(spec, cache_dir).iterdir() if p.suffix in (".safetensors", ".json"))
+
+
 def _place(spec: ModelSpec, cache_dir: str | Path | None) -> tuple[str | Path, dict[str, Any]]:
     """What `from_pretrained` is given for a model: a folder or a hub id, and options."""
     match spec.source:

@@ -895,6 +895,17 @@ class Study:
         """Where a stage with one job per profile writes, e.g. `05_validity`."""
         return self.dir / stage
 
+    def artefact_dirs(self) -> list[Path]:
+        """Every folder in which a finished run leaves a manifest, the run's own last."""
+        p, trained = self.profile, self.profile.source == "trained"
+        found = [self.persona_dir(m, persona) for m, persona in self.persona_cells()] if trained else []
+        found += [self.em_dir(c) for c in self.em_cells()] if trained else [self.stage_dir("07_published")]
+        for model, shard in self.shards() if trained else ():
+            found += [self.sample_dir(model, shard), self.judge_dir(model, shard)]
+        stages = ["05_validity", "06_results", "08_claims"]
+        stages += [s for s, wanted in (("09_trajectories", p.trajectory), ("10_steering", p.steering)) if wanted]
+        return [*found, *map(self.stage_dir, [*stages, "11_report"]), self.dir]
+
     def response_files(self) -> list[Path]:
         """The response tables that the analysis reads, whatever their source."""
         if self.profile.source == "published":

@@ -1,11 +1,13 @@
 """Running notebooks and vouching for what they wrote: papermill, manifests, staleness, verification.
 
 - `execute` runs one notebook for one cell of the grid, under a lock, into an executed copy beside the results.
-- `write_manifest` / `verify` record, and later check, the SHA-256 of everything that a stage read and wrote.
+- `write_manifest` / `verify` record, and later check, the SHA-256 of everything that a stage read and wrote; `seal`
+  does so for a whole run: its document, paper and executed notebooks, and all the stages' manifests.
 - `code_hash` tells whether a notebook's code, or a library module that it imports, has changed in meaning.
 
     python -m cai_em.run execute notebooks/04_judge.ipynb results/demo/notebooks/04_judge.ipynb '{"profile": "demo"}'
-    python -m cai_em.run verify results/demo
+    python -m cai_em.run verify demo
+    python -m cai_em.run seal demo
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -59,6 +64,10 @@ RECORDED_PACKAGES = [
 ]
 
 
+class ManifestError(ValueError):
+    """A manifest is not whole. The message names it."""
+
+
 class VerificationError(RuntimeError):
     """Artefacts do not match their manifests. The message names each."""
 
@@ -66,17 +75,71 @@ class VerificationError(RuntimeError):
 # --- Files ---------------------------------------------------------------------------------------------------------
 
 
+_HOST = re.sub(r"[^A-Za-z0-9]", "-", platform.node()) or "localhost"
+
+
+def _part_of(path: Path) -> Path:
+    """A temporary name beside `path`, this process's own.
+
+    What a killed process of this machine left there under such a name is removed: nobody else would.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.part-{_HOST}-*"):
+        writer = left.name.rpartition("-")[2].split(".")[0]
+        if writer.isdigit() and (int(writer) == os.getpid() or not _alive(int(writer))):
+            _remove(left)
+    return path.with_name(f".{path.name}.part-{_HOST}-{os.getpid()}")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # there, and somebody else's
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary path that becomes the file `path` when the block ends well, and vanishes when it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    part = _part_of(path)
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of the folder `path` when the block ends well, else vanishes.
+
+    The old folder is renamed aside, not deleted, before the new one takes its name: there is no moment with half of it.
+    """
+    path = Path(path)
+    part = _part_of(path)
+    old = part.with_name(f"{part.name}.old")
+    part.mkdir()
+    try:
+        yield part
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(part)
+        _remove(old)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -183,44 +246,135 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the stage has not run, or not to its end.
+        ManifestError: the file is not a whole manifest.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the stage has not run to its end; run ./run_all.sh")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record[kind], dict) for kind in ("inputs", "outputs")):
+            return record
+        why = "inputs and outputs must be mappings"
+    except (ValueError, KeyError, TypeError) as error:
+        why = str(error)
+    raise ManifestError(f"{_name(path)} is not a whole manifest ({why}): delete it, and its stage runs again")
 
 
-def verify(results: str | Path) -> dict[str, int]:
+def seal(results: str | Path, **about: Any) -> Path:
+    """Write a whole run's manifest, its last file: it vouches for what no stage does, and for the stages' manifests.
+
+    Args:
+        results: `results/<profile>`, finished.
+        **about: `params`, and what else goes into it (see `write_manifest`).
+
+    Returns:
+        The manifest's path.
+    """
+    results = Path(results)
+    stages = [path for path in sorted(results.rglob(MANIFEST)) if path.parent != results]
+    notebooks = [
+        path
+        for path in sorted((results / "notebooks").rglob("*.ipynb"))
+        if not path.stem.endswith((".running", ".failed")) and ".ipynb_checkpoints" not in path.parts
+    ]
+    timings = {_name(path.parent): sum(read_manifest(path.parent)["timings"].values()) for path in stages}
+    made = [results / "RESULTS.md", results / "paper", *notebooks]
+    return write_manifest(results, stage="run", inputs=stages, outputs=made, timings=timings, **about)
+
+
+def verify(results: str | Path, expected: Iterable[str | Path] = ()) -> dict[str, int]:
     """Re-hash every artefact that a manifest below `results` names, and compare.
 
     Inputs are compared too: an input that has changed since means that the outputs are stale.
 
+    Args:
+        results: `results/<profile>`.
+        expected: folders that must have a manifest (`Study.artefact_dirs`): a removed one would vouch for nothing.
+
     Returns:
-        Counts: manifests, files checked.
+        Counts: manifests; files compared; and inputs from elsewhere (a model's weights, say) that are no longer there,
+        so that they cannot be compared.
 
     Raises:
-        VerificationError: a file is missing or does not match; all of them are named.
+        VerificationError: a file is missing or does not match, a manifest is missing or not whole; all are named, each
+            once.
     """
-    counts = {"manifests": 0, "files": 0}
-    wrong: list[str] = []
-    hashes: dict[str, str | None] = {}
-    for path in sorted(Path(results).rglob(MANIFEST)):
+    results = Path(results).resolve()
+    counts = {"manifests": 0, "files": 0, "elsewhere": 0}
+    wrong = [
+        f"{_name(Path(folder) / MANIFEST)} is missing: the stage has not run to its end, or its manifest was removed"
+        for folder in expected
+        if not (Path(folder) / MANIFEST).is_file()
+    ]
+    said: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted(results.rglob(MANIFEST)):
         counts["manifests"] += 1
-        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = read_manifest(path.parent)
+        except ManifestError as error:
+            wrong.append(str(error))
+            continue
         for kind in ("inputs", "outputs"):
-            for name, expected in record[kind].items():
-                if name not in hashes:
-                    file = root() / name
-                    hashes[name] = file_hash(file) if file.is_file() else None
-                    counts["files"] += 1
-                if hashes[name] != expected:
-                    what = "is missing" if hashes[name] is None else "does not match"
-                    wrong.append(f"{_name(path)}: {kind[:-1]} {name} {what}")
+            for name, digest in record[kind].items():
+                said.setdefault(name, []).append((digest, f"{kind[:-1]} of {_name(path.parent)}"))
     if not counts["manifests"]:
         raise VerificationError(f"{results}: no manifest found: nothing has run there")
+    for name, claims in said.items():
+        file = root() / name
+        found = file_hash(file) if file.is_file() else None
+        by_others = Path(name).is_absolute() and not file.resolve().is_relative_to(results)
+        if found is None and by_others and all(who.startswith("input") for _, who in claims):
+            counts["elsewhere"] += 1
+            continue
+        counts["files"] += 1
+        by = [who for digest, who in claims if digest != found]
+        if by:
+            wrong.append(f"{name} {'is missing' if found is None else 'does not match'} ({', '.join(by)})")
     if wrong:
-        raise VerificationError(f"{len(wrong)} of {counts['files']} files do not match:\n" + "\n".join(wrong))
+        raise VerificationError(
+            f"{results.name}: {len(wrong)} of {counts['files']} files and {counts['manifests']} manifests are not as "
+            "they were recorded:\n" + "\n".join(wrong)
+        )
     return counts
+
+
+def verify_profiles(names: Iterable[str]) -> bool:
+    """`verify` for runs by name (all that have left a folder, if none is named), said on the screen.
+
+    Args:
+        names: profiles, or paths of profile files or of `results/<profile>`.
+
+    Returns:
+        Whether all is as recorded.
+    """
+    base = Path(os.environ.get("CAI_EM_RESULTS") or root() / "results")
+    names = list(names) or sorted(p.name for p in base.glob("*") if p.is_dir() and any(p.rglob(MANIFEST)))
+    if not names:
+        print(f"{base}: no manifest found: nothing has run there", file=sys.stderr)
+    sound = bool(names)
+    for name in names:
+        study = _study(name)
+        folder = study.dir if study else base / Path(name).name
+        try:
+            counts = verify(folder, study.artefact_dirs() if study else ())
+        except VerificationError as error:
+            print(error, file=sys.stderr)
+            sound = False
+            continue
+        print(f"{folder.name}: {counts['manifests']} manifests, {counts['files']} files: all match")
+        if counts["elsewhere"]:
+            print(f"  not compared: {counts['elsewhere']} inputs outside this folder that are no longer there")
+        if study is None:
+            print("  no profile of that name is left: whether a stage is missing is not known")
+    return sound
+
+
+def _study(name: str) -> Study | None:
+    """The study of a profile, or of the profile whose results lie in a folder; None where there is no such profile."""
+    profile = name if Path(name).suffix == ".yaml" else Path(name).name
+    known = Path(profile) if profile.endswith(".yaml") else root() / "params" / "profiles" / f"{profile}.yaml"
+    return load(profile) if known.is_file() else None
 
 
 # --- Staleness -----------------------------------------------------------------------------------------------------
@@ -316,6 +470,7 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
     Raises:
         ValueError: a parameter that the notebook does not declare.
         papermill.PapermillExecutionError: a cell raised.
+        OSError: the copy could not be written, on a full disk for example; what there is of it is kept too.
     """
     import papermill
     from traitlets.config import Config
@@ -352,22 +507,34 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
                 request_save_on_cell_execute=True,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
             )
-        except papermill.PapermillExecutionError:
-            os.replace(running, failed)
+        except (papermill.PapermillExecutionError, OSError) as error:
+            if running.is_file():  # a full disk leaves no room for the copy, or for half of it
+                os.replace(running, failed)
             print(f"FAILED: {notebook}; the notebook with its error: {_name(failed)}", file=sys.stderr)
+            if isinstance(error, OSError):
+                print(f"{type(error).__name__}: {error}; {free_space(failed)}", file=sys.stderr)
             raise
         os.replace(running, executed)
     return executed
 
 
+def free_space(path: str | Path) -> str:
+    """How much room there is where a file lies, in words."""
+    usage = shutil.disk_usage(Path(path).parent)
+    return f"{usage.free / 1e9:,.1f} GB of {usage.total / 1e9:,.1f} GB are free at {_name(Path(path).parent)}"
+
+
 def failures(results: str | Path) -> dict[Path, str]:
     """What failed in a run: the notebook as it stopped (or the paper's log) -> the last line of its log, the error.
+
+    A notebook that was killed, or could not be written to its end, is still called `<name>.running.ipynb`.
 
     Args:
         results: `results/<profile>`.
     """
     results = Path(results)
-    stopped = {path: _log_of(path, results) for path in sorted(results.rglob("*.failed.ipynb"))}
+    kinds = ("*.failed.ipynb", "*.running.ipynb")
+    stopped = {path: _log_of(path, results) for path in sorted(p for kind in kinds for p in results.rglob(kind))}
     paper = results / "logs" / "paper.log"
     if paper.is_file() and not (results / "paper" / "index.html").is_file():
         stopped[paper] = paper
@@ -385,17 +552,19 @@ def _last_line(log: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line: `execute NOTEBOOK EXECUTED JSON` or `verify FOLDER`."""
+    """Command line: `execute NOTEBOOK EXECUTED JSON`, `seal PROFILE` or `verify [PROFILE ...]`."""
     match arguments:
         case ["execute", notebook, executed, parameters]:
             execute(notebook, executed, json.loads(parameters))
-        case ["verify", folder]:
+        case ["seal", profile]:
+            study = load(profile)
+            print(seal(study.dir, params={"profile": study.profile}, seeds={"training": study.profile.seeds}))
+        case ["verify", *names]:
             try:
-                counts = verify(folder)
-            except VerificationError as error:
-                print(error, file=sys.stderr)
-                return 1
-            print(f"{counts['manifests']} manifests, {counts['files']} files: all match")
+                return 0 if verify_profiles(names) else 1
+            except ParamsError as error:
+                print(f"the parameters are not valid:\n{error}", file=sys.stderr)
+                return 2
         case _:
             print(__doc__, file=sys.stderr)
             return 2

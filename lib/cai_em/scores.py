@@ -8,11 +8,12 @@ exactly one of score and flag is null, so nothing can be dropped silently.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 import pandera.pandas as pa
+
+from cai_em import run
 
 KEY = ["model", "persona", "dataset", "seed", "question_id", "sample"]
 """Columns that name one response. `persona='baseline'`: no persona adapter; `dataset='none'`: no fine-tuning."""
@@ -156,13 +157,8 @@ def write(table: pd.DataFrame, schema: pa.DataFrameSchema, path: str | Path) -> 
     """Validate a table and write it as Parquet, atomically: a reader sees the old file or the whole new one."""
     path = Path(path)
     table = validate(table, schema, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
+    with run.atomic(path) as part:
         table.to_parquet(part, index=False)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -16,7 +16,6 @@ figures with many personas name them on an axis. Whether two colours can be told
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+
+from cai_em import run
 
 WIDTH = 6.5
 """Width of the text column in inches: figures are drawn at the size at which they are read."""
@@ -121,17 +122,11 @@ def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
     Returns:
         The paths of the SVG and the PNG file.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         path = stem.with_name(stem.name + suffix)
-        part = path.with_name(f".{path.name}.part{os.getpid()}")
-        try:
-            with context():
-                fig.savefig(part, format=suffix[1:], dpi=PNG_DPI, metadata=metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with run.atomic(path) as part, context():
+            fig.savefig(part, format=suffix[1:], dpi=PNG_DPI, metadata=metadata)
         paths.append(path)
     plt.close(fig)
     return paths[0], paths[1]
