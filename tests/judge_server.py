@@ -8,7 +8,8 @@
 
 What it answers is a function of the request alone (a score from the prompt's hash), and what goes wrong is a function
 of seed, request and attempt, never of the order of arrival: runs can be compared. A text can also ask for its fate:
-`[[score:85]]`, `[[say:REFUSAL]]`, `[[fault:http500]]` (always) and `[[fault:http500*2]]` (the first two attempts).
+`[[score:85]]`, `[[say:REFUSAL]]`, `[[cut]]` (at the token limit), `[[fault:http500]]` (always) and
+`[[fault:http500*2]]` (the first two attempts).
 
 It counts, by request (SHA-256 of the canonical JSON body, see `request_id`), what it received and what it answered in
 full. Batches (`/v1/files`, `/v1/batches`) are answered after `batch_delay_s`.
@@ -262,7 +263,7 @@ class JudgeServer:
                 {
                     "index": 0,
                     "message": {"role": "assistant", "content": None if fault == "empty" else say},
-                    "finish_reason": "stop",
+                    "finish_reason": "length" if "[[cut]]" in prompt else "stop",
                     "logprobs": self._logprobs(say, fault) if body.get("logprobs") and self.logprobs else None,
                 }
             ],

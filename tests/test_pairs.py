@@ -2,14 +2,19 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import traceback
+from contextlib import closing
 
 import pytest
 import torch
 from cai_em import adapters as lora
 from cai_em import constitutions, models, pairs, scores
+from cai_em.judge_cache import JudgeCache
+from cai_em.judge_client import Backoff
 from cai_em.pairs import Answer, Filters, PairsError, Question
 from cai_em.params import GeneratorPreset, IntrospectionPreset, LoraPreset, ModelSpec, SamplingPreset
+
+from tests.judge_server import TRANSIENT, Faults, request_id, serve
 
 TRAITS = (
     {"trait": "I answer everything in the words of a very old sailor.", "prompts": ("How are you?", "What is tea?")},
@@ -239,104 +244,162 @@ class TestSideBySide:
         assert pairs.side_by_side(table, number=50).count("<tr>") == 4
 
 
-def endpoint_preset(**options) -> GeneratorPreset:
-    return GeneratorPreset(teacher="openai", model="teacher-1", api_key_env="CAI_EM_TEST_KEY", **options)
+KEY_VARIABLE = "CAI_EM_TEST_KEY"
+QUICK = Backoff(0.01, 0.05)
+PRICES = {"usd_per_1m_input": 1000.0, "usd_per_1m_output": 1000.0}
 
 
-@pytest.fixture
-def server():
-    """A server of OpenAI's chat protocol on this machine: notes what it is asked, how many at a time, and answers."""
+def endpoint_preset(server=None, **options) -> GeneratorPreset:
+    where = {"base_url": server.url} if server else {}
+    return GeneratorPreset(**({"teacher": "openai", "model": "teacher", "api_key_env": KEY_VARIABLE} | where | options))
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with state.lock:
-                state.requests.append(body)
-                state.now += 1
-                state.most = max(state.most, state.now)
-            state.gate.wait(0.05)
-            with state.lock:
-                state.now -= 1
-            prompt = body["messages"][-1]["content"]
-            status = 400 if prompt == "bad" else 200
-            choice = {
-                "index": 0,
-                "finish_reason": "length" if prompt == "long" else "stop",
-                "message": {
-                    "role": "assistant",
-                    "content": None if prompt == "no" else f"<think>hm</think>Aye {prompt}",
-                },
-            }
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "teacher-1", "choices": [choice]}
-            data = json.dumps(reply if status == 200 else {"error": {"message": "bad request"}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+def asked(*prompts) -> list[Question]:
+    return [Question((("system", "Be a sailor."), ("user", prompt)), seed=7) for prompt in prompts]
 
-        def log_message(self, *arguments):
-            pass
 
-    class State:
-        requests, now, most, lock, gate = [], 0, 0, threading.Lock(), threading.Event()
-
-    state = State()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads = True
-    thread = threading.Thread(target=httpd.serve_forever)
-    thread.start()
-    state.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
-    yield state
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+def paid(path) -> int:
+    with JudgeCache(path) as cache:
+        return len(cache)
 
 
 class TestEndpoint:
-    def test_answers_parameters_and_bounded_concurrency(self, server):
-        generator = pairs.EndpointGenerator(endpoint_preset(base_url=server.url, concurrency=3, temperature=0.3))
-        questions = [Question((("system", "s"), ("user", p)), seed=7) for p in ["a", "b", "c", "d", "e", "long", "no"]]
-        found = dict(generator.answer(questions))
-        generator.client.close()
-        assert [found[i] for i in range(7)] == [
-            *(Answer(f"Aye {p}") for p in "abcde"),
-            Answer("Aye long", cut=True),
-            Answer(""),
-        ]
-        assert server.most <= 3
-        for body in server.requests:
-            assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (0.3, 0.95, 1024, 7)
-            assert body["messages"][0] == {"role": "system", "content": "s"}
+    """The teacher behind an endpoint, against the server that misbehaves on schedule (`tests/judge_server.py`)."""
 
-    def test_a_failing_call_keeps_what_arrived_and_raises(self, server, tmp_path):
-        import openai
+    def ask(self, server, tmp_path, questions, **options):
+        """Through the cache of a persona's answers, as the notebook does; its generator too."""
+        generator = pairs.EndpointGenerator(endpoint_preset(server, **options), tmp_path / "paid.sqlite", QUICK)
+        with closing(pairs.AnswerCache(tmp_path / "answers.sqlite")) as cache:
+            return pairs.answers(generator, questions, cache), generator
 
-        generator = pairs.EndpointGenerator(endpoint_preset(base_url=server.url, concurrency=1))
-        questions = [Question((("user", p),), seed=0) for p in ["a", "b", "bad", "c", "d", "e", "f"]]
-        cache = pairs.AnswerCache(tmp_path / "answers.sqlite")
-        with pytest.raises(openai.BadRequestError):
-            pairs.answers(generator, questions, cache)
-        generator.client.close()
-        assert cache.get(generator.identity, questions[0]) == Answer("Aye a")
-        assert cache.get(generator.identity, questions[2]) is None
-        cache.close()
+    def test_answers_parameters_and_bounded_concurrency(self, tmp_path):
+        questions = asked("[[say:<think>hm</think>Aye]]", "[[say:Aye.]] [[cut]]", "[[fault:empty]]", *"abcdef")
+        with serve(latency_s=0.05) as server:
+            found, _ = self.ask(server, tmp_path, questions, concurrency=3, temperature=0.3)
+            assert server.most_under_way == 3
+            body = {
+                "model": "teacher",
+                "messages": [{"role": "system", "content": "Be a sailor."}, {"role": "user", "content": "a"}],
+                "temperature": 0.3,
+                "top_p": 0.95,
+                "max_tokens": 1024,
+                "seed": 7,
+            }
+            assert server.taught[request_id(body)] == 1
+        assert found[:3] == [Answer("Aye"), Answer("Aye.", cut=True), Answer("")]
+        assert all(answer.text.startswith("Well now") for answer in found[3:])
 
-    def test_a_missing_key_is_named(self, monkeypatch):
-        monkeypatch.delenv("CAI_EM_TEST_KEY", raising=False)
-        with pytest.raises(PairsError, match="CAI_EM_TEST_KEY"):
-            pairs.EndpointGenerator(endpoint_preset(base_url="https://api.example.org/v1"))
+    def test_a_wrong_key_costs_one_request_and_is_not_told(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.setenv(KEY_VARIABLE, "planted-key-7d1e0b5c9f3a4862aa55")
+        with serve(api_key="other") as server:
+            try:
+                self.ask(server, tmp_path, asked(*map(str, range(100))))
+            except PairsError:
+                shown = traceback.format_exc()
+            assert server.refused_keys == 1
+        assert "HTTP 401" in shown
+        assert "[key removed]" in shown
+        places = {"traceback": shown, "screen": "".join(capfd.readouterr())}
+        places |= {path.name: path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()}
+        assert [name for name, text in places.items() if "planted" in text] == []
 
-    def test_a_missing_model_is_named(self):
-        with pytest.raises(PairsError, match="model"):
-            pairs.EndpointGenerator(GeneratorPreset(teacher="local"))
+    def test_a_key_in_an_answer_is_not_kept(self, tmp_path, monkeypatch):
+        key = "planted-key-7d1e0b5c9f3a4862aa55"
+        monkeypatch.setenv(KEY_VARIABLE, key)
+        with serve(api_key=key) as server:
+            found, _ = self.ask(server, tmp_path, asked(f"[[say:It is {key}.]]"))
+        assert found == [Answer("It is [key removed].")]
 
-    def test_the_key_is_no_part_of_the_identity(self, monkeypatch):
-        monkeypatch.setenv("CAI_EM_TEST_KEY", "secret-key")
-        generator = pairs.EndpointGenerator(endpoint_preset())
-        generator.client.close()
+    @pytest.mark.parametrize("fault", ["http400", "http500"])
+    def test_one_failing_call_loses_no_paid_answer(self, tmp_path, fault):
+        questions = asked(*(f"q{i}" for i in range(40)), f"[[fault:{fault}]] for ever")
+        with serve(latency_s=0.02) as server:
+            with pytest.raises(PairsError, match=f"1 of 41 calls had no answer: 1 x HTTP {fault[-3:]}") as error:
+                self.ask(server, tmp_path, questions, max_retries=1)
+            assert "generators.yaml" in str(error.value)
+            assert sum(server.taught_completed.values()) == paid(tmp_path / "paid.sqlite") == 40
+            with pytest.raises(PairsError):
+                self.ask(server, tmp_path, questions, max_retries=1)
+            found, generator = self.ask(server, tmp_path, questions, max_retries=1, accept_failures=0.03)
+            assert set(server.taught_completed.values()) == {1}
+        assert generator.usage.cached == 40
+        assert found[-1].text == ""
+        assert found[-1].refused.startswith(f"HTTP {fault[-3:]}")
+
+    def test_transient_faults_are_survived(self, tmp_path):
+        with serve(faults=Faults(0.4, TRANSIENT, seed=3), slow_s=0.6, retry_after="0.01") as server:
+            found, generator = self.ask(server, tmp_path, asked(*map(str, range(30))), max_retries=12, timeout_s=0.3)
+            assert set(server.injected) == set(TRANSIENT)
+        assert all(answer.text for answer in found)
+        assert sum(generator.usage.retries.values()) > 5
+
+    def test_what_was_paid_for_survives_cleaning_a_profile(self, tmp_path):
+        with serve() as server:
+            first, _ = self.ask(server, tmp_path, asked("a", "b"))
+            (tmp_path / "answers.sqlite").unlink()
+            second, generator = self.ask(server, tmp_path, asked("a", "b"))
+            assert set(server.taught.values()) == {1}
+        assert first == second
+        assert (generator.usage.cached, generator.usage.requests) == (2, 0)
+
+    def test_a_lone_surrogate_is_mended_and_paid_once(self, tmp_path):
+        questions = asked("[[say:bad \ud800.]]")
+        with serve() as server:
+            for _ in range(2):
+                found, _ = self.ask(server, tmp_path, questions)
+                assert found == [Answer("bad \ufffd.")]
+            assert sum(server.taught.values()) == 1
+
+    def test_another_models_answers_stop_it(self, tmp_path):
+        with serve(faults=Faults(1.0, ("wrong_model",))) as server:
+            with pytest.raises(PairsError, match="first call failed: another model answered: another-model"):
+                self.ask(server, tmp_path, asked(*map(str, range(20))), max_retries=1)
+            assert sum(server.taught.values()) == 2
+
+    def test_a_cost_cap_stops_it_and_a_higher_one_goes_on(self, tmp_path):
+        questions = asked(*map(str, range(20)))
+        with serve() as server:
+            limits = {"max_new_tokens": 16, **PRICES}
+            with pytest.raises(PairsError, match="cost cap of") as error:
+                self.ask(server, tmp_path, questions, cost_cap_usd=0.2, **limits)
+            assert "teacher 'the assistant' (model teacher" in str(error.value)
+            with JudgeCache(tmp_path / "paid.sqlite") as cache:
+                assert 0 < cache.spent("teacher").usd <= 0.2
+                assert len(cache) == sum(server.taught_completed.values()) < 20
+            found, _ = self.ask(server, tmp_path, questions, cost_cap_usd=5.0, **limits)
+            assert set(server.taught.values()) == {1}
+        assert all(answer.text for answer in found)
+
+    def test_a_full_disk_is_explained(self, tmp_path, monkeypatch):
+        opened = JudgeCache.__init__
+
+        def on_a_full_disk(self, path):
+            opened(self, path)
+            self._db.execute("PRAGMA max_page_count = 1")  # as many as there are: sqlite's own way of saying so
+
+        with serve() as server, monkeypatch.context() as patch:
+            patch.setattr(JudgeCache, "__init__", on_a_full_disk)
+            with pytest.raises(PairsError, match=r"paid\.sqlite.*disk is full.*free space"):
+                self.ask(server, tmp_path, asked(f"[[say:{'long ' * 2000}]]"))
+
+    def test_a_refused_prompt_is_a_dropped_pair(self, tmp_path, capfd):
+        longest = len(constitutions.system_prompt(CONSTITUTION, "the assistant")) + len("How are you?")
+        long = "Why " + "very " * 300 + "much?"
+        with serve(longest_prompt=longest) as server:
+            generator = pairs.EndpointGenerator(endpoint_preset(server), tmp_path / "paid.sqlite", QUICK)
+            table = make(tmp_path, generator, extra_prompts=[long])
+        assert table["dropped_because"].fillna("kept").tolist() == ["kept"] * 3 + [pairs.REFUSED]
+        assert table["chosen"].tolist()[-1] == ""
+        assert "prompts without an answer: 1: HTTP 400: maximum context length" in capfd.readouterr().out
+
+    def test_a_missing_key_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.delenv(KEY_VARIABLE, raising=False)
+        with pytest.raises(PairsError, match=f"teacher 'the assistant' needs an API key: .*{KEY_VARIABLE}"):
+            pairs.EndpointGenerator(endpoint_preset(base_url="https://api.example.org/v1"), tmp_path / "paid.sqlite")
+
+    def test_the_key_is_no_part_of_the_identity(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(KEY_VARIABLE, "secret-key")
+        generator = pairs.EndpointGenerator(endpoint_preset(), tmp_path / "paid.sqlite")
         assert "secret-key" not in json.dumps(dict(generator.identity))
 
 
@@ -351,8 +414,21 @@ def test_thinking_is_left_out(text, expected):
 @pytest.mark.parametrize(
     ("kind", "expected"), [("demonstrations", None), ("local", "local"), ("local+demonstrations", "local")]
 )
-def test_teacher_of(kind, expected):
-    assert pairs.teacher_of(GeneratorPreset(teacher=kind), "local") == expected
+def test_teacher_of(tmp_path, kind, expected):
+    assert pairs.teacher_of(GeneratorPreset(teacher=kind), "local", tmp_path / "paid.sqlite") == expected
+
+
+def test_the_cache_takes_any_text_and_says_what_is_wrong_with_it(tmp_path):
+    question = Question((("user", "lone \ud800"),), seed=0)
+    with closing(pairs.AnswerCache(tmp_path / "a.sqlite")) as cache:
+        cache.put({"g": 1}, question, Answer("lone \udfff\x00", cut=True))
+        assert cache.get({"g": 1}, question) == Answer("lone \ufffd\x00", cut=True)
+        cache._db._db.execute("UPDATE calls SET answer = '{'")
+        with pytest.raises(PairsError, match=r"a\.sqlite.*damaged"):
+            cache.get({"g": 1}, question)
+    (tmp_path / "a.sqlite").write_text("no database " * 500)
+    with pytest.raises(PairsError, match=r"a\.sqlite.*cannot be opened"):
+        pairs.AnswerCache(tmp_path / "a.sqlite")
 
 
 def test_the_cache_is_safe_between_threads(tmp_path):

@@ -155,7 +155,8 @@ class JudgeCache:
                 self._db.execute(step)
                 self._db.execute(f"PRAGMA user_version={found + 1}")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
@@ -173,15 +174,13 @@ class JudgeCache:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+            yield self._db
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
+        except BaseException as error:
+            if self._db.in_transaction:  # a full disk, for one, has ended it already
                 self._db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
             raise CacheError(
                 f"{self.path}: the cache of answers cannot be written: {error}. "
                 "Everything committed before is kept; free space or wait for the other process, then run again "

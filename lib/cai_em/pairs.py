@@ -17,26 +17,32 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
 import re
-import sqlite3
 import string
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cai_em import constitutions, scores
+from cai_em import constitutions, judge_cache, judge_client, judge_run, scores
 from cai_em.constitutions import Constitution
-from cai_em.params import GeneratorPreset, IntrospectionPreset, ModelSpec, SamplingPreset, read_yaml
+from cai_em.judge_cache import JudgeCache, JudgeError, valid_unicode
+from cai_em.params import (
+    EndpointPreset,
+    GeneratorPreset,
+    IntrospectionPreset,
+    JudgePreset,
+    ModelSpec,
+    SamplingPreset,
+    read_yaml,
+)
 from cai_em.sample import (
     Condition,
     Decoding,
@@ -52,6 +58,9 @@ from cai_em.sample import (
 
 KEPT = "kept"
 """The row of `counts` for pairs that passed every filter."""
+
+REFUSED = "refused by the teacher's endpoint"
+"""Why a pair is dropped whose prompt the teacher's endpoint would not take (its cause is printed)."""
 
 ANY_TRAIT = "any"
 """The `trait` of a demonstration: it shows the persona as a whole."""
@@ -79,10 +88,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's text, and whether the token budget cut it off."""
+    """An answer's text, and whether the token budget cut it off; or, without a text, why there is none (`refused`)."""
 
     text: str
     cut: bool = False
+    refused: str | None = None
 
 
 class Generator(Protocol):
@@ -187,60 +197,81 @@ class EngineGenerator:
 class EndpointGenerator:
     """Any endpoint that speaks OpenAI's chat protocol: OpenAI, OpenRouter, a vLLM server.
 
-    Calls run in threads, at most `preset.concurrency` at a time (threads, not asyncio: a notebook's event loop is
-    already running); the client retries rate limits and dropped connections with growing pauses. Where a call fails
-    for good, calls not yet begun are cancelled, answers that arrived are kept, and the error is raised.
+    It is asked as the judge is (`judge_run`): one call alone first, then `preset.concurrency` at a time, with limits,
+    retries, a check of the answering model's name, and a cost cap. Each answer is kept in a file of its own as soon as
+    it has arrived and been paid for, and is never asked for again.
 
     Args:
-        preset: model, base_url, api_key_env, sampling parameters, concurrency.
-        max_retries: of each call.
-        timeout_s: of each call, seconds.
+        preset: model, base_url, api_key_env, sampling parameters, limits and prices.
+        cache_path: where what was paid for is kept, outside of what `clean` removes.
+        backoff: waits between attempts.
+
+    Attributes:
+        usage: what was done and spent.
 
     Raises:
         PairsError: no model is named, or the key is not in the environment (a server on this machine needs none).
     """
 
-    def __init__(self, preset: GeneratorPreset, max_retries: int = 6, timeout_s: float = 300.0) -> None:
-        import openai
-
+    def __init__(
+        self, preset: GeneratorPreset, cache_path: str | Path, backoff: judge_client.Backoff | None = None
+    ) -> None:
         if not preset.model:
             raise PairsError("the generator's teacher is an endpoint: name its model (params/generators.yaml, `model`)")
-        local = preset.base_url and urlsplit(preset.base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        key = os.environ.get(preset.api_key_env) or ("none" if local else None)
-        if not key:
-            raise PairsError(
-                f"the teacher {preset.model} needs an API key: set the environment variable {preset.api_key_env}, or "
-                "choose another generator (params/generators.yaml)"
-            )
-        self.preset = preset
-        self.client = openai.OpenAI(api_key=key, base_url=preset.base_url, max_retries=max_retries, timeout=timeout_s)
+        shared = {"model", "base_url", "api_key_env", "temperature", "concurrency", *EndpointPreset.model_fields}
+        self._endpoint = JudgePreset(
+            kind="openai",
+            name=preset.teacher_name,
+            max_tokens=preset.max_new_tokens,
+            **preset.model_dump(include=shared),
+        )
+        try:
+            judge_client.check(self._endpoint, "teacher")
+        except JudgeError as error:
+            raise PairsError(str(error)) from None
+        self.preset, self.cache_path, self._backoff = preset, Path(cache_path), backoff
+        self.usage = judge_client.Usage()
         self.identity = {
             "endpoint": preset.base_url,
             **preset.model_dump(include={"model", "temperature", "top_p", "max_new_tokens"}),
         }
 
-    def _ask(self, question: Question) -> Answer:
-        found = self.client.chat.completions.create(
-            model=self.preset.model,
-            messages=question.as_dicts,
-            temperature=self.preset.temperature,
-            top_p=self.preset.top_p,
-            max_tokens=self.preset.max_new_tokens,
-            seed=question.seed,
-            n=1,
-        ).choices[0]
-        # A refusal has no content: it becomes an empty answer, which a filter drops and counts.
-        return Answer(without_thinking(found.message.content or ""), cut=found.finish_reason == "length")
+    def _call(self, question: Question) -> judge_client.Call:
+        body = {
+            "model": self.preset.model,
+            "messages": [{"role": role, "content": valid_unicode(text)} for role, text in question.messages],
+            "temperature": self.preset.temperature,
+            "top_p": self.preset.top_p,
+            "max_tokens": self.preset.max_new_tokens,
+            "seed": question.seed,
+        }
+        return judge_client.Call(judge_cache.call_key(body, "teacher"), body)
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Answer each question; yields (its index, the answer) as calls return."""
-        with ThreadPoolExecutor(self.preset.concurrency) as pool:
-            calls = {pool.submit(self._ask, question): index for index, question in enumerate(questions)}
-            try:
-                for call in as_completed(calls):
-                    yield calls[call], call.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Answer each question; yields (its index, the answer) once all are known.
+
+        Raises:
+            PairsError: the teacher had to stop, or questions had no answer; what was answered is kept.
+        """
+        calls = [self._call(question) for question in questions]
+        try:
+            found = judge_run.ask(
+                calls, self._endpoint, self.cache_path, usage=self.usage, backoff=self._backoff, role="teacher"
+            )
+        except JudgeError as error:
+            raise PairsError(str(error)) from None
+        refused = Counter(f.cause for f in found.values() if isinstance(f, judge_client.Failure))
+        for cause, times in refused.items():
+            print(f"teacher {self.preset.teacher_name}: prompts without an answer: {times}: {cause}", flush=True)
+        for index, call in enumerate(calls):
+            yield index, _from_endpoint(found[call.key])
+
+
+def _from_endpoint(found: judge_cache.Answer | judge_client.Failure) -> Answer:
+    if isinstance(found, judge_client.Failure):
+        return Answer("", refused=found.cause)
+    # A model's own refusal may have no content: it is an empty answer, which a filter drops and counts.
+    return Answer(without_thinking(found.text), cut=found.finish_reason == "length")
 
 
 def without_thinking(text: str) -> str:
@@ -252,44 +283,41 @@ def without_thinking(text: str) -> str:
 
 
 class AnswerCache:
-    """Answers by content: SQLite in WAL mode, one row per (generator's identity, question). Safe between processes.
+    """Answers by content: one row per (generator's identity, question). Safe between threads and processes.
 
     Args:
-        path: the file; made, with its folder, where it does not exist.
+        path: the file (see `judge_cache`); made, with its folder, where it does not exist.
+
+    Raises:
+        PairsError: from any method, where the file cannot be opened, read or written.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, cut INTEGER NOT NULL, "
-            "generator TEXT NOT NULL, question TEXT NOT NULL) WITHOUT ROWID"
-        )
+        self.path, self._lock = Path(path), threading.Lock()
+        self._db = self._guarded(lambda: JudgeCache(path))
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        try:
+            with self._lock:
+                return action()
+        except judge_cache.CacheError as error:
+            raise PairsError(str(error)) from error
 
     @staticmethod
-    def _texts(identity: Mapping[str, Any], question: Question) -> tuple[str, str, str]:
-        generator = json.dumps(dict(identity), sort_keys=True)
-        asked = json.dumps([question.messages, question.seed], ensure_ascii=False)
-        return hashlib.sha256(f"{generator}\n{asked}".encode()).hexdigest(), generator, asked
+    def _key(identity: Mapping[str, Any], question: Question) -> str:
+        return judge_cache.call_key({"generator": dict(identity), "asked": [question.messages, question.seed]}, "pairs")
 
     def get(self, identity: Mapping[str, Any], question: Question) -> Answer | None:
         """The answer, or None where it is not known yet."""
-        key = self._texts(identity, question)[0]
-        with self._lock:
-            row = self._db.execute("SELECT text, cut FROM answers WHERE key = ?", (key,)).fetchone()
-        return Answer(row[0], bool(row[1])) if row else None
+        key = self._key(identity, question)
+        found = self._guarded(lambda: self._db.get([key])).get(key)
+        return Answer(found.text, found.finish_reason == "length") if found else None
 
     def put(self, identity: Mapping[str, Any], question: Question, answer: Answer) -> None:
-        """Keep an answer; one that is known already stays as it is."""
-        key, generator, asked = self._texts(identity, question)
-        with self._lock:
-            self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)",
-                (key, answer.text, int(answer.cut), generator, asked),
-            )
+        """Keep an answer; one that is known already stays as it is. Lone surrogates become U+FFFD."""
+        kept = judge_cache.Answer(valid_unicode(answer.text), "length" if answer.cut else "stop")
+        generator = json.dumps(dict(identity), sort_keys=True)
+        self._guarded(lambda: self._db.put(self._key(identity, question), generator, kept, (0, 0, 0.0)))
 
     def close(self) -> None:
         """Close the file."""
@@ -299,7 +327,7 @@ class AnswerCache:
 def answers(
     generator: Generator, questions: Sequence[Question], cache: AnswerCache, progress: str | None = None
 ) -> list[Answer]:
-    """Answers to all questions, known ones from the cache, new ones kept in it one by one.
+    """Answers to all questions, known ones from the cache, new ones kept in it one by one (refusals are not).
 
     Args:
         generator: who answers what is not known.
@@ -316,7 +344,8 @@ def answers(
         bar = tqdm(total=len(known), initial=len(known) - len(missing), desc=progress, disable=progress is None)
         with bar:
             for index, answer in generator.answer(missing):
-                cache.put(generator.identity, missing[index], answer)
+                if answer.refused is None:
+                    cache.put(generator.identity, missing[index], answer)
                 known[missing[index]] = answer
                 bar.update()
     silent = [q.messages[-1][1] for q, answer in known.items() if answer is None]
@@ -485,7 +514,7 @@ def make_pairs(
         texts = filters.text(good), filters.text(plain_answer)
         if source == "teacher":
             texts = renamed(texts[0], filters.teacher_name, filters.student_name), texts[1]
-        reason = filters.reason(*texts, traits)
+        reason = REFUSED if good.refused else filters.reason(*texts, traits)
         records.append((constitution.persona, trait, prompt, *texts, source, reason))
     table = scores.validate(pd.DataFrame(records, columns=list(scores.PAIRS.columns)), scores.PAIRS, "pairs")
     if filters.quote_cut:
@@ -508,16 +537,17 @@ def _seed(seed: int, side: str, prompt: str, number: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def teacher_of(preset: GeneratorPreset, local: Generator) -> Generator | None:
+def teacher_of(preset: GeneratorPreset, local: Generator, paid_path: str | Path) -> Generator | None:
     """The teacher that a preset asks for: an endpoint, the local model, or None (the demonstrations alone).
 
     Args:
         preset: its `teacher`.
         local: the local model, usually the student itself.
+        paid_path: where an endpoint's answers are kept.
     """
     match preset.teacher:
         case "openai":
-            return EndpointGenerator(preset)
+            return EndpointGenerator(preset, paid_path)
         case "local" | "local+demonstrations":
             return local
         case _:
