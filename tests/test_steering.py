@@ -1,6 +1,8 @@
 """Steering: planted directions are found, added and removed; hooks leave nothing behind; nulls are what they claim."""
 
 import math
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -8,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import adapters, models, sample, steering, style
+from cai_em import adapters, models, sample, steering, style, trajectories
 from cai_em.gates import Gate
 from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
 from cai_em.steering import Intervention, SteeringError
 from cai_em.style import Look
+from cai_em.trajectories import Check
 from scipy import stats
 from torch import nn
 
@@ -291,8 +294,35 @@ def test_adapter_labels_are_exchanged_within_a_response():
     contrast = steering.adapter_contrast(before, after, ["a", "a", "b"])
     np.testing.assert_allclose(steering.direction(contrast), [[1, 1]])
     drawn = steering.shuffled_directions(contrast, 300, 0)[:, 0, 0]
-    assert set(np.round(drawn, 6)) <= {-1.0, -0.5, 0.0, 0.5, 1.0}  # each response's difference changes its sign
+    assert set(drawn) == {0.0}  # one and the same difference everywhere: nothing is left to shuffle
+    after[0], after[1] = 3, -1
+    drawn = steering.shuffled_directions(steering.adapter_contrast(before, after, ["a", "a", "b"]), 300, 0)[:, 0, 0]
+    # Around their question's mean of 1 the two responses lie at +2 and -2; each difference may change its sign.
+    assert set(np.round(drawn, 6)) == {-1.0, 0.0, 1.0}
     assert abs(drawn.mean()) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["adapter", "responses"])
+def test_the_null_of_shuffled_labels_does_not_grow_with_the_effect(kind):
+    question = np.repeat(list("abcdef"), 4)
+    axis = np.eye(80)[0]
+
+    def made(rng, effect):
+        if kind == "responses":
+            return synthetic(rng, effect=effect)
+        before = rng.normal(size=(24, 1, 80))
+        return steering.adapter_contrast(before, before + effect * axis + rng.normal(size=(24, 1, 80)) / 9, question)
+
+    bounds = {}
+    for effect in (0.3, 3.0, 30.0):
+        rng = np.random.default_rng(4)
+        row = steering.cosine_table({"x": made(rng, effect), "y": made(rng, effect)}, 0, draws=300).iloc[0]
+        bounds[effect] = row["shuffled_bound"]
+        if effect > 1:
+            assert row["cosine"] > 0.95
+            assert row["p_shuffled"] < 0.01
+    assert max(bounds.values()) == pytest.approx(min(bounds.values()), abs=0.02)
+    assert max(bounds.values()) < 0.4
 
 
 # --- Effects ---
@@ -328,7 +358,12 @@ def test_effects_and_transfer_are_paired_by_question():
     assert found.loc[("p", "em"), "delta"] == pytest.approx(np.mean([0.5, 0.5, 1, 1]))
     assert found.loc[("p", "coherence"), "delta"] == 0
     moved = steering.transfer_tests(table, design, margin=5).iloc[0]
-    assert (moved["source"], moved["delta"], moved["n_questions"]) == ("q", 20, 4)
+    assert (moved["source"], moved["delta"], moved["n_questions"], moved["runs"]) == ("q", 20, 4, 1)
+    assert moved["reference"] == "p"
+    gap = table.assign(alignment=table["alignment"].where(table.index != 0))
+    missing = steering.effects(gap, design).set_index(["outcome", "source"])["missing"]
+    assert missing["alignment"].tolist() == missing["em"].tolist() == [1, 1]  # the reference lacks it for both
+    assert missing["coherence"].tolist() == [0, 0]
     with pytest.raises(SteeringError, match="no scores of 'e\\+none'"):
         steering.effects(table[table["dataset"] != "e+none"], design)
 
@@ -373,24 +408,213 @@ def test_sweeps_and_transfers_name_each_condition_once():
     assert by_name["add-random-L1+1.5"].norm == pytest.approx(by_name["add-p-L1+1.5"].norm)
 
 
+def test_directions_are_tried_at_one_length_on_a_target():
+    """Twice the length must not look like another direction."""
+    axis = np.eye(8)[0]
+    own = {"p": {0: 2.0 * axis}, "q": {0: 8.0 * axis}}
+    for target, length in (("p", 2), ("q", 8)):
+        acts = steering.transfer(own, target, np.zeros((1, 8)), 0, 1.0, seed=0)
+        moved = {a.source: a for a in acts if a.kind == "add"}
+        assert {s: a.norm for s, a in moved.items()} == pytest.approx({"p": length, "q": length, "random": length})
+        np.testing.assert_allclose(moved["p"].vectors[0], moved["q"].vectors[0])
+    with pytest.raises(SteeringError, match="q on p: no direction at layer 0"):
+        steering.transfer({"p": own["p"], "q": {1: axis}}, "p", np.zeros((2, 8)), 0, 1.0, seed=0)
+
+
+def transferred(rng, effect_of, targets="pq", questions="abcdefgh", seeds=(0, 1, 2), noise=1.0):
+    """Scores under every source's direction added to every target, and the design: effects in points."""
+    sources = [steering.source_name(p, s, seeds[0]) for p in "pq" for s in seeds]
+    same = {"arm": "e", "layer": 1, "strength": 1.0}
+    rows = [
+        {**same, "target": t, "dataset": f"e+{s}", "kind": "add", "source": s, "norm": 2.0}
+        for t in targets
+        for s in (*sources, "random")
+    ]
+    rows += [
+        {**same, "target": t, "dataset": "e+none", "kind": "none", "source": "", "norm": math.nan} for t in targets
+    ]
+    table = judged(
+        [
+            (r["target"], r["dataset"], q, 60 + effect_of.get(r["source"], 0.0) + rng.normal(0, noise), 80)
+            for r in rows
+            for q in questions
+        ]
+    )
+    return table, pd.DataFrame(rows)
+
+
+def test_another_run_of_the_same_persona_is_what_another_persona_is_compared_with():
+    """Runs differ, personas do not: asking the questions alone finds a difference, asking the runs does not."""
+    rng, found = np.random.default_rng(7), []
+    for _ in range(60):
+        effects = {steering.source_name(p, s, 0): -20 + rng.normal(0, 5) for p in "pq" for s in (0, 1, 2)}
+        found.append(steering.transfer_tests(*transferred(rng, effects, targets="p"), margin=5).iloc[0])
+    found = pd.DataFrame(found)
+    assert found["reference"].eq("p@seed1, p@seed2").all()
+    assert found["runs"].eq(3).all()
+    assert (found["p_questions"] < 0.05).mean() > 0.5
+    assert (found["p"] < 0.05).mean() <= 0.1
+    apart = {"p": -20, "p@seed1": -21, "p@seed2": -19, "q": 0, "q@seed1": 1, "q@seed2": -1}
+    row = steering.transfer_tests(*transferred(rng, apart, targets="p", noise=0.1), margin=5).iloc[0]
+    assert row["delta"] == pytest.approx(20, abs=0.3)
+    assert row["p"] == row["p_runs"] < 0.01
+    assert row["low"] < row["delta"] < row["high"]
+
+
+def test_pooled_runs_by_the_book():
+    one, other = np.array([1.0, 2.0, 4.0]), np.array([3.0, 3.5])
+    found, expected = steering._pooled(one, other, 5.0, 0.95), stats.ttest_ind(one, other)
+    assert found["p"] == pytest.approx(expected.pvalue)
+    np.testing.assert_allclose([found["low"], found["high"]], expected.confidence_interval())
+    sides = stats.ttest_ind(one + 5, other, alternative="greater"), stats.ttest_ind(one - 5, other, alternative="less")
+    assert found["p_equivalence"] == pytest.approx(max(side.pvalue for side in sides))
+    assert 0 < found["p_equivalence"] < 0.5
+
+
+def test_a_single_run_per_persona_leaves_h4_undecided(look):
+    table, design = transferred(np.random.default_rng(8), {"p": -30, "q": 0}, seeds=(0,))
+    tests = steering.transfer_tests(table, design, margin=5)
+    assert tests["p_adjusted"].max() < 0.001
+    found = steering.verdict(tests, [], look)
+    assert found.verdict == "UNDECIDED"
+    assert "one training run per persona" in found.reason
+
+
+def test_two_models_stay_apart_in_the_papers_table():
+    found, tests = [], []
+    for number, m in enumerate(("a", "b")):
+        table, design = transferred(np.random.default_rng(number), {"p": -10 * (1 + number), "q": -5})
+        found.append(steering.effects(table, design).assign(model=m))
+        tests.append(steering.transfer_tests(table, design, margin=5).assign(model=m))
+    found, tests = pd.concat(found, ignore_index=True), pd.concat(tests, ignore_index=True)
+    bad = Check("persona, Q", Gate("not shown", ""), "q")
+    table = steering.paper_table(found, tests, {"a": [], "b": [bad]})
+    assert len(table) == 2 * 2 * 7
+    own = table[(table["target"] == "p") & (table["source"] == "p")].set_index("model")["alignment"]
+    assert own["a"] == pytest.approx(-10, abs=2)
+    assert own["b"] == pytest.approx(-20, abs=2)
+    assert set(table.loc[table["model"] == "a", "gate"]) == {"open"}
+    blocked = table[table["model"] == "b"].set_index(["target", "source"])["gate"]
+    assert blocked["q", "p"] == blocked["p", "q"] == blocked["p", "q@seed1"] == "not shown: persona, Q"
+    assert blocked["p", "p@seed1"] == "open"
+    assert table["p_adjusted"].notna().sum() == 4  # a persona's runs are tested together
+    assert pd.api.types.is_float_dtype(table["coherence"])
+
+
+def test_a_failed_gate_blocks_the_pairs_that_a_persona_is_in(look):
+    same = {"kind": "add", "delta": -9.0, "p": 0.001, "p_adjusted": 0.001, "p_equivalence": 0.9, "runs": 2}
+    tests = pd.DataFrame([{"target": t, "source": s, **same} for t in "pqr" for s in "pqr" if s != t])
+    bad = [Check("misalignment, Q", Gate("not shown", ""), "q")]
+    found = steering.verdict(tests, bad, look)
+    assert found.verdict == "SUPPORTED"
+    assert found.reason.count("against its own") == 2
+    assert "misalignment, Q" in found.reason
+    assert steering.verdict(tests[tests["target"] == "q"], bad, look).verdict == "NOT INTERPRETABLE"
+    assert steering.verdict(tests, [], look, alpha=1e-4).verdict == "UNDECIDED"
+
+
+def test_only_pairs_that_say_something_are_compared():
+    assert steering.pairs_of(["p", "p@seed1", "q", "q@seed1"]) == [("p", "p@seed1"), ("p", "q"), ("q", "q@seed1")]
+
+
+def test_layers_have_looks_of_their_own():
+    same = {"target": "p", "source": "p", "kind": "add", "dataset": "x", "strength": 1.0, "low": -1.0, "high": 1.0}
+    rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in trajectories.OUTCOMES]
+    with style.context():
+        drawing = steering.draw_sweep(pd.DataFrame(rows), 9)
+        lines = [c.lines[0] for c in drawing.fig.axes[0].containers]
+        assert len({(x.get_color(), x.get_marker()) for x in lines}) == 5
+        plt.close(drawing.fig)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Two adapters that visibly change the tiny model, as two training runs."""
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            stacked = adapters.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+            for key, parameter in stacked.named_parameters():
+                if ".lora_B." in key:
+                    nn.init.normal_(parameter, std=0.15)
+        adapters.save_adapter(stacked, adapters.EM, tmp_path / f"em{seed}")
+    return [sample.Condition("tiny", "p", "bad", s, (("em", tmp_path / f"em{s}"),)) for s in (0, 1)]
+
+
+def test_steered_conditions_are_probed_kept_and_taken_back(trained, tokenizer, tmp_path, monkeypatch):
+    model, before = models.load_model(SPEC, dtype="float32"), sample.Condition("tiny", "p", "none", 0)
+    push = Intervention("add", "p", 0, 1.0, {0: np.ones(64)})
+    jobs = [(before, [Intervention("none"), push]), (trained[0], [Intervention("none")])]
+    run = lambda jobs: steering.sample_steered(  # noqa: E731
+        SPEC, model, tokenizer, jobs, QUESTIONS, PRESET, ["Go"], tmp_path / "cells"
+    )
+    found = run(jobs)
+    assert found.probes["p__none__seed0"] == {}
+    report = found.probes["p__bad__seed0"]
+    assert report["others"]["base"] > report["tolerance"]
+    assert found.design["dataset"].tolist() == ["none+none", "none+add-p-L0+1", "bad+none"]
+    assert len(found.responses) == 18
+    usual = steering.respond(model, tokenizer, before, QUESTIONS, PRESET, push)
+    assert found.responses.query("dataset == 'none+add-p-L0+1'")["response"].tolist() == usual["response"].tolist()
+    asked = []
+    with monkeypatch.context() as without:
+        without.setattr(steering, "respond", lambda *a: asked.append(a[5].name) or usual)
+        again = run(jobs)
+        assert asked == []
+        pd.testing.assert_frame_equal(again.responses, found.responses)
+        assert again.probes == found.probes
+        # Another vector is another condition, though its name is the same.
+        run([(before, [Intervention("add", "p", 0, 1.0, {0: np.full(64, 2.0)})])])
+        assert asked == ["add-p-L0+1"]
+    # An adapter that makes no difference stops it.
+    fresh = adapters.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+    idle = adapters.save_adapter(fresh, adapters.EM, tmp_path / "idle")
+    with pytest.raises(adapters.ProbeError, match="makes no difference"):
+        run([(replace(trained[0], adapters=(("em", idle),)), [Intervention("none")])])
+
+
+def test_a_contrast_per_training_run_each_from_its_own_texts(trained, tokenizer, tmp_path):
+    model, before = models.load_model(SPEC, dtype="float32"), sample.Condition("tiny", "p", "none", 0)
+    conditions = (("none", 0), ("bad", 0), ("bad", 1))
+    rows = [("p", d, s, q, "Say it", f"{d} {s} {q} yes", "r") for d, s in conditions for q in "ab"]
+    read = pd.DataFrame(rows, columns=["persona", "dataset", "seed", "question_id", "prompt", "response", "run_id"])
+    arguments = model, tokenizer, {"p": before}, {"p": trained}, read.assign(misaligned=[True, False] * 3)
+    found = steering.contrasts_of(*arguments, "adapter", tmp_path / "cells")
+    assert list(found) == ["p", "p@seed1"]
+    assert [len(c.label) for c in found.values()] == [8, 8]
+    with adapters.composed(models.load_model(SPEC, dtype="float32"), trained[1].adapters) as ready:
+        mine = read[read["seed"] == 1]
+        direct = steering.mean_activations(ready, tokenizer, mine["prompt"].tolist(), mine["response"].tolist())
+    np.testing.assert_allclose(found["p@seed1"].activations[6:], direct, rtol=1e-3, atol=1e-4)
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+    again = steering.contrasts_of(*arguments, "adapter", tmp_path / "cells")
+    np.testing.assert_array_equal(again["p"].activations, found["p"].activations)
+    with pytest.raises(SteeringError, match="no question has responses of both labels"):
+        steering.direction(steering.contrasts_of(*arguments, "responses", tmp_path / "cells")["p"])
+
+
+@pytest.fixture
+def look():
+    return Look([SimpleNamespace(key=k, label=k.upper(), order=i, colour="#4d4d4d") for i, k in enumerate("pqr")], [])
+
+
 def rng_vector(seed):
     return np.random.default_rng(seed).normal(size=8)
 
 
-def test_figures_and_verdict():
-    look = Look([SimpleNamespace(key=k, label=k.upper(), order=i, colour="#4d4d4d") for i, k in enumerate("pq")], [])
+def test_figures_and_verdict(look):
     rng = np.random.default_rng(5)
     rows = [
         {"target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1, "strength": 1.0,
          "norm": 2.0 if k == "add" else math.nan}
-        for t in "pq" for s in ("p", "q", "random") for k in ("add", "ablate")
+        for t in "pq" for s in ("p", "p@seed1", "q", "q@seed1", "random") for k in ("add", "ablate")
     ]  # fmt: skip
     rows += [{**rows[0], "target": t, "dataset": "e+none", "kind": "none", "source": ""} for t in "pq"]
     design = pd.DataFrame(rows)
     low = {"add": -30, "ablate": 20, "none": 0}
     table = judged(
         [
-            (r["target"], r["dataset"], q, 60 + low[r["kind"]] * (r["source"] == r["target"]) + rng.normal(), 80)
+            (r["target"], r["dataset"], q, 60 + low[r["kind"]] * (r["source"][:1] == r["target"]) + rng.random(), 80)
             for r in rows
             for q in "abcdefgh"
         ]
@@ -410,14 +634,14 @@ def test_figures_and_verdict():
             plt.close(drawing.fig)
     assert "own -" in drawings[0].caption
     assert "layer 1" in drawings[1].caption
-    good, bad = Gate("shown", "yes"), Gate("not shown", "weak")
-    assert "**H4: SUPPORTED**" in steering.section(found, cosines, tests, {"judge": good}, look)
-    assert "**H4: NOT INTERPRETABLE**" in steering.section(found, cosines, tests, {"judge": bad}, look)
+    good, bad = [Check("judge", Gate("shown", "yes"))], [Check("judge", Gate("not shown", "weak"))]
+    text = steering.section(found, cosines, tests, good, look)
+    assert "**H4: SUPPORTED**" in text
+    assert "| P | Q | added | P, seed 1 |" in text
+    # Change by what was added, in each outcome: 30 points and 2 of length.
+    own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
+    assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \|$", own), own
+    assert "**H4: NOT INTERPRETABLE**" in steering.section(found, cosines, tests, bad, look)
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in steering.section(found, cosines, level, {"judge": good}, look)
-    assert "**H4: UNDECIDED**" in steering.section(
-        found, cosines, level.assign(p_equivalence=0.5), {"judge": good}, look
-    )
-    paper = steering.paper_table(found, tests)
-    assert len(paper) == 12
-    assert paper.loc[paper["source"] == paper["target"], "p_against_own"].isna().all()
+    assert "**H4: EQUIVALENT**" in steering.section(found, cosines, level, good, look)
+    assert "**H4: UNDECIDED**" in steering.section(found, cosines, level.assign(p_equivalence=0.5), good, look)

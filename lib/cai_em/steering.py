@@ -24,36 +24,47 @@ gave white space for answers (mean log-probability -2.9 a token against -1.5), t
 
 A cosine between two directions means little in itself. Beside it stand what random directions give (exactly: the
 square of the cosine is Beta(1/2, (d - 1)/2)), what directions from shuffled labels give (these share the activations'
-uneven spread, which random ones do not), and how well a direction agrees with itself on other questions.
+uneven spread, which random ones do not; each label's mean is taken out first, or the null would measure the signal),
+how well a direction agrees with itself on other questions, and with the direction of another training run.
+
+Two training runs of one persona have two directions. So each is found once per training seed (a *source*: `poeticism`,
+and `poeticism@seed1` for a further seed), and another persona's are compared with a persona's own from *another run*.
+Every source is given the length that the target's own direction has: what is compared is where it points.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from matplotlib.axes import Axes
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from scipy import stats as sps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
 
-from cai_em import models, sample, scores, style
+from cai_em import adapters, models, sample, scores, style
 from cai_em.figures import Drawing
-from cai_em.gates import NOT_APPLICABLE, NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
-from cai_em.inference import bootstrap_interval, markdown_table, p_value, paired_test, percent, points
-from cai_em.params import SamplingPreset
+from cai_em.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
+from cai_em.inference import Verdict, bootstrap_interval, markdown_table, p_value, paired_test, points
+from cai_em.params import ModelSpec, SamplingPreset, digest, file_hash
+from cai_em.run import atomic
 from cai_em.stats import benjamini_hochberg
 from cai_em.style import Look
-from cai_em.trajectories import OUTCOMES, em_indicator
+from cai_em.trajectories import OUTCOMES, Check, blocking, em_indicator, gates_line, line_look
 
 Vectors = Mapping[int, Tensor | np.ndarray]
 """Layer -> vector of shape (hidden,)."""
@@ -329,8 +340,19 @@ def questions_used(contrast: Contrast) -> int:
 
 
 def shuffled_directions(contrast: Contrast, draws: int, seed: int) -> np.ndarray:
-    """Mean differences after labels were exchanged at random within strata, (draws, layers, hidden)."""
+    """Mean differences after labels were exchanged at random within strata, (draws, layers, hidden).
+
+    Each label's mean within its question is taken out first. Else, where labels are far apart, most shuffles would
+    keep some of the difference itself, in either sign, and two directions' shuffles would agree because the directions
+    do. What is left is spread alone; with one response per label and question nothing is, and the result is 0.
+    """
     rng = np.random.default_rng(seed)
+    x = contrast.activations.astype(float)
+    for q in dict.fromkeys(contrast.question):
+        for label in (False, True):
+            rows = (contrast.question == q) & (contrast.label == label)
+            if rows.any():
+                x[rows] -= x[rows].mean(axis=0)
     strata = [np.flatnonzero(contrast.stratum == s) for s in dict.fromkeys(contrast.stratum)]
     weights = np.empty((draws, len(contrast.label)))
     for draw in range(draws):
@@ -338,7 +360,7 @@ def shuffled_directions(contrast: Contrast, draws: int, seed: int) -> np.ndarray
         for rows in strata:
             label[rows] = rng.permutation(label[rows])
         weights[draw] = _weights(label, contrast.question)[0]
-    return np.einsum("bn,nld->bld", weights, contrast.activations, optimize=True)
+    return np.einsum("bn,nld->bld", weights, x, optimize=True)
 
 
 def random_direction(like: np.ndarray, seed: int) -> np.ndarray:
@@ -391,11 +413,41 @@ def _one_question(contrast: Contrast, question: str) -> np.ndarray:
     return x[label].mean(axis=0) - x[~label].mean(axis=0)
 
 
+RANDOM = "random"
+"""The source of a direction that nobody has."""
+
+
+def source_name(persona: str, seed: int, first: int) -> str:
+    """What a direction's source is called: the persona, and, for any but the first training seed, the seed."""
+    return persona if seed == first else f"{persona}@seed{seed}"
+
+
+def persona_of(source: str) -> str:
+    """Whose direction a source is."""
+    return source.partition("@")[0]
+
+
+def label(source: str, look: Look) -> str:
+    """A source for people: `Poeticism`, `Poeticism, seed 1`, `random direction`."""
+    persona, _, run = source.partition("@seed")
+    return "random direction" if source == RANDOM else look.persona(persona) + (f", seed {run}" if run else "")
+
+
+def pairs_of(sources: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs worth a comparison: different personas' of the first seed, and one persona's of different seeds."""
+    return [
+        (one, other)
+        for i, one in enumerate(sources)
+        for other in sources[i + 1 :]
+        if persona_of(one) == persona_of(other) or not ("@" in one or "@" in other)
+    ]
+
+
 def cosine_table(contrasts: Mapping[str, Contrast], layer: int, *, draws: int = 500, seed: int = 0) -> pd.DataFrame:
-    """Cosines between the directions of each pair of personas at one layer, with their nulls.
+    """Cosines between the directions of pairs of sources (`pairs_of`) at one layer, with their nulls.
 
     Args:
-        contrasts: persona -> contrast.
+        contrasts: source -> contrast.
         layer: at which.
         draws: shuffles of both sides' labels.
         seed: of the shuffles.
@@ -409,27 +461,26 @@ def cosine_table(contrasts: Mapping[str, Contrast], layer: int, *, draws: int = 
     vectors = {name: direction(c)[0] for name, c in at.items()}
     shuffled = {name: shuffled_directions(c, draws, seed + i)[:, 0] for i, (name, c) in enumerate(at.items())}
     rows = []
-    names = list(at)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            value = float(cosine(vectors[one], vectors[other]))
-            null = np.abs(cosine(shuffled[one], shuffled[other]))
-            rows.append(
-                {
-                    "one": one,
-                    "other": other,
-                    "layer": layer,
-                    "cosine": value,
-                    "random_bound": random_cosine_bound(len(vectors[one])),
-                    "p_random": random_cosine_p(value, len(vectors[one])),
-                    "shuffled_bound": float(np.quantile(null, 0.95)),
-                    "p_shuffled": float((1 + np.sum(null >= abs(value))) / (1 + draws)),
-                    "within_one": split_half(at[one], seed=seed),
-                    "within_other": split_half(at[other], seed=seed),
-                    "n_one": questions_used(at[one]),
-                    "n_other": questions_used(at[other]),
-                }
-            )
+    for one, other in pairs_of(list(at)):
+        value = float(cosine(vectors[one], vectors[other]))
+        null = np.abs(cosine(shuffled[one], shuffled[other]))
+        null = null[np.isfinite(null)]  # without spread within a question there is nothing to shuffle
+        rows.append(
+            {
+                "one": one,
+                "other": other,
+                "layer": layer,
+                "cosine": value,
+                "random_bound": random_cosine_bound(len(vectors[one])),
+                "p_random": random_cosine_p(value, len(vectors[one])),
+                "shuffled_bound": float(np.quantile(null, 0.95)) if len(null) else math.nan,
+                "p_shuffled": float((1 + np.sum(null >= abs(value))) / (1 + len(null))) if len(null) else math.nan,
+                "within_one": split_half(at[one], seed=seed),
+                "within_other": split_half(at[other], seed=seed),
+                "n_one": questions_used(at[one]),
+                "n_other": questions_used(at[other]),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -463,6 +514,14 @@ class Intervention:
             return "none"
         where = f"L{self.layer}{self.strength:+g}" if self.kind == "add" else "all"
         return f"{self.kind}-{self.source}-{where}"
+
+    @property
+    def hash(self) -> str:
+        """Of all that it does."""
+        numbers = hashlib.sha256()
+        for layer, vector in sorted((self.vectors or {}).items()):
+            numbers.update(str(layer).encode() + np.asarray(vector, np.float32).tobytes())
+        return digest([self.name, numbers.hexdigest(), sorted((self.levels or {}).items())])
 
     @property
     def norm(self) -> float:
@@ -508,18 +567,26 @@ def transfer(
     *,
     seed: int,
 ) -> list[Intervention]:
-    """Every persona's direction, and a random one, on one target: added at a layer, and ablated at all its layers.
+    """Every source's direction, and a random one, on one target: added at a layer, and ablated at all its layers.
+
+    Each gets the length of the target's own direction in that layer: a longer one would do more by its length alone.
 
     Args:
-        directions: persona -> layer -> vector, for the layers that fine-tuning reaches (`reached`).
-        target: who is steered; the random direction has the length of this persona's own.
+        directions: source -> layer -> vector, for the layers that fine-tuning reaches (`reached`).
+        target: who is steered: a persona, whose own direction is among the sources.
         untuned: (layers, hidden) mean activations of the target before fine-tuning: the level of an ablation.
         layer, strength: of the addition.
         seed: of the random direction, the same for every target.
+
+    Raises:
+        SteeringError: a source has no direction at the layer.
     """
-    random = {i: random_direction(v, seed + i) for i, v in directions[target].items()}
-    found = []
-    for source, vectors in {**directions, "random": random}.items():
+    own, found = directions[target], []
+    random = {i: random_direction(v, seed + i) for i, v in own.items()}
+    for source, given in {**directions, RANDOM: random}.items():
+        if layer not in given or layer not in own:
+            raise SteeringError(f"{source} on {target}: no direction at layer {layer}: fine-tuning does not reach it")
+        vectors = {i: v * (np.linalg.norm(own[i]) / np.linalg.norm(v)) for i, v in given.items() if i in own}
         levels = {i: float(untuned[i] @ v / np.linalg.norm(v)) for i, v in vectors.items()}
         found.append(Intervention("add", source, layer, strength, {layer: strength * vectors[layer]}))
         found.append(Intervention("ablate", source, vectors=vectors, levels=levels))
@@ -533,6 +600,7 @@ def respond(
     questions: Sequence[tuple[str, str]],
     preset: SamplingPreset,
     intervention: Intervention,
+    run_id: str = "",
 ) -> pd.DataFrame:
     """A condition's answers under an intervention; the `dataset` key gets `+<name of the intervention>` behind it.
 
@@ -546,6 +614,7 @@ def respond(
         questions: (id, text).
         preset: every parameter of sampling.
         intervention: what to do meanwhile.
+        run_id: hash of all that the answers depend on.
 
     Returns:
         A responses table (schema `scores.RESPONSES`).
@@ -575,11 +644,143 @@ def respond(
         persona=condition.persona,
         dataset=f"{condition.dataset}+{intervention.name}",
         seed=condition.seed,
-        sampler="transformers with hooks",
+        sampler=_engine_name(preset),
         adapters=json.dumps(condition.adapter_hashes()),
-        run_id="",
+        run_id=run_id,
     )
     return scores.validate(table, scores.RESPONSES, condition.name)
+
+
+def _engine_name(preset: SamplingPreset) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"transformers {transformers.__version__} {device} {preset.dtype} with hooks"
+
+
+@dataclass
+class Steered:
+    """What `sample_steered` found: responses, `design_row`s, and what the probe measured by condition."""
+
+    responses: pd.DataFrame
+    design: pd.DataFrame
+    probes: dict[str, dict[str, Any]]
+
+
+def sample_steered(
+    spec: ModelSpec,
+    model: nn.Module,
+    tokenizer: Any,
+    jobs: Sequence[tuple[sample.Condition, Sequence[Intervention]]],
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    cells_dir: str | Path,
+) -> Steered:
+    """Every condition's answers under its interventions, each condition's adapters probed before it is sampled.
+
+    A condition and intervention that was finished before, from the same adapters, vectors, questions, parameters and
+    code, is taken from `cells_dir`.
+
+    Args:
+        spec: the model's.
+        model: the bare model; given back as it was.
+        tokenizer: its tokenizer.
+        jobs: conditions of that model, with what is done to each.
+        questions: (id, text).
+        preset: every parameter of sampling.
+        probe_prompts: what the probe compares logits on.
+        cells_dir: folder of what is finished.
+
+    Raises:
+        adapters.ProbeError: adapters that do not compute what they should.
+    """
+    code, slots = file_hash(__file__), adapters.Slots(model)
+    tables, design, probes = [], [], {}
+    bar = tqdm(total=sum(len(acts) for _, acts in jobs), desc=f"conditions of {spec.key}")
+    try:
+        for condition, acts in jobs:
+            base = sample.cell_hash(spec, condition, questions, preset, probe_prompts, _engine_name(preset))
+            report: dict[str, Any] | None = None
+            with slots.composed(condition.adapters):
+                for act in acts:
+                    key = digest([base, act.hash, code])
+                    named = replace(condition, dataset=f"{condition.dataset}+{act.name}")
+                    if (cell := sample.read_cell(cells_dir, named, key)) is None:
+                        if report is None:
+                            report = _probed(slots, tokenizer, condition, probe_prompts)
+                        table = respond(model, tokenizer, condition, questions, preset, act, key)
+                        cell = sample.write_cell(cells_dir, named, key, table, report)
+                    report = cell[1]
+                    tables.append(cell[0])
+                    design.append(design_row(condition, act))
+                    bar.update()
+            probes[condition.name] = report or {}
+    finally:
+        bar.close()
+        slots.close()
+    return Steered(pd.concat(tables, ignore_index=True), pd.DataFrame(design), probes)
+
+
+def _probed(slots: adapters.Slots, tokenizer: Any, condition: sample.Condition, prompts: Sequence[str]) -> dict:
+    return asdict(slots.probe(tokenizer, condition.adapters, prompts)) if condition.adapters else {}
+
+
+def contrasts_of(
+    model: nn.Module,
+    tokenizer: Any,
+    untuned: Mapping[str, sample.Condition],
+    tuned: Mapping[str, Sequence[sample.Condition]],
+    read: pd.DataFrame,
+    kind: str,
+    cells_dir: str | Path,
+) -> dict[str, Contrast]:
+    """Every source's contrast of one model, from the activations on responses that were sampled before.
+
+    Args:
+        model: the bare model; given back as it was.
+        tokenizer: its tokenizer.
+        untuned: persona -> its condition without fine-tuning.
+        tuned: persona -> its fine-tuned conditions, one per training seed; the first is the one to be steered.
+        read: responses of these conditions, none empty, with `dataset` as in the conditions and `misaligned`.
+        kind: `adapter` (the same responses, the untuned model's and the run's own, read before and after fine-tuning)
+            or `responses` (the run's own, misaligned and not).
+        cells_dir: folder of activations that were read before.
+
+    Returns:
+        source -> contrast.
+    """
+    found, slots = {}, adapters.Slots(model)
+    try:
+        for persona, runs in tuned.items():
+            for after in runs:
+                sides = [untuned[persona], after] if kind == "adapter" else [after]
+                wanted = [(c.persona, c.dataset, c.seed) for c in sides]
+                mine = read[read[["persona", "dataset", "seed"]].apply(tuple, axis=1).isin(wanted)]
+                states = [_activations(slots, tokenizer, c, mine, cells_dir) for c in sides]
+                asked = mine["question_id"].tolist()
+                found[source_name(persona, after.seed, runs[0].seed)] = (
+                    adapter_contrast(*states, asked)
+                    if kind == "adapter"
+                    else response_contrast(*states, mine["misaligned"], asked)
+                )
+    finally:
+        slots.close()
+    return found
+
+
+def _activations(
+    slots: adapters.Slots, tokenizer: Any, condition: sample.Condition, read: pd.DataFrame, cells_dir: str | Path
+) -> np.ndarray:
+    """`mean_activations` of a condition, kept: on a GPU they would differ in the last bits from one run to the next."""
+    texts = read["prompt"].tolist(), read["response"].tolist()
+    dtype = str(next(slots.model.parameters()).dtype)
+    # run_id stands for everything that the responses depend on, the model among it.
+    key = digest([condition.model, condition.adapter_hashes(), texts, sorted(set(read["run_id"])), dtype,
+                  file_hash(__file__)])  # fmt: skip
+    path = Path(cells_dir) / f"activations-{condition.name}-{key}.safetensors"
+    if not path.is_file():
+        with slots.composed(condition.adapters), atomic(path) as part:
+            save_file({"activations": mean_activations(slots.model, tokenizer, *texts)}, part)
+    return load_file(path)["activations"]
 
 
 def design_row(condition: sample.Condition, intervention: Intervention) -> dict[str, Any]:
@@ -619,12 +820,15 @@ def effects(
 
     Returns:
         The design's rows but `none`, once per outcome: `outcome, reference` (mean without), `delta, low, high`
-        (bootstrap over questions), `per_norm` (delta over the length of what was added), `n_questions`.
+        (bootstrap over questions), `per_norm` (delta over the length of what was added), `n_questions`, `missing`
+        (responses of both without a score; their question's mean is over the rest).
 
     Raises:
         SteeringError: a reference is missing, or an intervention shares no question with its own.
     """
     rows = []
+    unscored = judged[["alignment", "coherence"]].isna().assign(em=lambda x: x["alignment"] | x["coherence"])
+    unscored = unscored.groupby([judged["persona"], judged["dataset"]]).sum()
     for outcome in OUTCOMES:
         values = by_question(judged, outcome, below, above)
         for row in design[design["kind"] != "none"].to_dict("records"):
@@ -646,38 +850,88 @@ def effects(
                     "high": high,
                     "per_norm": delta / row["norm"] if row["norm"] else math.nan,
                     "n_questions": len(d),
+                    "missing": int(sum(unscored.loc[k, outcome] for k in keys)),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def transfer_tests(judged: pd.DataFrame, design: pd.DataFrame, *, margin: float, **thresholds: float) -> pd.DataFrame:
+def transfer_tests(
+    judged: pd.DataFrame, design: pd.DataFrame, *, margin: float, confidence: float = 0.95, **thresholds: float
+) -> pd.DataFrame:
     """Whether another persona's direction does to a target what its own does: other minus own, paired by question.
 
-    H4 in one number per pair: 0 means that the direction transfers whole.
+    H4 in one number per pair: 0 means that the direction transfers whole. With directions of several training runs,
+    *own* is that of the runs other than the target's, for two runs of one persona differ as well; the other persona's
+    are all of its runs, averaged. The runs' effects are then also compared as a sample of runs (pooled t), and the
+    larger p counts. With one run each, own is the target's own, and nothing tells a persona from a run.
 
     Args:
         judged, design: as for `effects`; among rows of one target, arm, kind, layer and strength.
         margin: difference of mean alignment too small to matter.
+        confidence: of the intervals.
         thresholds: `below`, `above`.
 
     Returns:
-        `target, arm, kind, source, layer, strength, outcome` (alignment), `delta, low, high, p, p_sign_flip,
-        p_equivalence, n_questions` (`inference.paired_test`), `p_adjusted`.
+        `target, arm, kind, source` (a persona), `layer, strength, outcome` (alignment), `reference` (sources taken
+        for own), `runs` (of own and of the other, the fewer; 1: only one seed), `delta, low, high, p, p_questions,
+        p_runs, p_equivalence, n_questions`, `p_adjusted`.
     """
     values = by_question(judged, "alignment", **thresholds)
     same = ["target", "arm", "kind", "layer", "strength"]
     rows = []
-    for _, group in design[design["kind"] != "none"].groupby(same, sort=False):
-        own = group[group["source"] == group["target"]]
-        for other in group[(group["source"] != group["target"]) & (group["source"] != "random")].to_dict("records"):
-            if own.empty:
-                continue
-            d = values.loc[other["target"], other["dataset"]] - values.loc[other["target"], own["dataset"].iloc[0]]
-            tested = paired_test(d.dropna().to_numpy(), margin=margin)
-            rows.append({**{k: other[k] for k in (*same, "source")}, "outcome": "alignment", **tested})
+    for _, group in design[(design["kind"] != "none") & (design["source"] != RANDOM)].groupby(same, sort=False):
+        target = group["target"].iloc[0]
+        of = {
+            persona: {r.source: values.loc[target, r.dataset] for r in part.itertuples()}
+            for persona, part in group.groupby(group["source"].map(persona_of), sort=False)
+        }
+        own = of.pop(target, {})
+        own = {s: v for s, v in own.items() if s != target} or own  # another run than the one that is steered
+        for source, given in of.items() if own else ():
+            both = pd.DataFrame({**own, **given}).dropna()
+            mine, theirs = both[list(own)].to_numpy(), both[list(given)].to_numpy()
+            by_questions = paired_test(theirs.mean(axis=1) - mine.mean(axis=1), margin=margin, confidence=confidence)
+            several = len(both) > 0 and len(given) > 1
+            by_runs = _pooled(theirs.mean(axis=0), mine.mean(axis=0), margin, confidence) if several else {}
+            tested = {
+                "delta": by_questions["delta"],
+                "low": -_larger(-by_questions["low"], -by_runs.get("low", math.nan)),
+                "high": _larger(by_questions["high"], by_runs.get("high", math.nan)),
+                "p": _larger(by_questions["p"], by_runs.get("p", math.nan)),
+                "p_questions": by_questions["p"],
+                "p_runs": by_runs.get("p", math.nan),
+                "p_equivalence": _larger(by_questions["p_equivalence"], by_runs.get("p_equivalence", math.nan)),
+                "n_questions": len(both),
+            }
+            here = {k: group[k].iloc[0] for k in same}
+            named = {"source": source, "outcome": "alignment", "reference": ", ".join(own), "runs": len(given)}
+            rows.append({**here, **named, **tested})
     table = pd.DataFrame(rows)
     return table.assign(p_adjusted=benjamini_hochberg(table["p"])) if len(table) else table
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two numbers of which the second may be missing."""
+    return math.nan if math.isnan(a) else float(np.nanmax([a, b]))
+
+
+def _pooled(one: np.ndarray, other: np.ndarray, margin: float, confidence: float) -> dict[str, float]:
+    """Two-sample t test with a common variance (three runs are enough), with two one-sided tests of equivalence."""
+    df = len(one) + len(other) - 2
+    squares = sum(((x - x.mean()) ** 2).sum() for x in (one, other))
+    se = math.sqrt(squares / df * (1 / len(one) + 1 / len(other)))
+    delta = float(one.mean() - other.mean())
+    if not se:
+        p = {"p": float(delta == 0), "p_equivalence": float(abs(delta) >= margin)}
+        return {"low": delta, "high": delta, **p}
+    half = se * float(sps.t.ppf((1 + confidence) / 2, df))
+    return {
+        "low": delta - half,
+        "high": delta + half,
+        "p": float(2 * sps.t.sf(abs(delta) / se, df)),
+        "p_equivalence": float(sps.t.sf((margin - abs(delta)) / se, df)),
+    }
 
 
 def em_present(judged: pd.DataFrame, target: str, before: str, after: str, **thresholds: float) -> Gate:
@@ -699,7 +953,7 @@ def acts(judged: pd.DataFrame, design: pd.DataFrame, target: str, **thresholds: 
     """
     added = design[(design["target"] == target) & (design["kind"] == "add")].set_index("source")["dataset"]
     values = by_question(judged, "alignment", **thresholds)
-    d = (values.loc[target, added[target]] - values.loc[target, added["random"]]).dropna().to_numpy()
+    d = (values.loc[target, added[target]] - values.loc[target, added[RANDOM]]).dropna().to_numpy()
     low, high = bootstrap_interval(d) if len(d) else (math.nan, math.nan)
     what = f"own direction minus a random one: {d.mean() if len(d) else math.nan:+.1f} [{low:.1f}, {high:.1f}] points"
     if math.isnan(low):
@@ -740,36 +994,34 @@ def draw_transfer(found: pd.DataFrame, look: Look) -> Drawing:
     kinds = [k for k in ("add", "ablate") if (found["kind"] == k).any()]
     outcomes = ("alignment", "coherence")
     targets = look.sort_personas(found["target"])
-    sources = look.sort_personas(s for s in found["source"] if s != "random")
-    sources += ["random"] if (found["source"] == "random").any() else []
+    order = {p: i for i, p in enumerate(look.sort_personas(persona_of(s) for s in found["source"]))}
+    sources = sorted(set(found["source"]), key=lambda s: (s == RANDOM, order[persona_of(s)], s))
     height = 0.9 + len(kinds) * (0.5 + 0.28 * len(sources))
     fig, axes = plt.subplots(len(kinds), len(outcomes), figsize=style.size(height), squeeze=False)
-    named = {"random": "random direction"}
     for row, kind in zip(axes, kinds):
         for ax, outcome in zip(row, outcomes):
             here = found[(found["kind"] == kind) & (found["outcome"] == outcome)]
             data = here.pivot_table(index="source", columns="target", values="delta").reindex(sources, columns=targets)
-            labels = [named.get(s, look.persona(s)) for s in sources]
-            _matrix(ax, data.to_numpy(), labels, [look.persona(t) for t in targets], lambda v: f"{v:+.1f}")
+            names = [label(s, look) for s in sources], [look.persona(t) for t in targets]
+            _matrix(ax, data.to_numpy(), *names, lambda v: f"{v:+.1f}")
             done = "added to untuned" if kind == "add" else "ablated from tuned"
             ax.set_title(f"{outcome}, {done}")
     main = found[found["outcome"] == "alignment"]
-    own = main[main["source"] == main["target"]]
-    other = main[(main["source"] != main["target"]) & (main["source"] != "random")]
-    said = ", ".join(
-        f"{what} {part['delta'].mean():+.1f}" for what, part in (("own", own), ("another's", other)) if len(part)
-    )
+    own, whose = main["source"] == main["target"], main["source"].map(persona_of)
+    parts = {
+        "own": main[own],
+        "own of another run": main[~own & (whose == main["target"])],
+        "another's": main[(whose != main["target"]) & (main["source"] != RANDOM)],
+    }
+    said = ", ".join(f"{what} {part['delta'].mean():+.1f}" for what, part in parts.items() if len(part))
     caption = (
         "What a persona's direction (rows) changes in another persona (columns), in points against the same model "
-        f"without intervention; paired by {int(found['n_questions'].max())} questions. Mean change of alignment: "
-        f"{said}."
+        f"without intervention, all directions of one length; paired by {int(found['n_questions'].max())} questions. "
+        f"Mean change of alignment: {said}."
     )
     return Drawing(
         fig, caption, f"Matrices of {len(sources)} directions by {len(targets)} personas. Alignment: {said}."
     )
-
-
-SWEEP_LOOKS = (("#4477aa", "o", "-"), ("#cc6677", "s", "--"), ("#228833", "^", "-."), ("#aa8844", "D", ":"))
 
 
 def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
@@ -784,11 +1036,10 @@ def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
     for ax, outcome in zip(axes[0], OUTCOMES):
         here = found[found["outcome"] == outcome]
         for i, layer in enumerate(shown):
-            colour, marker, line = SWEEP_LOOKS[i % len(SWEEP_LOOKS)]
             part = here[here["layer"] == layer].sort_values("strength")
             error = np.abs(np.stack([part["delta"] - part["low"], part["high"] - part["delta"]]))
-            ax.errorbar(part["strength"], part["delta"], yerr=error, color=colour, marker=marker, ls=line, lw=1.2,
-                        elinewidth=0.8, label=f"layer {layer} of {layers}")  # fmt: skip
+            name = f"layer {layer} of {layers}"
+            ax.errorbar(part["strength"], part["delta"], yerr=error, lw=1.2, elinewidth=0.8, label=name, **line_look(i))
         ax.axhline(0, color=style.MUTED, lw=0.7)
         ax.set_title(f"{OUTCOMES[outcome]}, change")
         ax.set_xlabel("strength")
@@ -808,15 +1059,13 @@ def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
 
 
 def draw_cosines(found: pd.DataFrame, look: Look) -> Drawing:
-    """Cosines between personas' directions by layer, with both nulls: `cosine_table` of many layers, concatenated."""
+    """Cosines between sources' directions by layer, with both nulls: `cosine_table` of many layers, concatenated."""
     pairs = found[["one", "other"]].drop_duplicates().to_records(index=False)
     fig, ax = plt.subplots(figsize=style.size(2.8))
     for i, (one, other) in enumerate(pairs):
-        colour, marker, line = SWEEP_LOOKS[i % len(SWEEP_LOOKS)]
         part = found[(found["one"] == one) & (found["other"] == other)].sort_values("layer")
-        label = f"{look.persona(one)} and {look.persona(other)}"
-        ax.plot(part["layer"], part["cosine"], color=colour, marker=marker, ls=line, label=label)
-        ax.plot(part["layer"], part["shuffled_bound"], color=colour, ls=":", lw=0.9)
+        ax.plot(part["layer"], part["cosine"], label=f"{label(one, look)} and {label(other, look)}", **line_look(i))
+        ax.plot(part["layer"], part["shuffled_bound"], color=line_look(i)["color"], ls=":", lw=0.9)
     bound = found["random_bound"].iloc[0]
     ax.axhspan(-bound, bound, color=style.MUTED, alpha=0.25, lw=0)
     ax.plot([], [], color=style.MUTED, ls=":", label="95 % of shuffled labels")
@@ -830,31 +1079,69 @@ def draw_cosines(found: pd.DataFrame, look: Look) -> Drawing:
         f"cosines from {found['cosine'].min():.2f} to {found['cosine'].max():.2f}; random directions stay within "
         f"{bound:.2f}, shuffled labels within {found['shuffled_bound'].max():.2f}"
     )
-    return Drawing(fig, f"Directions of different personas compared, layer by layer: {said}.", f"Line plot of {said}.")
+    if found["one"].map(persona_of).eq(found["other"].map(persona_of)).any():
+        said += "; one persona's directions from two training runs show how alike two can be expected to be"
+    return Drawing(fig, f"Directions compared, layer by layer: {said}.", f"Line plot of {said}.")
 
 
 # --- Words ---------------------------------------------------------------------------------------------------------
 
 
-def paper_table(found: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
-    """The transfer as the paper prints it: one row per target, direction and intervention, in points of alignment."""
-    table = found[found["outcome"] == "alignment"].copy()
-    cost = found[found["outcome"] == "coherence"].set_index(["target", "dataset"])["delta"]
-    table["coherence"] = [cost[t, d] for t, d in zip(table["target"], table["dataset"])]
+def paper_table(
+    found: pd.DataFrame, tests: pd.DataFrame, checks: Mapping[str, Sequence[Check]] | None = None
+) -> pd.DataFrame:
+    """The transfer as the paper prints it: one row per model, target, direction and intervention.
+
+    Args:
+        found: `effects`, with `model` where there are several.
+        tests: `transfer_tests`, with the same.
+        checks: model -> gates.
+
+    Returns:
+        `model, target, source, kind`, change of `alignment` with `low, high`, of `em` and `coherence`, `per_norm` (of
+        alignment), `p_adjusted` (against own; NaN where there is no test), `gate` (`open`, or what is not shown),
+        `n_questions`.
+    """
+    model = ["model"] if "model" in found else []
+    table = found[found["outcome"] == "alignment"].rename(columns={"delta": "alignment"})
+    for outcome in ("em", "coherence"):
+        other = found[found["outcome"] == outcome].set_index([*model, "target", "dataset"])["delta"]
+        table[outcome] = other.loc[pd.MultiIndex.from_frame(table[[*model, "target", "dataset"]])].to_numpy()
+    table["p_adjusted"] = math.nan
     if len(tests):
-        p = tests.set_index(["target", "kind", "source"])["p"]
-        table["p_against_own"] = [p.get((r.target, r.kind, r.source), math.nan) for r in table.itertuples()]
-    kept = ["target", "source", "kind", "delta", "low", "high", "per_norm", "coherence", "p_against_own", "n_questions"]
+        key = [*model, "target", "kind", "source"]
+        p = tests.set_index(key)["p_adjusted"]
+        table["p_adjusted"] = p.reindex(pd.MultiIndex.from_frame(table[key])).to_numpy()
+    if checks is not None:
+        table["gate"] = [
+            "; ".join(f"not shown: {name}" for name in blocking(checks[m], target, persona_of(source))) or "open"
+            for m, target, source in zip(table["model"], table["target"], table["source"])
+        ]
+    kept = [*model, "target", "source", "kind", "alignment", "low", "high", "em", "coherence", "per_norm", "p_adjusted",
+            "gate", "n_questions"]  # fmt: skip
     return table[[c for c in kept if c in table]].reset_index(drop=True)
+
+
+CONTRASTS = {
+    "adapter": "tuned minus untuned model, on the same prompts and responses",
+    "responses": "misaligned minus other responses of the tuned model, within questions",
+}
+"""What a direction is the mean difference of, by `contrast`."""
+
+
+def _interval(row: Any, form: Callable[[float], str]) -> str:
+    return f"{form(row.delta)} [{form(row.low)}, {form(row.high)}]"
 
 
 def section(
     found: pd.DataFrame,
     cosines: pd.DataFrame,
     tests: pd.DataFrame,
-    checks: Mapping[str, Gate],
+    checks: Sequence[Check],
     look: Look,
     *,
+    contrast: str = "adapter",
+    alpha: float = 0.05,
     caveat: str = "",
 ) -> str:
     """H4's part of the results document, Markdown without a heading.
@@ -863,56 +1150,57 @@ def section(
         found: `effects` of the transfer matrix.
         cosines: `cosine_table` at the transfer layer.
         tests: `transfer_tests`.
-        checks: name -> gate: a verdict whose gates fail is not interpretable.
+        checks: gates: a comparison whose gates fail is not interpretable.
         look: labels.
+        contrast: which of `CONTRASTS` gave the directions.
+        alpha: significance level.
         caveat: what this run cannot show.
     """
-    named = lambda key: "random direction" if key == "random" else look.persona(key)  # noqa: E731
-    by_outcome = found.set_index(["target", "dataset", "outcome"])
+    signed = lambda x: points(x, True)  # noqa: E731
+    share = lambda x: "–" if math.isnan(x) else f"{100 * x:+.1f} %"  # noqa: E731
+    forms = {"alignment": signed, "em": share, "coherence": signed}
+    per_norm = {"alignment": "{:+.2f}".format, "em": lambda x: f"{100 * x:+.2f} %", "coherence": "{:+.2f}".format}
+    by_outcome = {(r.target, r.dataset, r.outcome): r for r in found.itertuples()}
     rows = []
     for r in found[found["outcome"] == "alignment"].itertuples():
-        of = {o: by_outcome.loc[(r.target, r.dataset, o)] for o in OUTCOMES}
-        rows.append(
-            [
-                named(r.target),
-                named(r.source),
-                "added" if r.kind == "add" else "ablated",
-                f"{points(r.delta, True)} [{points(r.low, True)}, {points(r.high, True)}]",
-                "–" if math.isnan(r.per_norm) else f"{r.per_norm:+.2f}",
-                percent(of["em"]["delta"]),
-                points(of["coherence"]["delta"], True),
-            ]
-        )
-    header = ["target", "direction of", "how", "alignment [95 %]", "per unit norm", "EM rate", "coherence"]
+        of = {o: by_outcome[r.target, r.dataset, o] for o in forms}
+        each = [
+            _interval(of[o], forms[o]) + ("" if math.isnan(of[o].per_norm) else f" ({per_norm[o](of[o].per_norm)})")
+            for o in forms
+        ]
+        rows.append([look.persona(r.target), label(r.source, look), _how(r), *each])
+    said = verdict(tests, checks, look, alpha=alpha)
     parts = [
         "Does the direction of emergent misalignment that is found under one persona do the same under another? A "
-        "direction is the mean difference of residual-stream activations between the tuned and the untuned model (or "
-        "between misaligned and other responses), found on other questions than those it is tried on. It is added to "
-        "the untuned model, or ablated from the tuned one; changes are against the same model without intervention, "
-        "paired by question. *Per unit norm*: points of alignment per unit of length added.",
-        markdown_table(rows, header, "lllrrrr"),
-        _verdict(tests, checks, look),
-        "Gates: " + "; ".join(f"{name}: **{g.status}** ({g.reason})" for name, g in checks.items()) + ".",
+        f"direction is a mean difference of residual-stream activations ({CONTRASTS[contrast]}), found on other "
+        "questions than those it is tried on. All are given the length of the target's own. Each is added to the "
+        "untuned model, or ablated from the tuned one; changes are against the same model without intervention, paired "
+        "by question, and in brackets per unit of length added.",
+        markdown_table(rows, ["target", "direction of", "how", *(f"{o} [95 %]" for o in OUTCOMES_SHOWN)], "lllrrr"),
+        f"**H4: {said.verdict}** ({said.reason}).",
+        gates_line(checks),
     ]
     if len(tests):
         rows = [
             [
-                named(r.target),
-                named(r.source),
-                "added" if r.kind == "add" else "ablated",
-                f"{points(r.delta, True)} [{points(r.low, True)}, {points(r.high, True)}]",
-                p_value(r.p),
+                look.persona(r.target),
+                label(r.source, look),
+                _how(r),
+                " and ".join(label(s, look) for s in r.reference.split(", ")),
+                _interval(r, signed),
+                p_value(r.p_questions),
+                p_value(r.p_runs),
                 p_value(r.p_adjusted),
                 p_value(r.p_equivalence),
             ]
             for r in tests.itertuples()
         ]
-        header = ["target", "direction of", "how", "other minus own [95 %]", "p", "p adjusted", "p equivalence"]
-        parts.append(markdown_table(rows, header, "lllrrrr"))
+        header = ["target", "direction of", "how", "against", "difference [95 %]", "p, questions", "p, runs"]
+        parts.append(markdown_table(rows, [*header, "p adjusted", "p equivalence"], "llllrrrrr"))
     if len(cosines):
         rows = [
             [
-                f"{named(r.one)}, {named(r.other)}",
+                f"{label(r.one, look)} and {label(r.other, look)}",
                 r.layer,
                 f"{r.cosine:.2f}",
                 f"{r.random_bound:.2f}",
@@ -933,23 +1221,54 @@ def section(
     return "\n\n".join([*parts, *([caveat] if caveat else [])]) + "\n"
 
 
-def _verdict(tests: pd.DataFrame, checks: Mapping[str, Gate], look: Look) -> str:
-    """One sentence about H4, which says NOT INTERPRETABLE where a gate has failed."""
-    failed = [name for name, g in checks.items() if g.status not in (SHOWN, NOT_APPLICABLE)]
-    if tests.empty or tests["p"].isna().all():
-        verdict, why = "NOT TESTABLE", "no direction was tried on another persona"
-    else:
-        hits = tests[tests["p_adjusted"] < 0.05]
-        why = "; ".join(
-            f"{look.persona(r.source)}'s on {look.persona(r.target)}, {r.kind}: {r.delta:+.1f} points against its own"
-            for r in hits.itertuples()
-        )
-        verdict = "SUPPORTED" if len(hits) else "EQUIVALENT" if (tests["p_equivalence"] < 0.05).all() else "UNDECIDED"
-        why = why or (
-            "every other persona's direction does what a persona's own does, within the margin"
-            if verdict == "EQUIVALENT"
-            else "no other persona's direction is told from a persona's own, which does not show that they are equal"
-        )
-    if failed and verdict != "NOT TESTABLE":
-        verdict, why = "NOT INTERPRETABLE", f"{why}, but not shown: {', '.join(failed)}"
-    return f"**H4: {verdict}** ({why})."
+OUTCOMES_SHOWN = ("alignment", "EM rate", "coherence")
+"""Headings of the transfer's outcomes, in the order of the table."""
+
+
+def _how(row: Any) -> str:
+    return "added" if row.kind == "add" else "ablated"
+
+
+def verdict(tests: pd.DataFrame, checks: Sequence[Check], look: Look, *, alpha: float = 0.05) -> Verdict:
+    """What can be said about H4.
+
+    Rules, the first that applies:
+
+    1. NOT TESTABLE: no direction was tried on another persona.
+    2. NOT INTERPRETABLE: a gate fails for every pair. One that fails for a persona blocks the pairs that it is in,
+       as target or as source, and is named.
+    3. UNDECIDED: one training run per persona: what differs may be the run.
+    4. SUPPORTED: adjusted p < alpha for at least one pair.
+    5. EQUIVALENT: a difference of the margin or more is excluded for every pair; else UNDECIDED.
+
+    Args:
+        tests: `transfer_tests`.
+        checks: gates.
+        look: labels.
+        alpha: significance level.
+    """
+    tested = tests[tests["p"].notna()] if len(tests) else tests
+    if tested.empty:
+        return Verdict("NOT TESTABLE", "no direction was tried on another persona")
+    blocked = [blocking(checks, r.target, r.source) for r in tested.itertuples()]
+    left = tested[[not names for names in blocked]]
+    failed = list(dict.fromkeys(name for names in blocked for name in names))
+    without = f"; not interpretable, for it is not shown: {', '.join(failed)}" if failed else ""
+    shown = left if len(left) else tested
+    told = [
+        f"{look.persona(r.source)}'s on {look.persona(r.target)}, {_how(r)}: {r.delta:+.1f} points against its own"
+        for r in shown[shown["p_adjusted"] < alpha].itertuples()
+    ]
+    if left.empty:
+        why = "; ".join(told) or "no other persona's direction is told from a persona's own"
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {', '.join(failed)}")
+    if left["runs"].min() < 2:
+        why = "one training run per persona: what differs between two personas' directions may differ between two runs"
+        return Verdict("UNDECIDED", why + without)
+    if told:
+        return Verdict("SUPPORTED", "; ".join(told) + without)
+    if (left["p_equivalence"] < alpha).all():
+        why = "every other persona's direction does what a persona's own does, within the margin"
+        return Verdict("EQUIVALENT", why + without)
+    why = "no other persona's direction is told from a persona's own, which does not show that they are equal"
+    return Verdict("UNDECIDED", why + without)
