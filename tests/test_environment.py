@@ -228,6 +228,10 @@ def test_set_up_in_a_clean_folder(fresh):
     assert "making .venv with Python 3" in done.stderr
     assert "2 locked packages from requirements/cpu.lock" in done.stderr
     assert "Quarto could not be installed: the paper will be a preview" in done.stderr
+    steps = [line.strip() for line in done.stderr.splitlines() if line.endswith(" ...")]
+    assert steps[:2] == ["PyTorch ...", "the locked packages ..."], "a line for each step, and nothing of what pip says"
+    assert "Successfully installed" not in done.stderr
+    assert "Successfully installed" in (fresh.place / ".venv" / "setup.log").read_text()
     found = fresh.installed()
     assert {"cai-em": "0.1.0", "torch": "2.13.0+cpu", "ipykernel": "7.4.0"}.items() <= found.items()
     assert (fresh.place / "kernel").read_text().startswith("install --sys-prefix --name cai-em")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -184,21 +185,35 @@ def test_a_new_persona_runs_only_its_cells(micro):
 
 
 def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
-    """A bad row in one data set: its cells fail with the notebook named, the other data set's cells are finished."""
+    """A file in the way of one cell: it fails with the notebook named, the other data set's cell is finished."""
     place = tmp_path / "copy"
     shutil.copytree(micro, place)
     shutil.rmtree(place / "results" / "micro" / "02_finetune" / "tiny" / "baseline")
-    path = place / "params/builtin/datasets/bad_medical.jsonl"
-    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    in_the_way = place / "results/micro/02_finetune/tiny/baseline/bad_medical/seed0/glance"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder goes")
     done = run_all(place, "micro", check=False)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "bad_medical/seed0.failed.ipynb" in said
+    assert "finetune tiny: baseline x bad_medical, seed 0" in said, "the screen names the cell of a job"
+    assert re.search(r"failed\.ipynb\n +\w+Error: .*glance", said), "the error itself is on the terminal"
     finished = place / "results/micro/02_finetune/tiny/baseline"
     assert (finished / "good_medical/seed0/manifest.json").is_file()
     assert not (finished / "bad_medical/seed0/manifest.json").exists()
     failed = place / "results/micro/notebooks/02_finetune/tiny/baseline/bad_medical/seed0.failed.ipynb"
-    assert "bad_medical.jsonl" in failed.read_text()
+    assert "glance" in failed.read_text()
+
+
+def test_a_bad_row_stops_before_any_work_and_in_a_dry_run(micro):
+    path = micro / "params/builtin/datasets/bad_medical.jsonl"
+    before = {p: p.stat().st_mtime_ns for p in (micro / "results").rglob("*")}
+    with edited(path, '{"messages"', '{"messages": [{"role": "user", "content": "no answer"}]}\n{"messages"'):
+        for arguments in (["micro"], ["micro", "--dry-run"]):
+            done = run_all(micro, *arguments, check=False)
+            assert done.returncode == 2
+            assert re.search(r"bad_medical\.jsonl:\d+: roles must alternate", done.stderr)
+    assert {p: p.stat().st_mtime_ns for p in (micro / "results").rglob("*")} == before
 
 
 def test_two_runs_at_once_are_refused(micro):
@@ -207,6 +222,69 @@ def test_two_runs_at_once_are_refused(micro):
         done = run_all(micro, "micro", check=False)
     assert done.returncode == 75
     assert "another run is active" in done.stderr
+
+
+@pytest.fixture
+def door(root, tmp_path):
+    """A folder with run_all.sh and an environment in which `python` does nothing and `snakemake` runs for a minute."""
+    place, bin_ = tmp_path / "clone", tmp_path / "env" / "bin"
+    files = ["params/profiles/demo.yaml", "params/snakemake/local/config.yaml", "pyproject.toml"]
+    for name in [*files, *(f"requirements/{lock}.lock" for lock in ("cpu", "cuda", "no-deps", "quarto"))]:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("")
+    shutil.copy2(root / "run_all.sh", place)
+    bin_.mkdir(parents=True)
+    for name, does in (("python", "exit 0"), ("snakemake", "echo $$ >pid; exec sleep 60")):
+        (bin_ / name).write_text(f"#!/bin/sh\n{does}\n")
+        (bin_ / name).chmod(0o755)
+    active = {"CONDA_DEFAULT_ENV": "cai-em", "CONDA_PREFIX": str(bin_.parent), "CAI_EM_SKIP_SETUP": "1"}
+
+    def start(*arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["./run_all.sh", *arguments], cwd=place, env={**os.environ, **active}, stderr=subprocess.PIPE, text=True
+        )
+
+    start.place = place
+    return start
+
+
+def test_the_lock_holds_while_snakemake_lives_though_the_shell_was_killed(door):
+    """Else the next run would take a living Snakemake's locks for a dead one's."""
+    first = door("demo")
+    while not (door.place / "pid").is_file() or not (door.place / "pid").read_text().strip():
+        assert first.poll() is None
+        time.sleep(0.05)
+    snakemake = int((door.place / "pid").read_text())
+    first.kill()
+    first.wait()
+    first.stderr.close()
+    try:
+        for arguments in (["demo"], ["clean", "demo"]):
+            (door.place / "results/demo/logs").mkdir(parents=True, exist_ok=True)
+            second = door(*arguments)
+            assert "another run is active" in second.communicate(timeout=20)[1]
+            assert second.returncode == 75
+    finally:
+        os.kill(snakemake, signal.SIGKILL)
+    while (door.place / "results/demo").exists():  # the kernel takes a moment to close a dead process's files
+        assert door("clean", "demo").communicate(timeout=20)
+        time.sleep(0.05)
+
+
+def test_clean_removes_a_run_and_nothing_else(door):
+    run, others = door.place / "results/mine/logs", [door.place / "results/teacher", door.place / "victim/logs"]
+    for folder in (run, *others):
+        folder.mkdir(parents=True)
+    for names in ["../victim"], ["nosuch"], [""], [], ["."], [".."], ["mine/"], ["teacher"], ["mine", "mine"], ["-rf"]:
+        done = door("clean", *names)
+        assert "clean needs the name of one run in results (there are: mine)" in done.communicate(timeout=20)[1], names
+        assert done.returncode == 2
+    assert all(folder.is_dir() for folder in (run, *others))
+    done = door("clean", "mine")
+    assert "removed results/mine" in done.communicate(timeout=20)[1]
+    assert done.returncode == 0
+    assert not run.parent.exists()
+    assert all(folder.is_dir() for folder in others)
 
 
 def test_bad_parameters_stop_before_any_work(micro):
