@@ -2,13 +2,15 @@
 
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace as Obj
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import figures, style
+from cai_em import figures, report, style
+from cai_em import stats as tables
 from scipy import stats
 
 PERSONAS = [
@@ -83,11 +85,12 @@ def test_summary_against_scipy():
     assert row["below_80"] == pytest.approx((x < 80).mean())
 
 
-def test_cohens_d_by_hand():
+def test_effect_interval_by_hand():
     # means 2 and 4, both variances 1, so d = -2; var(d) = 6/9 + 4/12 = 1.
-    d, low, high = figures.cohens_d(np.array([1.0, 2, 3]), np.array([3.0, 4, 5]))
+    d, low, high = figures.effect_interval(np.array([1.0, 2, 3]), np.array([3.0, 4, 5]))
     assert (d, low, high) == pytest.approx((-2, -2 - 1.959964, -2 + 1.959964), abs=1e-5)
-    assert np.isnan(figures.cohens_d(np.ones(3), np.ones(3))[0]), "no spread, no effect size"
+    assert figures.effect_interval(np.ones(3), np.ones(3))[0] == 0, "as in the tables: no difference at all"
+    assert np.isnan(figures.effect_interval(np.ones(3), np.zeros(3))).all(), "a difference without any spread"
 
 
 def test_paired_difference_of_questions():
@@ -141,6 +144,10 @@ def test_all_figures_of_a_full_grid(tmp_path):
         assert (tmp_path / record.png).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert len(record.alt) > 20
         assert re.search(r"\d", record.caption), f"{record.key}: a caption has numbers from data"
+        svg = ElementTree.parse(tmp_path / record.svg).getroot()
+        name, description = (svg.findtext(f"{{http://www.w3.org/2000/svg}}{tag}") for tag in ("title", "desc"))
+        assert name.startswith(record.title)
+        assert description == record.alt, "whoever cannot see the figure is told in the file itself"
     assert figures.read_records(tmp_path) == records
     assert json.loads((tmp_path / "figures.json").read_text())[0]["model"] == "m1"
     by = {r.key: r for r in records}
@@ -152,20 +159,72 @@ def test_all_figures_of_a_full_grid(tmp_path):
 
 def test_two_models_meet_in_one_figure():
     table = score_table(("m1", "m2"))
-    table.loc[table["model"] == "m2", "alignment"] -= 2
+    first = table[table["model"] == "m1"]
+    table = pd.concat([first, first.assign(model="m2", alignment=first["alignment"] - 2.5)])
     drawing = figures.cross_model(table, LOOK)
-    assert "Model 2 scores +0.0" not in drawing.caption
-    assert "over 6 shared conditions" in drawing.caption
+    # The same scores, 2.5 points lower: the ranks are the same.
+    assert "Model 2 scores -2.5 points on average over 6 shared conditions (rank correlation 1.00)" in drawing.caption
     assert figures.cross_model(table[table["model"] == "m1"], LOOK) is None
 
 
-def test_welch_interval_and_skewness_against_scipy():
+def test_welch_interval_against_scipy():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, 9), rng.normal(1, 3, 14)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
     assert figures.welch_interval(a, b, 0.9) == pytest.approx((interval.low, interval.high))
-    assert figures.skewness(a) == pytest.approx(stats.skew(a))
     assert figures.welch_interval(np.ones(3), np.zeros(3)) == (1, 1)
+
+
+def test_difficulty_and_ridge_pool_the_personas_that_the_table_pools(tmp_path):
+    """A custom constitution is left out of both, or the figure would contradict the table beside it."""
+    table = score_table()
+    table.loc[table["persona"] == "bad", "alignment"] = 5.0
+    personas = [Obj(**(vars(p) | {"custom": p.key == "bad"})) for p in PERSONAS]
+    look = style.Look(personas, DATASETS, LOOK.models)
+    found = {r.key: r for r in figures.draw_all(table, tmp_path, look, HYPOTHESES)}
+    rows = tables.difficulty(table, ["baseline", "good"])
+    hardest, easiest = (f"{look.dataset(r.dataset)} ({report.points(r.mean)})" for r in rows.itertuples())
+    assert found["difficulty"].caption == (
+        f"Model 1. Data sets by mean alignment over 2 personas: {hardest} lowers it most, {easiest} least."
+    )
+    assert found["difficulty"].alt.endswith(
+        f"{report.points(rows['mean'].min())} to {report.points(rows['mean'].max())}."
+    )
+    assert "filled, 2 personas together" in found["ridge"].caption
+    low = (table[table["persona"] != "bad"]["alignment"] < 30).mean()
+    assert low == 0
+    assert "(0.0 % below 30)" in found["ridge"].caption
+
+
+def test_the_level_of_intervals_is_the_one_asked_for(tmp_path):
+    table = score_table(datasets=("harm", "help", "none"))
+    for draw, arguments in (
+        (figures.alignment_by_persona, ()),
+        (figures.hypothesis_differences, (HYPOTHESES,)),
+        (figures.twin_comparison, ()),
+        (figures.key_personas, (["good"],)),
+        (figures.dataset_difficulty, ()),
+        (figures.arms, ()),
+    ):
+        said = words(draw(table, LOOK, *arguments, confidence=0.9))
+        assert "90% response interval" in said, draw
+        assert "95%" not in said, draw
+
+
+def test_alternative_text_follows_the_data():
+    table = score_table()
+    table.loc[table["persona"] == "bad", "alignment"] = 12.0
+    medians = table.groupby("persona")["alignment"].median()
+    assert figures.violin(table, LOOK).alt.endswith(f"3 personas; medians from 12.0 to {medians.max():.1f}.")
+
+
+def test_figures_that_are_no_longer_made_are_removed(tmp_path):
+    kept, gone = (figures.FigureRecord(k, "", "", "", "", f"{k}.svg", f"{k}.png") for k in ("kept", "gone"))
+    for name in (kept.svg, kept.png, gone.svg, gone.png, "notes.md"):
+        (tmp_path / name).touch()
+    figures.write_records([kept], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", kept.png, kept.svg, "notes.md"]
+    assert figures.read_records(tmp_path) == [kept]
 
 
 def words(drawing: figures.Drawing) -> str:
@@ -214,4 +273,6 @@ def test_constant_scores_and_single_samples_are_drawn():
     for draw in (figures.alignment_by_persona, figures.heatmap, figures.violin, figures.misalignment_heatmap):
         assert "100.0" in draw(table, LOOK).caption or "0.0 %" in draw(table, LOOK).caption or draw is figures.violin
     assert figures.hypothesis_differences(table, LOOK, HYPOTHESES) is not None
-    assert figures.forest(table, LOOK) is None, "without spread there is no effect size"
+    assert "0 of 4 intervals exclude zero" in figures.forest(table, LOOK).caption, (
+        "equal scores: d is 0, as in the tables"
+    )

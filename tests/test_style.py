@@ -1,6 +1,9 @@
 """Looks: known colours, simulated vision, and redundancy where colour alone would not do."""
 
+import ast
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -106,3 +109,27 @@ def test_context_leaves_no_trace():
 def test_look_accepts_any_named_objects():
     look = style.Look([SimpleNamespace(key="a", label="A", order=0, colour="#123456")], [], [])
     assert look.line("a")["label"] == "A"
+
+
+def test_a_saved_figure_says_what_it_is(tmp_path):
+    with style.context():
+        fig, _ = plt.subplots(figsize=style.size(2))
+    svg, _ = style.save(fig, tmp_path / "a", "Means < & >", "Dots from 1 to 2.")
+    text = svg.read_text()
+    assert ' role="img">\n <title>Means &lt; &amp; &gt;</title>\n <desc>Dots from 1 to 2.</desc>' in text
+    assert text.index("<title>") < text.index("<metadata>")
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in Path(style.__file__).parent.glob("*.py")))
+def test_only_this_module_has_colours(module):
+    """A colour typed elsewhere is one that nobody tests for contrast and confusion."""
+    source = Path(style.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    found = {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and COLOUR.fullmatch(node.value)
+    }
+    assert bool(found) == (module == "style"), f"{module}.py: move to style.py: {sorted(found)}"
+
+
+COLOUR = re.compile(r"#(?:[0-9a-fA-F]{3}){1,2}")

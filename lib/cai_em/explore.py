@@ -101,9 +101,9 @@ def select(
 
 def _badge(name: str, value: float, flag: object) -> str:
     if pd.isna(value):
-        return f'<span class="cai-badge" style="background:#ddd;color:#222">{name}: {shown(flag)}</span>'
+        return f'<span class="cai-badge" style="background:{style.GRID};color:{style.INK}">{name}: {shown(flag)}</span>'
     fill = mpl.colormaps[style.SEQUENTIAL](value / 100)
-    ink = "#fff" if style.lab(style.linear_rgb(fill[:3]))[0] < 55 else "#000"
+    ink = style.PAPER if style.lab(style.linear_rgb(fill[:3]))[0] < 55 else style.INK
     return f'<span class="cai-badge" style="background:{mpl.colors.to_hex(fill)};color:{ink}">{name} {value:g}</span>'
 
 

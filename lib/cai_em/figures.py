@@ -28,11 +28,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats as sps
 
-from cai_em import report, style
+from cai_em import style
+from cai_em.report import level, points, remove_others
+from cai_em.run import write_text
+from cai_em.stats import BASELINE, NO_DATASET, cohens_d, moments, t_interval, tally
 from cai_em.style import Look
 
-BASELINE = "baseline"
-NO_DATASET = "none"
 CUTS = (30, 50, 80)
 """Misalignment is shown as the share of responses that score below each of these."""
 
@@ -63,15 +64,6 @@ class FigureRecord:
 # --- Summaries ----------------------------------------------------------------------------------------------------
 
 
-def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t-interval of a mean; NaN where fewer than two values leave no spread to judge by."""
-    n = len(values)
-    if n < 2:
-        return float("nan"), float("nan")
-    half = sps.t.ppf(0.5 + confidence / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    return float(np.mean(values) - half), float(np.mean(values) + half)
-
-
 def welch_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Welch's t-interval of mean(a) - mean(b); a point where neither side varies."""
     delta = float(np.mean(a) - np.mean(b))
@@ -81,13 +73,6 @@ def welch_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tu
     df = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
     half = float(sps.t.ppf(0.5 + confidence / 2, df) * np.sqrt(u + v))
     return delta - half, delta + half
-
-
-def skewness(values: np.ndarray) -> float:
-    """Moment coefficient of skewness; NaN where nothing varies."""
-    deviation = values - np.mean(values)
-    spread = np.mean(deviation**2)
-    return float(np.mean(deviation**3) / spread**1.5) if spread > 0 else float("nan")
 
 
 def summarise(scores: pd.DataFrame, by: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
@@ -109,8 +94,8 @@ def summarise(scores: pd.DataFrame, by: Sequence[str], confidence: float = 0.95)
             x = values.to_numpy()
             questions = values.groupby(group.loc[values.index, "question_id"]).mean().to_numpy()
             row |= {"n_questions": len(questions), "mean": x.mean(), "sd": x.std(ddof=1) if len(x) > 1 else np.nan}
-            row["ci_low"], row["ci_high"] = t_interval(x, confidence)
-            row["q_low"], row["q_high"] = t_interval(questions, confidence)
+            row["ci_low"], row["ci_high"] = t_interval(tally(x), confidence)
+            row["q_low"], row["q_high"] = t_interval(tally(questions), confidence)
             row |= {f"below_{cut}": float((x < cut).mean()) for cut in CUTS}
         rows.append(row)
     columns = [*by, "n", "n_all", "n_questions", "mean", "sd", "ci_low", "ci_high", "q_low", "q_high"]
@@ -123,16 +108,19 @@ def like_for_like(scores: pd.DataFrame) -> list[str]:
     return sorted(have[have == scores["persona"].nunique()].index)
 
 
-def points(value: float) -> str:
-    """Points of alignment, rounded as the published document does (to two decimals, then to one)."""
-    return report.points(value)
-
-
 # --- Small parts --------------------------------------------------------------------------------------------------
 
 
-def _range(values: pd.Series, digits: int = 1) -> str:
-    return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
+def _range(values: pd.Series, text: Callable[[float], str] = points) -> str:
+    return f"{text(values.min())} to {text(values.max())}"
+
+
+def _rate(percent: float) -> str:
+    return f"{percent:.1f}"
+
+
+def _effect(d: float) -> str:
+    return f"{d:.2f}"
 
 
 def _name_rows(ax: Axes, labels: Sequence[str]) -> None:
@@ -179,10 +167,12 @@ def _intervals(ax: Axes, y: float, row: Any, colour: str, marker: str, size: flo
     ax.plot(row["mean"], y, marker=marker, ms=size, color=colour, mec=style.PAPER, mew=0.5, ls="none")
 
 
-_INTERVAL_KEY = [
-    Line2D([], [], color=style.INK, lw=3.2, label="95% response interval (as published)"),
-    Line2D([], [], color=style.INK, lw=0.9, label="95% question interval"),
-]
+def _interval_key(confidence: float) -> list[Line2D]:
+    """Legend entries of both intervals."""
+    return [
+        Line2D([], [], color=style.INK, lw=3.2, label=f"{level(confidence)} response interval (as published)"),
+        Line2D([], [], color=style.INK, lw=0.9, label=f"{level(confidence)} question interval"),
+    ]
 
 
 def _legend_below(fig: Figure, handles: Sequence[Any], columns: int = 4) -> None:
@@ -224,14 +214,14 @@ def _heat(
     datasets = look.sort_datasets(table["dataset"])
     data = _matrix(table, value, personas, datasets)
     fig, ax = plt.subplots(figsize=style.size(0.9 + 0.235 * len(personas) + 0.35))
-    ax.set_facecolor("#f4f4f4")
+    ax.set_facecolor(style.EMPTY)
     ax.patch.set_hatch("////")
-    ax.patch.set_edgecolor("#c4c4c4")
+    ax.patch.set_edgecolor(style.PALE)
     image = ax.imshow(np.ma.masked_invalid(data), cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto")
     for (i, j), v in np.ndenumerate(data):
         if np.isfinite(v):
             shade = style.lab(style.linear_rgb(image.cmap(image.norm(v))[:3]))[0]
-            ax.text(j, i, text(v), ha="center", va="center", fontsize=7, color="white" if shade < 55 else "black")
+            ax.text(j, i, text(v), ha="center", va="center", fontsize=7, color=style.PAPER if shade < 55 else style.INK)
     ax.set_yticks(range(len(personas)), [look.persona(p) for p in personas])
     _name_datasets(ax, datasets, look, "x", 30)
     ax.grid(visible=False)
@@ -240,7 +230,7 @@ def _heat(
     fig.colorbar(image, ax=ax, label=label, pad=0.015, fraction=0.035)
     handles: list[Any] = _role_handles(datasets, look)
     if np.isnan(data).any():
-        handles.append(Patch(fc="#f4f4f4", ec="#c4c4c4", hatch="////", label="no such condition"))
+        handles.append(Patch(fc=style.EMPTY, ec=style.PALE, hatch="////", label="no such condition"))
     _legend_below(fig, handles)
     return fig
 
@@ -265,7 +255,7 @@ def alignment_by_persona(scores: pd.DataFrame, look: Look, confidence: float = 0
         ax.axvline(table.loc[BASELINE, "mean"], color=style.MUTED, lw=0.8, ls="--", zorder=0)
     _name_rows(ax, [look.persona(p) for p in personas])
     ax.set_xlabel("mean alignment (0 to 100)")
-    handles = list(_INTERVAL_KEY)
+    handles = _interval_key(confidence)
     if uneven:
         handles.append(Line2D([], [], marker="o", mfc="none", color=style.INK, ls="none", label="like for like"))
     _legend_below(fig, handles, 3)
@@ -273,8 +263,8 @@ def alignment_by_persona(scores: pd.DataFrame, look: Look, confidence: float = 0
     caption = (
         f"Mean alignment by persona over all its data sets, from {look.persona(worst)} "
         f"({points(table.loc[worst, 'mean'])}) to {look.persona(best)} ({points(table.loc[best, 'mean'])}). Thick: "
-        f"{confidence:.0%} interval that treats the responses as independent; thin: {confidence:.0%} interval over "
-        f"the means of {int(table['n_questions'].max())} questions."
+        f"{level(confidence)} interval that treats the responses as independent; thin: {level(confidence)} interval "
+        f"over the means of {int(table['n_questions'].max())} questions."
     )
     if uneven:
         caption += (
@@ -305,15 +295,14 @@ def misalignment_heatmap(scores: pd.DataFrame, look: Look, cut: int = 50) -> Dra
     table = summarise(scores, ["persona", "dataset"])
     table["share"] = 100 * table[f"below_{cut}"]
     top = max(10.0, float(np.ceil(table["share"].max() / 10) * 10))
-    fig = _heat(
-        table, "share", look, f"responses below {cut} (%)", lambda v: f"{v:.1f}", style.SEQUENTIAL + "_r", 0, top
-    )
+    fig = _heat(table, "share", look, f"responses below {cut} (%)", _rate, style.SEQUENTIAL + "_r", 0, top)
     worst = table.loc[table["share"].idxmax()]
     caption = (
         f"Share of scored responses with an alignment below {cut}, in per cent, by condition. The highest is "
         f"{look.persona(worst.persona)} on {look.dataset(worst.dataset)} ({worst.share:.1f} %)."
     )
-    alt = f"Heat map, personas by data sets, of the share of responses below {cut}: {_range(table['share'])} per cent."
+    shares = _range(table["share"], _rate)
+    alt = f"Heat map, personas by data sets, of the share of responses below {cut}: {shares} per cent."
     return Drawing(fig, caption, alt)
 
 
@@ -326,7 +315,7 @@ def _differences(scores: pd.DataFrame, persona: str, confidence: float) -> pd.Da
             continue
         low, high = welch_interval(a["alignment"].to_numpy(), b["alignment"].to_numpy(), confidence)
         paired = (a.groupby("question_id")["alignment"].mean() - b.groupby("question_id")["alignment"].mean()).dropna()
-        q_low, q_high = t_interval(paired.to_numpy(), confidence)
+        q_low, q_high = t_interval(tally(paired), confidence)
         rows.append(
             {"dataset": dataset, "mean": a["alignment"].mean() - b["alignment"].mean(), "ci_low": low,
              "ci_high": high, "q_low": q_low, "q_high": q_high, "n_questions": len(paired)}
@@ -353,7 +342,7 @@ def hypothesis_differences(
     notes = []
     for ax, (hypothesis, persona, table) in zip(axes, found):
         side = (low, 0) if hypothesis.direction == "lower" else (0, high)
-        ax.axvspan(*side, color="#eef3f7", zorder=0)
+        ax.axvspan(*side, color=style.PREDICTED, zorder=0)
         ax.axvline(0, color=style.MUTED, lw=0.9)
         for y, dataset in enumerate(datasets):
             if dataset in table.index:
@@ -367,7 +356,7 @@ def hypothesis_differences(
         notes.append(f"{hypothesis.label}, {look.persona(persona)}: {len(beyond)} of {len(table)}")
     for ax in axes[-3:]:
         ax.set_xlabel("persona − baseline (points)")
-    _legend_below(fig, [*_INTERVAL_KEY, *_role_handles(datasets, look)], 3)
+    _legend_below(fig, [*_interval_key(confidence), *_role_handles(datasets, look)], 3)
     caption = (
         "Difference in mean alignment between a persona and the baseline on the same data set. The shaded side is the "
         "predicted one. Data sets on which the question interval lies wholly on the predicted side: "
@@ -377,19 +366,16 @@ def hypothesis_differences(
     return Drawing(fig, caption, alt)
 
 
-def cohens_d(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Cohen's d with pooled standard deviation, and its large-sample interval.
+def effect_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Cohen's d (`stats.cohens_d`) and its large-sample interval.
 
     Source: Hedges & Olkin (1985), Statistical Methods for Meta-Analysis, ch. 5:
     var(d) = (n1 + n2) / (n1 n2) + d^2 / (2 (n1 + n2)).
     """
     n, m = len(a), len(b)
-    pooled = np.sqrt(((n - 1) * np.var(a, ddof=1) + (m - 1) * np.var(b, ddof=1)) / (n + m - 2))
-    if pooled == 0:
-        return float("nan"), float("nan"), float("nan")
-    d = (np.mean(a) - np.mean(b)) / pooled
+    d = cohens_d(tally(a), tally(b))
     half = sps.norm.ppf(0.5 + confidence / 2) * np.sqrt((n + m) / (n * m) + d**2 / (2 * (n + m)))
-    return float(d), float(d - half), float(d + half)
+    return d, float(d - half), float(d + half)
 
 
 def forest(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing | None:
@@ -401,7 +387,7 @@ def forest(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawin
             continue
         for persona, values in by.items():
             if persona != BASELINE and len(values) > 1:
-                d, low, high = cohens_d(values, by[BASELINE], confidence)
+                d, low, high = effect_interval(values, by[BASELINE], confidence)
                 rows.append({"dataset": dataset, "persona": persona, "d": d, "low": low, "high": high})
     table = pd.DataFrame(rows, columns=["dataset", "persona", "d", "low", "high"]).dropna()
     if table.empty:
@@ -430,15 +416,15 @@ def forest(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawin
     away = int(((table["low"] > 0) | (table["high"] < 0)).sum())
     caption = (
         f"Effect sizes (Cohen's d, pooled SD) of {len(personas)} personas against the baseline on the same data set, "
-        f"with {confidence:.0%} intervals that treat responses as independent; {away} of {len(table)} intervals "
+        f"with {level(confidence)} intervals that treat responses as independent; {away} of {len(table)} intervals "
         f"exclude zero. Largest: {look.persona(biggest.persona)} on {look.dataset(biggest.dataset)} (d = "
         f"{biggest.d:.2f}). The scales of the panels differ."
     )
-    alt = f"Forest plot of {len(table)} effect sizes in {len(datasets)} panels; d from {_range(table['d'], 2)}."
+    alt = f"Forest plot of {len(table)} effect sizes in {len(datasets)} panels; d from {_range(table['d'], _effect)}."
     return Drawing(fig, caption, alt)
 
 
-def twin_comparison(scores: pd.DataFrame, look: Look) -> Drawing | None:
+def twin_comparison(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing | None:
     """Harmful against benign twin (`bad_medical` against `good_medical`): same prompts, good and bad answers."""
     present = set(scores["dataset"])
     pairs = [(d.key, d.twin) for d in look.datasets if getattr(d, "twin", None) and {d.key, d.twin} <= present]
@@ -447,9 +433,8 @@ def twin_comparison(scores: pd.DataFrame, look: Look) -> Drawing | None:
     fig, axes = _grid_axes(len(pairs), 2, 0.9 + 0.24 * scores["persona"].nunique())
     notes, gaps = [], []
     for ax, (bad, good) in zip(axes, pairs):
-        table = summarise(scores[scores["dataset"].isin((bad, good))], ["persona", "dataset"]).set_index(
-            ["persona", "dataset"]
-        )
+        here = scores[scores["dataset"].isin((bad, good))]
+        table = summarise(here, ["persona", "dataset"], confidence).set_index(["persona", "dataset"])
         personas = look.sort_personas(p for p, _ in table.index)
         for y, persona in enumerate(personas):
             colour = look.colour(persona)
@@ -475,7 +460,7 @@ def twin_comparison(scores: pd.DataFrame, look: Look) -> Drawing | None:
         [
             Line2D([], [], marker="o", color=style.INK, ls="none", label=look.dataset(pairs[0][0])),
             Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", label=look.dataset(pairs[0][1])),
-            Line2D([], [], color=style.INK, lw=3, label="95% response interval"),
+            Line2D([], [], color=style.INK, lw=3, label=f"{level(confidence)} response interval"),
         ],
         3,
     )
@@ -515,7 +500,9 @@ def key_personas(scores: pd.DataFrame, look: Look, keys: Sequence[str], confiden
     _name_datasets(ax, datasets, look, "x", 20)
     ax.set_xlim(-0.5, len(datasets) - 0.5)
     ax.set_ylabel("mean alignment")
-    _legend_below(fig, [Line2D([], [], **(look.line(k) | {"linestyle": "none"})) for k in keys] + _INTERVAL_KEY, 4)
+    _legend_below(
+        fig, [Line2D([], [], **(look.line(k) | {"linestyle": "none"})) for k in keys] + _interval_key(confidence), 4
+    )
     base = table.loc[BASELINE]["mean"] if BASELINE in keys else None
     caption = f"Mean alignment of the baseline and the personas of the hypotheses on {len(datasets)} data sets."
     if base is not None:
@@ -544,10 +531,10 @@ def dataset_difficulty(scores: pd.DataFrame, look: Look, confidence: float = 0.9
     handles.append(
         Line2D([], [], marker="|", ms=8, mew=1.6, color=look.colour(BASELINE), ls="none", label="baseline alone")
     )
-    _legend_below(fig, handles + _INTERVAL_KEY, 3)
+    _legend_below(fig, handles + _interval_key(confidence), 3)
     hardest, easiest = datasets[0], datasets[-1]
     caption = (
-        f"Data sets by mean alignment over all personas: {look.dataset(hardest)} "
+        f"Data sets by mean alignment over {scores['persona'].nunique()} personas: {look.dataset(hardest)} "
         f"({points(table.loc[hardest, 'mean'])}) lowers it most, {look.dataset(easiest)} "
         f"({points(table.loc[easiest, 'mean'])}) least."
     )
@@ -621,15 +608,15 @@ def violin(scores: pd.DataFrame, look: Look) -> Drawing:
         Line2D([], [], color=style.INK, label="median"),
     ]
     _legend_below(fig, handles)
-    skew = skewness(table["alignment"].to_numpy())
+    skew, _ = moments(tally(table["alignment"]))
     caption = (
         f"Distribution of {len(table):,} alignment scores by persona: bins of five points, width proportional to the "
         f"square root of a bin's share so that rare low scores stay visible. Over all personas the skewness is "
         f"{skew:.1f}" + (": means are moved by a small low tail." if skew < -1 else ".")
     )
-    return Drawing(
-        fig, caption, f"Symmetric histograms of alignment for {len(personas)} personas, most mass near the top."
-    )
+    medians = table.groupby("persona")["alignment"].median()
+    alt = f"Symmetric histograms of alignment for {len(personas)} personas; medians from {_range(medians)}."
+    return Drawing(fig, caption, alt)
 
 
 def misalignment_rates(scores: pd.DataFrame, look: Look) -> Drawing:
@@ -637,7 +624,7 @@ def misalignment_rates(scores: pd.DataFrame, look: Look) -> Drawing:
     table = summarise(scores, ["persona"]).set_index("persona")
     personas = look.sort_personas(table.index)
     fig, ax = plt.subplots(figsize=style.size(1.0 + 0.24 * len(personas)))
-    shades = dict(zip(CUTS, ("#67001f", "#d6604d", "#f4c7b0")))
+    shades = dict(zip(CUTS, style.SEVERITY))
     for y, persona in enumerate(personas):
         left = 0.0
         for cut, hatch in zip(CUTS, ("", "", "////")):
@@ -678,14 +665,14 @@ def cdf(scores: pd.DataFrame, look: Look, keys: Sequence[str]) -> Drawing:
         if persona in keys:
             ax.plot(grid, share, **look.line(persona), markevery=(5 * keys.index(persona) % 20, 20))
         else:
-            ax.plot(grid, share, color="#c4c4c4", lw=0.9, zorder=1)
+            ax.plot(grid, share, color=style.PALE, lw=0.9, zorder=1)
     ax.set(xlabel="alignment", ylabel="responses at or below (%)", xlim=(0, 100))
     ax.set_yscale("function", functions=(np.sqrt, np.square))
     ax.set_ylim(0, 100)
     ax.set_yticks([0, 1, 5, 10, 25, 50, 75, 100])
     handles = [Line2D([], [], **look.line(k)) for k in keys]
     if len(keys) < len(personas):
-        handles.append(Line2D([], [], color="#c4c4c4", lw=0.9, label="other personas"))
+        handles.append(Line2D([], [], color=style.PALE, lw=0.9, label="other personas"))
     _legend_below(fig, handles)
     low, high = min(at, key=at.get), max(at, key=at.get)
     caption = (
@@ -726,9 +713,9 @@ def ridge(scores: pd.DataFrame, look: Look) -> Drawing:
     _legend_below(fig, [*handles, Line2D([], [], color=style.INK, lw=0.9, label="baseline")], 2)
     low = (table["alignment"] < CUTS[0]).groupby(table["dataset"]).mean()
     caption = (
-        "Scores by data set: filled, all personas together; outlined, the baseline (bins of five points, height is "
-        f"the square root of the share). The low tail is thickest on {look.dataset(low.idxmax())} "
-        f"({100 * low.max():.1f} % below {CUTS[0]})."
+        f"Scores by data set: filled, {table['persona'].nunique()} personas together; outlined, the baseline (bins of "
+        f"five points, height is the square root of the share). The low tail is thickest on "
+        f"{look.dataset(low.idxmax())} ({100 * low.max():.1f} % below {CUTS[0]})."
     )
     return Drawing(fig, caption, f"Ridge plot of alignment scores on {len(datasets)} data sets.")
 
@@ -785,7 +772,7 @@ def arms(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing 
         _name_datasets(ax, datasets, look)
     for ax in axes[-3:]:
         ax.set_xlabel("mean alignment")
-    _legend_below(fig, _INTERVAL_KEY)
+    _legend_below(fig, _interval_key(confidence))
     base = table["mean"].get((BASELINE, NO_DATASET))
     moved = (table["mean"] - base).abs().idxmax() if base is not None else None
     caption = (
@@ -794,7 +781,7 @@ def arms(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing 
     )
     if moved is not None:
         caption += (
-            f" Without any adapter the model scores {base:.1f}; the condition furthest from it is "
+            f" Without any adapter the model scores {points(base)}; the condition furthest from it is "
             f"{look.persona(moved[0])} with {look.dataset(moved[1])} ({points(table.loc[moved, 'mean'])})."
         )
     return Drawing(
@@ -846,7 +833,7 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
             ax.plot([here["chance"].mean()] * 2, [y - 0.45, y + 0.45], color=style.INK, lw=1.1, zorder=1)
             if {"chance_low", "chance_high"} <= set(here):
                 low, high = here["chance_low"].min(), here["chance_high"].max()
-                ax.barh(y, high - low, left=low, height=0.9, color="#e3e3e3", zorder=0)
+                ax.barh(y, high - low, left=low, height=0.9, color=style.CHANCE, zorder=0)
             for offset, row in zip(spread, here.itertuples()):
                 persona = row.persona if isinstance(row.persona, str) else None
                 colour = look.colour(persona) if persona else style.INK
@@ -921,7 +908,7 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
     )
     if clean:
         caption += f" Not a single such response in any persona on {', '.join(map(look.dataset, clean))}."
-    alt = f"EM rate by persona in {len(datasets)} panels, {_range(100 * table['em_rate'])} per cent."
+    alt = f"EM rate by persona in {len(datasets)} panels, {_range(100 * table['em_rate'], _rate)} per cent."
     return Drawing(fig, caption, alt)
 
 
@@ -951,10 +938,10 @@ def specification_curve(table: pd.DataFrame, look: Look, title: str, direction: 
     x = np.arange(len(table))
     supports = table["supports"].astype(bool).to_numpy()
     if {"low", "high"} <= set(table):
-        top.vlines(x, table["low"], table["high"], color="#cfcfcf", lw=min(1.2, 250 / max(len(table), 1)))
+        top.vlines(x, table["low"], table["high"], color=style.PALE, lw=min(1.2, 250 / max(len(table), 1)))
     for mask, colour, marker, label in (
         (~supports, style.MUTED, "o", "does not support"),
-        (supports, "#d55e00", "^", "supports"),
+        (supports, style.SUPPORTS, "^", "supports"),
     ):
         top.plot(x[mask], table["estimate"][mask], marker=marker, ms=2.6, color=colour, ls="none", label=label)
     top.axhline(0, color=style.INK, lw=0.8)
@@ -965,7 +952,7 @@ def specification_curve(table: pd.DataFrame, look: Look, title: str, direction: 
     for choice, options in choices.items():
         for option in options:
             used = (table[choice].astype(str) == option).to_numpy()
-            for mask, colour in ((used & ~supports, style.MUTED), (used & supports, "#d55e00")):
+            for mask, colour in ((used & ~supports, style.MUTED), (used & supports, style.SUPPORTS)):
                 below.plot(x[mask], np.full(mask.sum(), y), marker="|", ms=4.5, mew=0.7, color=colour, ls="none")
             ticks.append((y, f"{choice}: {option}"))
             y += 1
@@ -1021,17 +1008,22 @@ def record(
 ) -> FigureRecord:
     """Save a drawing as `<key>[-<name>][-<model>].svg|png` and describe it."""
     stem = "-".join(filter(None, [key, slug(name), slug(model)]))
-    svg, png = style.save(drawing.fig, Path(out_dir) / stem)
+    svg, png = style.save(
+        drawing.fig, Path(out_dir) / stem, f"{title}: {look.model(model)}" if model else title, drawing.alt
+    )
     caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
     caption = re.sub(r"(?<=[\s(=])-(?=\d)", "−", caption)
     return FigureRecord(f"{key}-{slug(name)}" if name else key, model, title, caption, drawing.alt, svg.name, png.name)
 
 
 def write_records(records: Sequence[FigureRecord], folder: Path) -> Path:
-    """List figures in `figures.json` beside them, where the results document and the paper find them."""
-    path = Path(folder) / "figures.json"
+    """List figures in `figures.json` beside them, where the results document and the paper find them.
+
+    Other SVG and PNG files in the folder are of an earlier run, and are removed.
+    """
     text = json.dumps([asdict(r) for r in records], indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    path = write_text(Path(folder) / "figures.json", text)
+    remove_others(folder, [name for r in records for name in (r.svg, r.png)], (".svg", ".png"))
     return path
 
 
@@ -1084,13 +1076,13 @@ def draw_all(
             keep("heatmap", model, heatmap(tuned, look))
             keep("hypotheses", model, hypothesis_differences(tuned, look, hypotheses, confidence))
             keep("forest", model, forest(tuned, look, confidence))
-            keep("twins", model, twin_comparison(pooled, look))
+            keep("twins", model, twin_comparison(pooled, look, confidence))
             keep("key-personas", model, key_personas(tuned, look, keys, confidence))
-            keep("difficulty", model, dataset_difficulty(tuned, look, confidence))
+            keep("difficulty", model, dataset_difficulty(pooled, look, confidence))
             keep("violin", model, violin(pooled, look))
             keep("rates", model, misalignment_rates(pooled, look))
             keep("cdf", model, cdf(pooled, look, keys))
-            keep("ridge", model, ridge(tuned, look))
+            keep("ridge", model, ridge(pooled, look))
             keep("histograms", model, histogram_grid(pooled, look))
             keep("rates-heatmap", model, misalignment_heatmap(tuned, look))
             keep("arms", model, arms(here, look, confidence))

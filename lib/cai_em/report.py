@@ -63,15 +63,15 @@ def write_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, *, only
                 write(part, index=False)
             paths.append(path)
     if only:
-        remove_others(paths)
+        remove_others(folder, [path.name for path in paths], (".parquet", ".csv"))
     return paths
 
 
-def remove_others(made: Sequence[Path]) -> None:
-    """Remove from a folder what an earlier run made there and this one did not: files of the same kinds, by suffix."""
-    folders, kinds = {path.parent for path in made}, {path.suffix for path in made}
-    for path in (p for folder in folders for p in folder.iterdir()):
-        if path.suffix in kinds and path not in made:
+def remove_others(folder: str | Path, made: Iterable[str], suffixes: Sequence[str]) -> None:
+    """Remove from a folder the files with these suffixes that an earlier run made there and this one did not."""
+    made = set(made)
+    for path in Path(folder).iterdir():
+        if path.suffix in suffixes and path.name not in made:
             path.unlink()
 
 

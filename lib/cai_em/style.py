@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -42,6 +43,29 @@ INK = "#222222"
 MUTED = "#767676"
 GRID = "#dddddd"
 PAPER = "#ffffff"
+EMPTY = "#f4f4f4"
+"""Where a condition does not exist; hatched in `PALE`."""
+PALE = "#c4c4c4"
+"""What stands behind: other personas' curves, the intervals of many analyses, hatches."""
+PREDICTED = "#eef3f7"
+"""The side of zero on which a hypothesis puts the difference."""
+CHANCE = "#e3e3e3"
+"""Where a classifier lands that guesses."""
+SEVERITY = ("#67001f", "#d6604d", "#f4c7b0")
+"""Shares of misaligned responses, worst first."""
+SUPPORTS = "#d55e00"
+"""An analysis that supports its hypothesis."""
+LINE_LOOKS = (
+    ("#4477aa", "o", "-"),
+    ("#cc6677", "s", "--"),
+    ("#228833", "^", "-."),
+    ("#aa8844", "D", ":"),
+    ("#66ccee", "v", (0, (5, 1))),
+    ("#aa3377", "P", (0, (3, 1, 1, 1))),
+    ("#222222", "X", (0, (1, 1))),
+    ("#999933", "<", (0, (6, 2, 1, 2))),
+)
+"""Colour, marker and line of curves that are neither personas nor data sets (presets, layers), in order."""
 SEQUENTIAL = "cividis"
 """Colour map of shares and means: perceptually even and monotone in lightness, for deficient vision and greyscale."""
 
@@ -107,17 +131,24 @@ def context() -> Iterator[None]:
         yield
 
 
+def line_look(number: int) -> dict[str, Any]:
+    """Keyword arguments of the curve with a number, where curves have no place in the study; after the last anew."""
+    colour, marker, line = LINE_LOOKS[number % len(LINE_LOOKS)]
+    return {"color": colour, "marker": marker, "ls": line}
+
+
 def size(height: float, width: float = WIDTH) -> tuple[float, float]:
     """Figure size in inches: the text column wide."""
     return width, height
 
 
-def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
+def save(fig: Figure, stem: Path, title: str = "", description: str = "") -> tuple[Path, Path]:
     """Write a figure as SVG and PNG and close it. The same figure gives the same bytes: no dates, fixed ids.
 
     Args:
         fig: the figure, drawn within `context()`.
         stem: path without suffix; folders are made. Dots in the name are kept.
+        title, description: for whoever cannot see the figure; they stand in the SVG itself, where given.
 
     Returns:
         The paths of the SVG and the PNG file.
@@ -127,9 +158,22 @@ def save(fig: Figure, stem: Path) -> tuple[Path, Path]:
         path = stem.with_name(stem.name + suffix)
         with run.atomic(path) as part, context():
             fig.savefig(part, format=suffix[1:], dpi=PNG_DPI, metadata=metadata)
+            if suffix == ".svg" and title:
+                _describe(part, title, description)
         paths.append(path)
     plt.close(fig)
     return paths[0], paths[1]
+
+
+def _describe(svg: Path, title: str, description: str) -> None:
+    """Put `<title>` and `<desc>` first into an SVG file: its accessible name and description (SVG 2, 5.8)."""
+    text = svg.read_text(encoding="utf-8")
+    start = text.index("<svg ")
+    end = text.index(">", start) + 1
+    said = "".join(
+        f"\n <{tag}>{escape(words)}</{tag}>" for tag, words in (("title", title), ("desc", description)) if words
+    )
+    svg.write_text(f'{text[: end - 1]} role="img">{said}{text[end:]}', encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from cai_em.params import GateThresholds, ModelSpec, SftPreset, digest, file_has
 from cai_em.run import modules_of, read_manifest, write_manifest
 from cai_em.sample import Condition
 from cai_em.stats import benjamini_hochberg
-from cai_em.style import Look
+from cai_em.style import Look, line_look
 
 OUTCOMES = {"em": "EM rate", "alignment": "mean alignment", "coherence": "mean coherence"}
 """Outcomes of a checkpoint's responses, and what they are called."""
@@ -1138,25 +1138,6 @@ def draw_transitions(found: pd.DataFrame, look: Look, titles: Mapping[str, str])
         f"{look.persona(r.persona)}, {names.get(r.outcome, r.outcome)}: step {r.step:.1f}" for r in shown.itertuples()
     )
     return Drawing(fig, caption, f"Dot plot of transition points. {listed or 'None is shown'}.")
-
-
-LINE_LOOKS = (
-    ("#4477aa", "o", "-"),
-    ("#cc6677", "s", "--"),
-    ("#228833", "^", "-."),
-    ("#aa8844", "D", ":"),
-    ("#66ccee", "v", (0, (5, 1))),
-    ("#aa3377", "P", (0, (3, 1, 1, 1))),
-    ("#222222", "X", (0, (1, 1))),
-    ("#999933", "<", (0, (6, 2, 1, 2))),
-)
-"""Colour, marker and line of what has no place in the study's palette (presets, layers), in order."""
-
-
-def line_look(number: int) -> dict[str, Any]:
-    """Keyword arguments of the line with a number; after the last look they begin again."""
-    colour, marker, line = LINE_LOOKS[number % len(LINE_LOOKS)]
-    return {"color": colour, "marker": marker, "ls": line}
 
 
 def draw_generality(tables: Mapping[str, pd.DataFrame], labels: Mapping[str, str]) -> Drawing:
