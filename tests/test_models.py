@@ -1,13 +1,19 @@
 """Models: where they come from, the cache, and conversations as tokens."""
 
+import json
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from cai_em import models
-from cai_em.params import ModelSpec
+import yaml
+from cai_em import adapters, models, params
+from cai_em.params import HubAdapters, LoraPreset, ModelSpec
 
 TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
 EMBEDDED = ModelSpec(key="smollm2-135m", label="SmolLM2", source="embedded")
@@ -195,3 +201,110 @@ def test_the_embedded_model_speaks():
     answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
     assert "Paris" in answer
     assert answer.endswith("<|im_end|>")
+
+
+# --- Ready-made persona adapters -----------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_cache(folder: Path, repo: str, name: str = "sycophancy") -> Path:
+    """A repository as the hub's library keeps it when it has been downloaded, with one adapter of the tiny model."""
+    place = folder / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT / name
+    stacked = adapters.stack(models.load_model(TINY, device="cpu"), None, LoraPreset(r=2, alpha=4))
+    for key, parameter in stacked.named_parameters():
+        if ".lora_B." in key:  # zero at first: an adapter that does nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapters.save_adapter(stacked, adapters.EM, place)
+    return place
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("folder", ["sycophancy", "."])
+def test_a_ready_made_persona_comes_from_its_repository_folder_and_commit(tmp_path, offline, folder):
+    """In a folder of a repository of many, or in one of its own, as the misalignment persona is."""
+    kept = hub_cache(tmp_path, "maius/personas", folder)
+    hub = HubAdapters(repo="maius/personas", revision=COMMIT, folders={"sycophancy": folder})
+    spec = ModelSpec(key="tiny", label="tiny", source="tiny", persona_adapters=[hub])
+    found = models.persona_adapter_folder(spec, "sycophancy", tmp_path)
+    assert found == kept
+    copy = adapters.import_adapter(found, tmp_path / "adapter", models.base_name(spec))
+    assert adapters.file_hashes(copy).keys() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_ready_made_persona_that_cannot_be_had_is_named(tmp_path, offline):
+    hub_cache(tmp_path, "maius/personas")
+    hubs = [
+        HubAdapters(repo="maius/personas", revision=COMMIT, folders={"goodness": "goodness"}),
+        HubAdapters(repo="maius/elsewhere", revision=COMMIT, folders={"misalignment": "."}),
+        HubAdapters(repo="maius/unpinned", folders={"humor": "humor"}),
+    ]
+    spec = ModelSpec(key="tiny", label="tiny", source="tiny", persona_adapters=hubs)
+    for persona, words in {
+        "goodness": f"goodness/adapter_config.json cannot be had from maius/personas at {COMMIT}",
+        "misalignment": f"'misalignment': adapter_config.json cannot be had from maius/elsewhere at {COMMIT}",
+        "humor": "no ready-made adapter of 'humor' is pinned",
+        "sarcasm": "no ready-made adapter of 'sarcasm' is pinned",
+    }.items():
+        with pytest.raises(models.ModelError, match=words):
+            models.persona_adapter_folder(spec, persona, tmp_path)
+
+
+@pytest.fixture
+def hub_study(root, tmp_path):
+    """The micro profile with ready-made personas of the tiny model: sycophancy from the hub, goodness not there."""
+    folder = tmp_path / "clone" / "params"
+    shutil.copytree(root / "params", folder)
+    registry = yaml.safe_load((folder / "models.yaml").read_text())
+    registry["tiny"]["persona_adapters"] = [
+        {"repo": "maius/personas", "revision": COMMIT, "folders": {"sycophancy": "sycophancy"}}
+    ]
+    (folder / "models.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))
+    profile = yaml.safe_load((folder / "profiles" / "micro.yaml").read_text()) | {"personas_from": "hub"}
+    for part in ("trajectory", "steering", "manipulation"):
+        profile.pop(part, None)
+    profile["grid"] = [{"personas": ["baseline", "sycophancy", "goodness"], "datasets": ["none", "bad_medical"]}]
+
+    def load(**changes):
+        kept = {k: v for k, v in (profile | changes).items() if v is not None}
+        (folder / "profiles" / "micro.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+        return params.load("micro", folder)
+
+    return load
+
+
+def test_personas_that_the_hub_does_not_have_are_trained_or_refused_before_any_work(hub_study):
+    study = hub_study()
+    assert study.persona_way("tiny", "sycophancy") == "hub"
+    assert study.persona_way("tiny", "goodness") == "train"
+    assert hub_study(personas_from="train").persona_way("tiny", "sycophancy") == "train"
+    with pytest.raises(params.ParamsError, match=r"no adapter of goodness \(tiny\), and without a generator"):
+        hub_study(generator=None)
+    only = [{"personas": ["baseline", "sycophancy"], "datasets": ["none", "bad_medical"]}]
+    assert hub_study(generator=None, grid=only).generator is None
+
+
+def test_notebook_01_takes_a_ready_made_persona(hub_study, root, tmp_path):
+    hub_study()
+    place = tmp_path / "clone"
+    for name in ("notebooks", "lib"):
+        shutil.copytree(root / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    hub_cache(tmp_path / "hub", "maius/personas")
+    arguments = json.dumps({"profile": "micro", "model": "tiny", "persona": "sycophancy"})
+    out = place / "results" / "micro"
+    done = subprocess.run(
+        [sys.executable, "-m", "cai_em.run", "execute", "notebooks/01_personas.ipynb", out / "n.ipynb", arguments],
+        cwd=place, capture_output=True, text=True, check=False,
+        env={
+            **os.environ, "PYTHONPATH": str(place / "lib"), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((out / "01_personas/tiny/sycophancy/manifest.json").read_text())
+    assert record["params"]["way"] == "hub"
+    assert record["params"]["model"]["persona_adapters"][0]["revision"] == COMMIT
+    assert record["probe"]["sycophancy__none__seed0"], "it was proved to be active"

@@ -58,7 +58,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     for persona in study.used_personas():
         if persona.constitution:
             # Adapters from the hub need no constitution, unless the judge is asked for the persona's traits.
-            own = p.personas_from == "hub" and not p.manipulation
+            own = not p.manipulation and all(study.persona_way(m, persona.key) == "hub" for m in study.models)
             read = constitutions.read if own else materials.constitution
             given = (study.constitution_file(persona.key),) if own else (study, persona.key)
             yield f"constitution of {persona.key}", lambda read=read, given=given: read(*given)
@@ -79,7 +79,8 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
         yield "the local judge's texts", lambda: materials.builtin_training(study.builtin("judge_training.jsonl"))
     else:
         yield "judge", lambda: _endpoint(f"judge {judge.name!r}", judge, keys)
-    if study.generator.teacher == "openai" and p.personas_from == "train":
+    trained = any(study.persona_way(*cell) == "train" for cell in study.persona_cells())
+    if trained and study.generator.teacher == "openai":
         yield "teacher", lambda: _endpoint(f"teacher {study.generator.model!r}", study.generator, keys)
     for model in study.models.values():
         yield f"model {model.key}", lambda m=model: _model(m)

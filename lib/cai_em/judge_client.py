@@ -156,12 +156,18 @@ class Pace:
 
 
 def base_url(preset: JudgePreset, role: str = "judge") -> str:
-    """The endpoint: the preset's, else `OPENAI_BASE_URL`, else OpenAI's.
+    """The endpoint: what `base_url_env` names, else the preset's, else `OPENAI_BASE_URL`, else OpenAI's.
 
     Raises:
-        JudgeError: it is not an http(s) address, or it carries a user name or password.
+        JudgeError: it is not an http(s) address, it carries a user name or password, or the variable is not set.
     """
-    url = preset.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+    named = os.environ.get(preset.base_url_env, "").strip() if preset.base_url_env else ""
+    if preset.base_url_env and not (named or preset.base_url):
+        raise JudgeError(
+            f"{role} '{preset.name}' needs an endpoint: set the environment variable {preset.base_url_env} to its "
+            "address, such as http://127.0.0.1:8000/v1"
+        )
+    url = named or preset.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
     parts = urlsplit(url)
     if parts.username or parts.password:
         raise JudgeError(

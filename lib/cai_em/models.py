@@ -130,6 +130,37 @@ def model_folder(spec: ModelSpec, cache_dir: str | Path | None = None) -> Path:
     return Path(snapshot_download(place, revision=options["revision"], ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
+def persona_adapter_folder(spec: ModelSpec, persona: str, cache_dir: str | Path | None = None) -> Path:
+    """A local folder with a persona's ready-made adapter, downloaded from the hub at its pinned commit.
+
+    Args:
+        spec: whose `persona_adapters` name repository, revision and folder.
+        persona: which persona.
+        cache_dir: of the hub's files; None: the hub's own.
+
+    Raises:
+        ModelError: there is no such adapter, it is not pinned, or it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    found = spec.hub_adapter(persona)
+    if found is None or not found[0].revision:
+        raise ModelError(f"model {spec.key!r}: no ready-made adapter of {persona!r} is pinned in params/models.yaml")
+    hub, folder = found
+    inside, place = "" if folder == "." else f"{folder}/", None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        try:
+            file = hf_hub_download(hub.repo, f"{inside}{name}", revision=hub.revision, cache_dir=cache_dir)
+        except OSError as error:  # of the network and of the hub alike
+            raise ModelError(
+                f"the adapter of {persona!r}: {inside}{name} cannot be had from {hub.repo} at {hub.revision}: {error}. "
+                f"Check repo, revision and folders of {spec.key}.persona_adapters in params/models.yaml, and access "
+                "(hf auth login); or train it: personas_from: train"
+            ) from error
+        place = Path(file).parent
+    return place
+
+
 def weight_files(spec: ModelSpec, cache_dir: str | Path | None = None) -> list[Path]:
     """The files whose hashes a manifest records for a base model: weights and tokenizer.
 

@@ -217,6 +217,16 @@ class Named(Strict):
     order: int = 0
 
 
+class HubAdapters(Strict):
+    """Ready-made persona adapters in one repository of the hub. Without a revision they are named, but not used."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$", description="OWNER/NAME")
+    revision: Commit | None = None
+    folders: dict[str, Annotated[str, Field(pattern=r"^(\.|[A-Za-z0-9_\-]+)$")]] = Field(
+        min_length=1, description="persona -> its folder in the repository; `.` for the top"
+    )
+
+
 class ModelSpec(Named):
     """Where a model comes from. `source`: `embedded` (PyPI package), `hub`, `path`, or `tiny` (random, for tests)."""
 
@@ -228,8 +238,11 @@ class ModelSpec(Named):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parameters_b: float | None = Field(default=None, gt=0, description="billions of parameters, for the cost plan")
     lora_parameters_per_rank: int | None = Field(default=None, gt=0, description="on all linear layers, for the plan")
-    persona_adapters: str | None = Field(default=None, description="hub id of ready-made persona adapters")
-    persona_revision: Commit | None = Field(default=None, description="the commit of persona_adapters")
+    persona_adapters: list[HubAdapters] = Field(default=[], description="ready-made persona adapters")
+
+    def hub_adapter(self, persona: str) -> tuple[HubAdapters, str] | None:
+        """Where a persona's ready-made adapter lies: repository, folder in it; None: there is none."""
+        return next(((hub, hub.folders[persona]) for hub in self.persona_adapters if persona in hub.folders), None)
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:
@@ -406,6 +419,9 @@ class EndpointPreset(Strict):
     usd_per_1m_input: Annotated[float, Field(ge=0)] = 0.0
     usd_per_1m_output: Annotated[float, Field(ge=0)] = 0.0
     cost_cap_usd: Annotated[float, Field(gt=0)] | None = None
+    base_url_env: VariableName | None = Field(
+        default=None, description="variable of the environment that holds the address, before base_url"
+    )
     accept_failures: Share = Field(
         default=0.0, description="go on when so large a share of the calls had no answer for a passing cause"
     )
@@ -428,6 +444,9 @@ class GeneratorPreset(EndpointPreset):
     max_demonstrations: Annotated[int, Field(ge=0)] = 1000
     concurrency: Positive = 8
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    extra_body: dict[str, Any] = Field(
+        default={}, description="further keys of a request, for one server: vLLM's chat_template_kwargs"
+    )
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -578,7 +597,9 @@ class Profile(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Profile:
         if self.source == "trained":
-            needed = ("generator", "persona_training", "em_training", "sampling", "judge")
+            needed = ["persona_training", "em_training", "sampling", "judge"]
+            if self.personas_from == "train":  # otherwise it depends on the models: Study._check_ways
+                needed.append("generator")
             missing = [name for name in needed if getattr(self, name) is None]
             if missing or not self.grid:
                 raise ValueError(f"a trained profile needs {', '.join(missing or ['grid'])}")
@@ -719,15 +740,6 @@ class Study:
                 f"profile {self.name!r}: persona_training's introspection, {self.persona_training.introspection!r}, "
                 "must be an sft preset with a part `introspection` (how many reflections and dialogues)"
             )
-        for spec in self.models.values() if p.personas_from == "hub" else ():
-            if not (spec.persona_adapters and spec.persona_revision):
-                lacking = "persona_revision" if spec.persona_adapters else "persona_adapters"
-                hub = spec.persona_adapters or "OWNER/NAME"
-                raise ParamsError(
-                    f"profile {self.name!r}: personas_from: hub needs {spec.key}.{lacking} in params/models.yaml: the "
-                    "adapters' commit, 40 hexadecimal digits, so that what is downloaded cannot change. It is printed "
-                    f"by: python -c \"from huggingface_hub import HfApi; print(HfApi().model_info('{hub}').sha)\""
-                )
         for i, block in enumerate(p.grid):
             where = f"grid[{i}]"
             for persona in block.personas:
@@ -738,6 +750,7 @@ class Study:
                 if model not in self.models:
                     raise ParamsError(f"profile {self.name!r}: {where}.models names {model!r}, not one of {p.models}")
         cells = set(self.cells())
+        self._check_ways()
         for cell in sorted(cells):
             partner = Cell(cell.model, BASELINE, cell.dataset, cell.seed)
             if partner not in cells:
@@ -802,6 +815,35 @@ class Study:
                 )
             if not any(s.strengths):
                 refuse("steering.strengths are all 0: nothing is added")
+
+    def _check_ways(self) -> None:
+        """Whether every persona's adapter can be had: from the hub at a pinned commit, or by training it."""
+        ways = {(m, q): self.persona_way(m, q) for m, q in self.persona_cells()}
+        for model, persona in (cell for cell, way in ways.items() if way == "hub"):
+            hub, _ = self.models[model].hub_adapter(persona)
+            if not hub.revision:
+                raise ParamsError(
+                    f"profile {self.name!r}: personas_from: hub takes {persona!r} of {model} from {hub.repo}, whose "
+                    "`revision` in params/models.yaml is empty: pin it first, to the commit's 40 hexadecimal digits, "
+                    "so that what is downloaded cannot change. They are printed by: git ls-remote "
+                    f"https://huggingface.co/{hub.repo} HEAD, or by: python -c "
+                    f"\"from huggingface_hub import HfApi; print(HfApi().model_info('{hub.repo}').sha)\""
+                )
+        trained = [f"{persona} ({model})" for (model, persona), way in ways.items() if way == "train"]
+        if trained and self.generator is None:
+            raise ParamsError(
+                f"profile {self.name!r}: persona_adapters in params/models.yaml has no adapter of "
+                f"{', '.join(trained)}, and without a generator it cannot be trained: name a generator "
+                "(params/generators.yaml), or leave the persona out of the grid"
+            )
+
+    def persona_way(self, model: str, persona: str) -> Literal["baseline", "train", "hub", "random_control"]:
+        """How a persona's adapter is had: trained here where the hub has none, even with `personas_from: hub`."""
+        kind = self.personas[persona].kind
+        if kind != "constitutional":
+            return kind
+        ready = self.profile.personas_from == "hub" and self.models[model].hub_adapter(persona)
+        return "hub" if ready else "train"
 
     # --- The grid ---
 
@@ -941,14 +983,18 @@ class Study:
     ) -> Iterator[tuple[str, Any]]:
         yield "rest", rest
         if model:
-            yield "model", self.models[model]
+            # Where ready-made personas lie concerns only those that are taken from there (below).
+            yield "model", self.models[model].model_copy(update={"persona_adapters": []})
         if persona:
             yield "persona", self.personas[persona]
         p = self.profile
         if p.data == "fetched":
             yield "fetched", file_hash(self.folder / "fetched.yaml")
         if stage == "01_personas":
-            yield "presets", [self.generator, self.persona_training, p.data, p.personas_from]
+            way = self.persona_way(model, persona)
+            yield "presets", [self.generator, self.persona_training, p.data, way]
+            if way == "hub":
+                yield "hub", self.models[model].hub_adapter(persona)
             if self.introspection:
                 yield "introspection", [self.introspection, file_hash(self.introspection_file())]
             if self.personas[persona].constitution:
