@@ -174,7 +174,7 @@ rule sample:
 rule judge:
     """The scores of one shard's responses. `api`: how many judge jobs may share the rate limit."""
     message:
-        "judge {wildcards.model}: {wildcards.shard}"
+        "judge {wildcards.model}: {wildcards.shard}" + (", progress: tail -f {log}" if TRAINED and STUDY.judge.kind == "openai" else "")
     input:
         notebook=notebook("04_judge"),
         responses=f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
