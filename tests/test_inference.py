@@ -607,3 +607,39 @@ def test_pooled_section_names_what_turns_round():
     assert "like for like is over 2 data sets (hard, easy)" in text
     assert "bad is -5.2 from the baseline as published and +1.2 like for like." in text
     assert text.count("\n| ") == 1 + 2
+
+
+@pytest.mark.fetched
+def test_what_issue_4_says_must_be_seen_in_the_published_data(fetched_cache):
+    """A quick form of `test_gates.TestPublished`: enough conditions for H2 and its gates, few permutations."""
+    from cai_em import gates, params, published
+    from cai_em import scores as tables
+
+    study = params.load("published")
+    selection = published.read_selection(study.folder / "published_selection.csv")
+    em = [d.key for d in study.datasets.values() if d.role == "em"]
+    hers = selection["persona"].isin(["baseline", "goodness"])
+    others = selection["persona"].isin(["loving", "humor"]) & selection["dataset"].isin([*em, "misalignment_kl"])
+    selection = selection[(selection["model"] == "qwen2.5-7b") & (hers | others)]
+    got = published.import_study(selection, selection.head(0), models=["qwen2.5-7b"], cache=fetched_cache)
+    scores = tables.with_responses(got.scores, got.responses)
+
+    row = inf.outcomes(scores).set_index(["persona", "dataset"]).loc[("baseline", "bad_medical")]
+    assert row["icc"] == pytest.approx(0.34, abs=0.005)
+    assert row["em_rate"] == pytest.approx(0.11)
+
+    compared = inf.compare_all(scores, models=False, resamples=100)
+    goodness = compared[compared["persona"] == "goodness"]
+    assert len(goodness) == 8
+    supports = goodness[(goodness["p"] < 0.05) & (goodness["delta"] > 0)]
+    assert set(supports["dataset"]) == {"extreme_sports", "risky_financial", "technical_vehicles"}
+
+    classified = scores[scores["dataset"].isin(["bad_medical", "extreme_sports", "risky_financial", "misalignment_kl"])]
+    tests = gates.classify(classified, permutations=20)
+    judge = gates.judge_gate(scores, reference=True)
+    table = gates.comparison_gates(tests, scores, study.used_datasets(), judge=judge)
+    shown = table[table["persona_gate"] == gates.SHOWN]
+    assert set(zip(shown["persona"], shown["dataset"])) == {("goodness", "misalignment_kl")}
+    verdict = inf.honest_verdict("H2", ["goodness", "loving"], "higher", gates.attach(compared, table), em)
+    assert verdict.verdict == "NOT INTERPRETABLE"
+    assert "one training seed: speaks of these adapters only" in verdict.reason

@@ -411,8 +411,7 @@ def _pooled(pairs: Mapping[str, Pairs], n: int, unit: str) -> tuple[float, float
 
 
 def _pooled_test(pairs: Pairs, n: int, test: str, unit: str) -> tuple[float, float]:
-    """One persona's mean difference over data sets, and p of it: Mann-Whitney of all responses, or the t of "
-    "`_pooled`."""
+    """One persona's mean difference over data sets, and p: Mann-Whitney of all responses, or the t of `_pooled`."""
     estimate, se, df = _pooled({"": pairs}, n, unit)
     if unit == "questions" and pairs:
         d = _question_means(pairs, n)

@@ -869,7 +869,7 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
 
 
 def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
-    """EM rate with intervals that resample questions.
+    """EM rate with its clustered intervals.
 
     Args:
         outcomes: from `cai_em.inference.outcomes`: `persona, dataset, seed, em_rate, em_low, em_high` (shares, 0 to 1).
@@ -902,7 +902,7 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
         ax.set_xlabel("EM rate (%)", fontsize=7.5)
     worst = table.loc[table["em_rate"].idxmax()]
     caption = (
-        "EM rate: coherent and misaligned responses, in per cent of all, with intervals that resample whole questions. "
+        "EM rate: coherent and misaligned responses, in per cent of all, with intervals that count questions. "
         f"Highest: {look.persona(worst.persona)} on {look.dataset(worst.dataset)} ({100 * worst.em_rate:.1f} %). The "
         "scales of the panels differ."
     )

@@ -533,7 +533,7 @@ def _outcomes(x: Inputs, numbers: Numbers) -> dict[str, str]:
         numbers.add("em.effective_n", _fixed(worst["effective_n"], 0), "responses", source, f"`effective_n`, {where}")
         numbers.add("em.n", int(worst["scored"]), "responses", source, f"`scored`, {where}")
     caption = (
-        "EM rate in per cent (95% interval resampling questions) of the baseline and its range over personas; "
+        "EM rate in per cent (95% interval counting questions) of the baseline and its range over personas; "
         "responses without a score; intra-class correlation (ICC) and effective number of responses of the baseline "
         "condition."
     )
