@@ -5,6 +5,7 @@ the repository, with the environment that runs the tests.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -91,6 +92,11 @@ def test_every_stage_leaves_its_artefacts(micro):
         scores = pd.read_parquet(results / "04_judge" / model / shard / "scores.parquet")
         # 2 questions x 4 samples in each of the shard's conditions, none dropped
         assert len(scores) == 8 * len(study.shard_cells(model, shard))
+        expression = pd.read_parquet(results / "04_judge" / model / shard / "expression.parquet")
+        assert set(expression["metric"]) == {"uptake", "persona_expression"} - (
+            {"persona_expression"} if shard == "random_sycophancy" else set()
+        ), "the judge was asked whether training and persona show"
+    assert "uptake" in set(pd.read_parquet(results / "05_validity" / "tests.parquet")["scope"])
     text = (results / "RESULTS.md").read_text()
     assert "### Alignment by Persona" in text
     assert "**Gated verdict: NOT TESTABLE**" in text, "two questions cannot carry a verdict, and the document says so"
@@ -293,6 +299,19 @@ def test_bad_parameters_stop_before_any_work(micro):
     assert done.returncode != 0
     assert "micro.yaml:" in done.stderr
     assert "sedes" in done.stderr
+
+
+def test_the_messages_that_the_guide_quotes_are_those_that_are_printed(root):
+    """docs/full-study.md, "When a stage fails": each quotation stands in the code; `…` stands for a value."""
+    guide = (root / "docs" / "full-study.md").read_text(encoding="utf-8").split("## When a stage fails")[1]
+    rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")][1:]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) >= 7
+    sources = [root / "run_all.sh", *(root / "lib" / "cai_em").glob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources) + os.strerror(errno.ENOSPC)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message over several lines
+    pieces = [piece for text in quoted for piece in text.split("…") if piece.strip()]
+    assert [piece for piece in pieces if piece not in code] == []
 
 
 def test_an_unknown_profile_names_those_that_exist(micro):

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +22,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cai_em import constitutions, judge_parse, materials, params, sources
-from cai_em.params import ParamsError, SftPreset, Study
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts whose servers need no key."""
+from cai_em.params import GeneratorPreset, JudgePreset, ParamsError, SftPreset, Study
 
 Part = tuple[str, Callable[[], Any]]
 """What is read, in words, and the call that reads it."""
+
+
+ANSWER_WITHIN_S = 20
+"""How long an endpoint may take to say that it is there."""
 
 
 class CheckError(ValueError):
@@ -49,7 +52,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
 
     Args:
         study: the study.
-        keys: also that the environment holds the keys of judge and teacher.
+        keys: also that the environment holds addresses and keys of judge and teacher.
     """
     if study.profile.source == "published":
         yield from _published(study)
@@ -77,11 +80,11 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
         yield "manipulation prompts", lambda: judge_parse.load_prompts(study.builtin("judge_prompts.yaml"), asked)
     if judge.kind == "local":
         yield "the local judge's texts", lambda: materials.builtin_training(study.builtin("judge_training.jsonl"))
-    else:
-        yield "judge", lambda: _endpoint(f"judge {judge.name!r}", judge, keys)
-    trained = any(study.persona_way(*cell) == "train" for cell in study.persona_cells())
-    if trained and study.generator.teacher == "openai":
-        yield "teacher", lambda: _endpoint(f"teacher {study.generator.model!r}", study.generator, keys)
+    elif keys:
+        yield "judge", lambda: _endpoint(judge, "judge")
+    taught = any(study.persona_way(*cell) == "train" for cell in study.persona_cells())
+    if keys and taught and study.generator.teacher == "openai":
+        yield "teacher", lambda: _endpoint(study.generator, "teacher")
     for model in study.models.values():
         yield f"model {model.key}", lambda m=model: _model(m)
 
@@ -126,17 +129,22 @@ def _introspection(study: Study) -> Any:
         raise CheckError(str(error)) from error
 
 
-def _endpoint(who: str, preset: params.JudgePreset | params.GeneratorPreset, keys: bool) -> None:
-    """An endpoint's address, and that its key is in the environment (a server on this machine needs none)."""
-    url = preset.base_url or os.environ.get("OPENAI_BASE_URL") or ""
-    parts = urlsplit(url)
-    if parts.username or parts.password or (url and parts.scheme not in ("http", "https")):
-        raise CheckError(f"{who}: OPENAI_BASE_URL must be an http(s) address without user name and password")
-    if keys and parts.hostname not in LOOPBACK and not os.environ.get(preset.api_key_env, "").strip():
-        raise CheckError(
-            f"{who} needs an API key: set the environment variable {preset.api_key_env} (export it in the shell that "
-            "starts the run), or choose another in the profile"
-        )
+def _endpoint(preset: JudgePreset | GeneratorPreset, role: str) -> None:
+    """An endpoint's address and key, as its client will find them (a server on this machine needs no key)."""
+    from cai_em import judge_client
+
+    try:
+        judge_client.check(_as_judge(preset), role)
+    except judge_client.JudgeError as error:
+        raise CheckError(str(error)) from error
+
+
+def _as_judge(preset: JudgePreset | GeneratorPreset) -> JudgePreset:
+    """An endpoint as its client takes it."""
+    if isinstance(preset, JudgePreset):
+        return preset
+    shared = preset.model_dump(include={"model", "base_url", "api_key_env", "base_url_env"})
+    return JudgePreset(kind="openai", name=preset.teacher_name, **shared)
 
 
 def _model(spec: params.ModelSpec) -> None:
@@ -192,6 +200,49 @@ def check(study: Study, *, dry_run: bool = False) -> str:
     return said
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer too; the key must not follow it to another host."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def teacher_answers(study: Study) -> None:
+    """Whether the teacher's endpoint is there and takes the key, while a persona still needs it (no GPU waits for it).
+
+    Its list of models is asked for, which costs nothing.
+
+    Raises:
+        CheckError: nothing answers, or the key is refused.
+    """
+    from cai_em import judge_client
+
+    taught = [c for c in study.persona_cells() if study.persona_way(*c) == "train"]
+    missing = [c for c in taught if not (study.persona_dir(*c) / "manifest.json").is_file()]
+    if not missing or study.generator.teacher != "openai":
+        return
+    url = judge_client.base_url(_as_judge(study.generator), "teacher")
+    host, key = urlsplit(url).hostname, os.environ.get(study.generator.api_key_env, "").strip()
+    handlers: list[Any] = [_NoRedirect()]
+    if judge_client._is_loopback(url):
+        handlers.append(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(f"{url.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"})
+    who = f"teacher {study.generator.model!r}"
+    try:
+        urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_WITHIN_S).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise CheckError(
+                f"{who}: {host} refuses the key (HTTP {error.code}): correct {study.generator.api_key_env}"
+            ) from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise CheckError(
+            f"{who}: nothing answers at {host}: {reason}. Start the server, or correct "
+            f"{study.generator.base_url_env or 'base_url in params/generators.yaml'}"
+        ) from None
+
+
 def main(arguments: list[str]) -> int:
     """Command line: `python -m cai_em.check PROFILE [--dry-run]`."""
     names = [a for a in arguments if a != "--dry-run"]
@@ -203,6 +254,8 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         print(check(study, dry_run="--dry-run" in arguments))
+        if study.profile.source == "trained" and "--dry-run" not in arguments:
+            teacher_answers(study)
     except CheckError as error:
         print(f"nothing was started: what the study reads is not sound:\n{error}", file=sys.stderr)
         return 2
