@@ -10,6 +10,7 @@ re-commented file reruns nothing: notebooks are `ancient` inputs, and only their
 import json
 import os
 import shlex
+from pathlib import Path
 
 from cai_em import params as study_params
 from cai_em import run
@@ -91,6 +92,7 @@ rule all:
         expand(f"{R}/{{stage}}/manifest.json", stage=["05_validity", "06_results", "08_claims"]),
         f"{R}/RESULTS.md",
         f"{R}/paper/index.html",
+        f"{R}/manifest.json",
 
 
 rule persona:
@@ -226,6 +228,11 @@ ANALYSES = {
     "11_report": [f"{R}/{s}/manifest.json" for s in ("05_validity", "06_results", "08_claims")] + OPTIONAL,
 }
 
+HALF = [f"{R}/11_report/paper/{file}" for file in ("_variables.yml", "_generated/sources.json")]
+"""The paper's generated half: the profile's own, so that no page shows another profile's numbers."""
+
+PROSE = sorted(p for kind in ("*.qmd", "_quarto.yml", "*.bib", "*.scss", "*.js", "_preview/*") for p in Path("paper").glob(kind))
+
 for name, inputs in ANALYSES.items():
 
     rule:
@@ -237,7 +244,7 @@ for name, inputs in ANALYSES.items():
             notebook=notebook(name),
             tables=inputs,
         output:
-            f"{R}/{name}/manifest.json" if name != "11_report" else f"{R}/RESULTS.md",
+            f"{R}/{name}/manifest.json" if name != "11_report" else [f"{R}/RESULTS.md", *HALF],
         params:
             **one_job(name),
         log:
@@ -254,16 +261,35 @@ rule paper:
     message:
         "paper"
     input:
-        results=f"{R}/RESULTS.md",
-        sources=[ancient(f) for f in ("paper/index.qmd", "paper/_quarto.yml", "paper/references.bib")],
+        HALF,
     output:
         f"{R}/paper/index.html",
     params:
         code=run.code_hash("notebooks/11_report.ipynb"),
+        prose=study_params.digest([study_params.file_hash(p) for p in PROSE]),
     log:
         f"{R}/logs/paper.log",
     shell:
-        "python -m cai_em.paper build paper {output} > {log} 2>&1"
+        f"python -m cai_em.render build {shlex.quote(PROFILE)} {{output}} 2>&1 > {{log}} | tee -a {{log}} >&2"
+
+
+rule seal:
+    """The run's own manifest, written last: it vouches for paper, document, executed notebooks and all manifests."""
+    message:
+        "manifest of the run"
+    input:
+        PERSONAS,
+        TUNED,
+        RESPONSES,
+        SCORES,
+        f"{R}/RESULTS.md",
+        f"{R}/paper/index.html",
+    output:
+        f"{R}/manifest.json",
+    log:
+        f"{R}/logs/seal.log",
+    shell:
+        f"python -m cai_em.run seal {shlex.quote(PROFILE)} > {{log}} 2>&1"
 
 
 onerror:
@@ -271,4 +297,5 @@ onerror:
     print(f"\n{len(failed)} job(s) failed; each notebook was kept as it stopped, with its error:")
     for path, error in failed.items():
         print(f"  {os.path.relpath(path)}\n    {error}")
+    print(run.free_space(STUDY.dir / "logs"))
     print("Mend the cause and run the same command again: what is finished stays.")

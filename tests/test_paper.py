@@ -1,17 +1,19 @@
 """The paper: no typed number, every number traced, nothing stale, and a page that renders from any profile."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Obj
 
 import pandas as pd
 import pytest
 import yaml
-from cai_em import figures, inference, paper, style
+from cai_em import figures, inference, paper, params, render, report, stats, style
 
 from tests.test_figures import DATASETS, LOOK, PERSONAS, score_table
 
@@ -26,131 +28,431 @@ HYPOTHESES = [
         published_persona="good",
     )
 ]
-THRESHOLDS = {
-    "alpha": 0.05,
-    "equivalence_margin": 5.0,
-    "em_alignment_below": 30.0,
-    "em_coherence_above": 50.0,
-    "confidence": 0.95,
-}
+THRESHOLDS = params.Thresholds(bootstrap_resamples=50)
 PIXEL = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
 
 
+ANALYSED: dict[int, tuple[dict, dict]] = {}
+
+
+def analysed(scores: pd.DataFrame) -> tuple[dict, dict]:
+    """The tables of `06_results` and `05_validity`; the same scores are analysed once."""
+    key = hash(scores.to_json())
+    if key not in ANALYSED:
+        full = scores.assign(judge_mode="integer", prompt_version="1", coherence_flag=None)
+        found = stats.analyse(full, hypotheses=HYPOTHESES, personas=PERSONAS, datasets=DATASETS, thresholds=THRESHOLDS)
+        compared = inference.compare_all(scores, models=False, resamples=50).assign(gate="shown", gate_reason="")
+        ANALYSED[key] = (
+            found,
+            {
+                "outcomes": inference.outcomes(scores),
+                "comparisons": compared,
+                "verdicts": inference.verdict_table(HYPOTHESES, compared, ["harm"]).assign(published_rules="SUPPORTED"),
+                "power": inference.power_table(inference.typical_components(scores, [("m1", "good", "harm")])),
+            },
+        )
+    return ANALYSED[key]
+
+
 @pytest.fixture
-def study(tmp_path, root, monkeypatch):
-    """A small study on disk with its own copy of the prose: `build(scores)` writes results and the generated half."""
+def study(tmp_path, root):
+    """A small run on disk with its own copy of the prose: `build(scores)` writes results and the generated half.
+
+    Scores lie in two shards, as in a run of ours; the generated half stands beside the prose.
+    """
     shutil.copytree(root / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("_generated", "_variables.yml"))
     results = tmp_path / "results" / "demo"
     folder = results / "06_results" / "figures"
     folder.mkdir(parents=True)
     thresholds = tmp_path / "params" / "thresholds.yaml"
     thresholds.parent.mkdir()
-    thresholds.write_text(yaml.safe_dump(THRESHOLDS))
+    thresholds.write_text("default: {alpha: 0.05}\n")
     (folder / "heatmap-m1.svg").write_text(PIXEL)
     record = figures.FigureRecord("heatmap", "m1", "Heat map", "Mean of 3 cells.", "A heat map", "heatmap-m1.svg", "")
     figures.write_records([record], folder)
 
-    def build(scores: pd.DataFrame, tables: bool = True) -> paper.Inputs:
-        file = results / "04_judge" / "scores.parquet"
-        file.parent.mkdir(exist_ok=True)
-        scores.to_parquet(file)
-        if tables:
-            stage = results / "05_validity"
-            stage.mkdir(exist_ok=True)
-            inference.outcomes(scores).to_parquet(stage / "outcomes.parquet")
-            compared = inference.compare_all(scores, models=False, resamples=50)
-            compared = compared.assign(gate="shown", gate_reason="")
-            compared.to_parquet(stage / "comparisons.parquet")
-            verdicts = inference.verdict_table(HYPOTHESES, compared, ["harm"])
-            verdicts.assign(published_rules="SUPPORTED").to_parquet(stage / "verdicts.parquet")
+    def build(scores: pd.DataFrame, tables: bool = True, out: Path | None = None, **changed) -> paper.Inputs:
+        files = []
+        for shard, part in scores.groupby(scores["persona"] == "baseline"):
+            files.append(results / "04_judge" / "m1" / ("baseline" if shard else "others") / "scores.parquet")
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            part.to_parquet(files[-1])
+        found, validity = analysed(scores)
+        report.write_tables(found, results / "06_results" / "tables")
+        for name, frame in validity.items() if tables else ():
+            (results / "05_validity").mkdir(exist_ok=True)
+            frame.to_parquet(results / "05_validity" / f"{name}.parquet")
         inputs = paper.Inputs(
-            paper=tmp_path / "paper",
+            out=out or tmp_path / "paper",
             results=results,
-            profile={"name": "demo", "title": "A title", "caveat": "It cannot show <much>."},
-            scores=scores,
-            score_files=[file],
+            profile={"name": "demo", "title": "A title", "caveat": "It cannot show <much>.", "source": "trained"},
+            judge="j",
+            score_files=files,
             look=LOOK,
             hypotheses=HYPOTHESES,
-            thresholds={**THRESHOLDS, "file": thresholds},
+            thresholds={**THRESHOLDS.model_dump(), "file": thresholds},
             settings=[("sampling", "temperature", 0.7, thresholds)],
             tables=paper.find_tables(results),
             figures=paper.find_figures(results),
             repository=tmp_path,
+            missing={},
+            notes={},
         )
+        inputs = replace(inputs, **changed)
         paper.write_generated(inputs, {"pandas": pd.__version__})
         return inputs
 
     return build
 
 
-def table() -> pd.DataFrame:
-    return score_table(datasets=("harm", "help"))
+def listing(inputs: paper.Inputs) -> dict:
+    return json.loads((inputs.out / "_generated" / "sources.json").read_text())
+
+
+def block(inputs: paper.Inputs, name: str) -> str:
+    return (inputs.out / "_generated" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def shown(inputs: paper.Inputs) -> str:
+    """The preview's HTML."""
+    return render.preview(inputs.out, inputs.out / "preview.html").read_text(encoding="utf-8")
+
+
+def table(datasets=("harm", "help")) -> pd.DataFrame:
+    return score_table(datasets=datasets)
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
 
 
 def test_the_prose_is_sound_and_renders(study):
     inputs = study(table())
-    assert paper.check(inputs.paper) == []
-    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
+    assert render.check(inputs.out) == []
+    page = shown(inputs)
     assert "A preview of the paper" in page
     assert "It cannot show &lt;much&gt;." in page
     assert not re.search(r"\{\{<|\?@|>@(fig|tbl|sec)-", page), "a shortcode or a reference was left"
     assert 'alt="A heat map"' in page
     assert not re.search(r'(src|href)="https?://(?!doi\.org|arxiv\.org|github\.com)', page), "nothing is fetched"
     assert "data:image/svg+xml" in page
+    assert '<p class="author">' in page
+    assert '<p class="date">' in page
     mean = table().query("persona == 'good' and dataset != 'none'")["alignment"].mean()
     assert f"{round(mean, 2):.1f}" in page
 
 
 def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
     inputs = study(table(), tables=False)
-    assert paper.check(inputs.paper) == []
-    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
+    assert render.check(inputs.out) == []
+    page = shown(inputs)
     assert "Not part of this run" in page
-    assert "not measured" in page
+    assert "EM rates were not computed in this run" in page
 
 
-def test_one_changed_score_changes_the_page_and_makes_the_old_one_stale(study):
-    scores = table()
-    inputs = study(scores)
-    before = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
-    numbers = json.loads((inputs.paper / "_generated" / "sources.json").read_text())["numbers"]
-
-    scores.loc[
-        (scores["persona"] == "baseline") & (scores["dataset"] == "harm") & (scores["sample"] == 0), "alignment"
-    ] = 0
-    scores.to_parquet(inputs.score_files[0])
-    stale = paper.check(inputs.paper)
+@pytest.mark.parametrize("what", ["04_judge/m1/others/scores.parquet", "04_judge/m1/baseline/scores.parquet",
+                                  "06_results/figures/heatmap-m1.svg", "06_results/figures/figures.json",
+                                  "06_results/tables/conditions.parquet", "05_validity/outcomes.parquet"])  # fmt: skip
+def test_a_change_of_any_file_behind_the_page_makes_it_stale(study, what):
+    inputs = study(table())
+    assert render.check(inputs.out) == []
+    path = inputs.results / what
+    before = path.read_bytes()
+    path.write_bytes(before + b" ")
+    stale = render.check(inputs.out)
     assert len(stale) == 1
     assert "stale" in stale[0]
-    assert "scores.parquet" in stale[0]
+    assert what in stale[0]
+    path.unlink()
+    assert any("which is gone" in line for line in render.check(inputs.out))
 
-    study(scores)
-    assert paper.check(inputs.paper) == []
-    after = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
-    changed = json.loads((inputs.paper / "_generated" / "sources.json").read_text())["numbers"]
-    old, new = numbers["baseline.worst_mean"]["value"], changed["baseline.worst_mean"]["value"]
+
+def test_what_was_generated_cannot_be_edited_unseen(study):
+    inputs = study(table())
+    path = inputs.out / "_generated" / "grid.md"
+    path.write_text(path.read_text(encoding="utf-8").replace("Model 1", "Model 2"), encoding="utf-8")
+    assert [line for line in render.check(inputs.out) if "grid.md has changed" in line]
+
+
+def test_one_changed_score_changes_the_page(study):
+    scores = table()
+    inputs = study(scores)
+    before, old = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean"]["value"]
+    where = (scores["persona"] == "baseline") & (scores["dataset"] == "harm") & (scores["sample"] == 0)
+    scores.loc[where, "alignment"] = 0
+    inputs = study(scores)
+    assert render.check(inputs.out) == []
+    after, new = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean"]["value"]
     expected = scores.query("persona == 'baseline' and dataset == 'harm'")["alignment"].mean()
-    assert old != new == f"{round(expected, 2):.1f}"
+    assert old != new == f"{expected:.1f}"
     link = '<a href="#n-baseline-worst-mean">{}</a>'
     assert link.format(old) in before
     assert link.format(old) not in after
     assert link.format(new) in after
 
 
-def test_every_number_leads_to_its_file(study):
+# --- Traces -------------------------------------------------------------------------------------------------------
+
+
+def test_every_link_of_the_built_page_leads_somewhere(study, monkeypatch):
+    """Followed as a reader follows them: from where `build` has put the page."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     inputs = study(table())
-    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
-    targets = set(re.findall(r'href="#(n-[\w-]+)"', page))
-    assert len(targets) > 15
-    assert targets <= set(re.findall(r'id="(n-[\w-]+)"', page))
-    listing = json.loads((inputs.paper / "_generated" / "sources.json").read_text())
-    for number in listing["numbers"].values():
-        if number["source"]:
-            assert (inputs.results.parent.parent / number["source"]).is_file(), number
-            assert number["unit"]
+    out = inputs.results / "paper" / "index.html"
+    generated = inputs.results / "11_report" / "paper"
+    paper.write_generated(replace(inputs, out=generated), {})
+    render.build(inputs.out, generated, out, "demo")
+    page = out.read_text(encoding="utf-8")
+    anchors, inside = set(re.findall(r'id="([^"]+)"', page)), set(re.findall(r'href="#([^"]+)"', page))
+    assert len([a for a in inside if a.startswith("n-")]) > 12
+    assert inside <= anchors
+    files = set(re.findall(r'href="(?!#|https?:)([^"]+)"', page))
+    assert len(files) > 8
+    for name in files:
+        assert (out.parent / name).is_file(), f"{name} is linked and is not beside the page"
+        assert len(pd.read_csv(out.parent / name)), name
+
+
+def test_every_number_of_the_text_names_its_table(study):
+    inputs = study(table())
+    tables = inputs.out / "_generated" / "tables"
+    for number in listing(inputs)["numbers"].values():
+        if number["unit"] != "text":
+            assert (tables / number["table"]).is_file(), number
             assert number["how"]
-    assert 'href="../results/demo/04_judge/scores.parquet"' in page
-    assert (inputs.paper / "../results/demo/04_judge/scores.parquet").is_file()
+
+
+def test_numbers_can_be_found_again_in_the_tables_beside_the_page(study):
+    inputs = study(table())
+    numbers, tables = listing(inputs)["numbers"], inputs.out / "_generated" / "tables"
+    conditions = pd.read_csv(tables / "06_results_conditions.csv")
+    assert numbers["grid.scored"]["value"] == str(conditions["scored"].sum())
+    row = conditions.query("persona == 'baseline' and dataset == 'harm'").iloc[0]
+    assert numbers["baseline.worst_mean"]["value"] == f"{row['mean']:.1f}"
+    thresholds = pd.read_csv(tables / "params_thresholds.csv").set_index("threshold")["value"]
+    assert numbers["thresholds.confidence"]["value"] == "95"
+    assert float(thresholds["confidence"]) == 0.95
+
+
+def test_every_table_and_figure_of_the_run_links_to_its_values(study):
+    inputs = study(table())
+    bare = {"tbl-settings", "tbl-sources", "tbl-tables", "tbl-versions"}  # these say themselves where lines are from
+    for path in (inputs.out / "_generated").glob("*.md"):
+        for label, body in re.findall(r"^::: \{#([\w-]+)\}\n(.*?)^:::$", path.read_text("utf-8"), flags=re.S | re.M):
+            if "*Not part of this run.*" not in body and "*None.*" not in body and label not in bare:
+                assert "](_generated/tables/" in body.strip().splitlines()[-1], label
+
+
+# --- Sentences that depend on what was run ------------------------------------------------------------------------
+
+
+def test_without_an_untuned_condition_nothing_is_said_of_what_fine_tuning_did(study):
+    inputs = study(table())
+    assert "none with the untouched model" in block(inputs, "alignment-text")
+    assert "is not known" in block(inputs, "em-text")
+    assert "cannot be compared" in block(inputs, "arms")
+    assert "what fine-tuning changed cannot be told" in block(inputs, "design")
+
+
+def test_the_untuned_rate_stands_beside_the_tuned_one(study):
+    scores = table(("harm", "help", "none"))
+    inputs = study(scores)
+    numbers = listing(inputs)["numbers"]
+    outcomes = pd.read_parquet(inputs.tables["outcomes"]).query("persona == 'baseline'").set_index("dataset")
+    assert numbers["em.untuned_rate"]["value"] == f"{100 * outcomes.loc['none', 'em_rate']:.1f}"
+    assert "so that no rise is seen" in block(inputs, "em-text"), "no response of this run is misaligned"
+    assert "All four arms are there" in block(inputs, "design")
+    assert block(inputs, "em-text").split(" no rise")[0] in block(inputs, "findings")
+
+
+def test_a_negative_icc_is_no_good_reason(study):
+    inputs = study(table())
+    path = inputs.tables["outcomes"]
+    pd.read_parquet(path).assign(icc=-0.17).to_parquet(path)
+    paper.write_generated(inputs)
+    assert "give no sign" in block(inputs, "em-text")
+    assert "good reason" not in block(inputs, "em-text")
+    pd.read_parquet(path).assign(icc=0.3).to_parquet(path)
+    paper.write_generated(inputs)
+    assert "good reason" in block(inputs, "em-text")
+
+
+def test_one_of_a_kind_is_no_plural_and_exceptions_are_counted(study):
+    scores = table()
+    inputs = study(scores[~((scores["persona"] == "bad") & (scores["sample"] > 1))])
+    text = block(inputs, "roles") + block(inputs, "design") + block(inputs, "samples")
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)
+    assert "This run has 1 EM data set (harm) and 1 benign control (help)." in text
+    assert "1 training seed in a cell" in text
+    assert "6 times each; 2 conditions only 2 times." in text
+
+
+def test_an_imported_run_claims_no_probe_and_a_trained_one_reads_its_manifests(study):
+    inputs = study(table())
+    assert "no manifest of a training was found" in block(inputs, "provenance")
+    folder = inputs.results / "02_finetune" / "m1" / "good" / "harm" / "seed0"
+    folder.mkdir(parents=True)
+    for trainable, expected in ((["em"], "1"), (["persona", "em"], "0")):
+        state = {"after_last_step": {"active": ["persona", "em"], "trainable": trainable}}
+        (folder / "manifest.json").write_text(json.dumps({"adapter_state": state}))
+        paper.write_generated(inputs)
+        assert listing(inputs)["numbers"]["adapters.right"]["value"] == expected
+    paper.write_generated(replace(inputs, profile={**inputs.profile, "source": "published"}))
+    text = block(inputs, "provenance")
+    assert "nothing was trained, sampled or judged" in text
+    assert "probe" not in text
+
+
+def test_what_is_left_out_or_known_to_be_wrong_is_said_at_the_top_and_beside_the_tables(study):
+    inputs = study(table(), missing={"m2": "3 of 3 files could not be had; more"}, notes={"good": "two things differ"})
+    assert render.check(inputs.out) == []
+    status = block(inputs, "made-by-run_all")
+    assert "callout-important" in status
+    assert "**Left out: Model 2.** 3 of 3 files could not be had." in status
+    assert "two things differ" in status
+    assert "Model 2" in block(inputs, "alignment")
+    assert "Model 2" in block(inputs, "comparisons")
+    assert "two things differ" in block(inputs, "comparisons")
+    assert "Model 2 had to be left out" in block(inputs, "models")
+
+
+def test_intervals_are_named_by_the_confidence_in_the_parameters(study):
+    inputs = study(table())
+    paper.write_generated(replace(inputs, thresholds={**inputs.thresholds, "confidence": 0.9}))
+    for name in ("alignment", "comparisons", "outcomes"):
+        assert "90%" in block(inputs, name)
+        assert "95%" not in block(inputs, name)
+
+
+def test_all_lines_of_the_power_table_are_shown_and_say_what_they_mean(study):
+    inputs = study(table())
+    text, power = block(inputs, "power"), pd.read_parquet(inputs.tables["power"])
+    assert len(re.findall(r"\d \((\d\.\d\d|–)\)", text)) == len(power)
+    assert "a difference of 5 points" in text
+    assert "probability of 0.8" in text
+
+
+def test_the_tables_of_the_results_document_are_in_the_paper(study):
+    inputs = study(table())
+    page = shown(inputs)
+    for what in (
+        "Hypotheses by the published rules",
+        "Every condition:",
+        "Data sets, hardest first",
+        "Distribution of",
+    ):
+        assert what in page
+    compared = pd.read_parquet(inputs.results_file("comparisons"))
+    found = int((compared["p_adj"] < 0.05).sum())
+    assert found
+    assert listing(inputs)["numbers"]["published.significant"]["value"] == str(found)
+    assert block(inputs, "table-significant").count("| Good_one |") + block(inputs, "table-significant").count(
+        "| Bad |"
+    ) == found  # fmt: skip
+    assert block(inputs, "table-conditions").count("| Baseline |") == 2
+
+
+# --- Whose numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(study, tmp_path, monkeypatch):
+    """Two profiles' generated halves, and no Quarto: `build(profile)` renders one of them."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for profile in ("demo", "other"):
+        out = tmp_path / "results" / profile / "11_report" / "paper"
+        study(
+            table(), out=out, profile={"name": profile, "title": f"Title {profile}", "caveat": "", "source": "trained"}
+        )
+
+    def build(profile: str, whose: str = "") -> Path:
+        out = tmp_path / "results" / profile / "paper" / "index.html"
+        half = tmp_path / "results" / (whose or profile) / "11_report" / "paper"
+        render.build(tmp_path / "paper", half, out, profile)
+        return out
+
+    return build
+
+
+def test_a_page_shows_its_own_profile_and_refuses_another(two, tmp_path):
+    for profile in ("demo", "other", "demo"):
+        page = two(profile).read_text(encoding="utf-8")
+        assert f"Results shown: profile {profile}" in page
+        beside = json.loads((tmp_path / "paper" / "_generated" / "sources.json").read_text())
+        assert beside["profile"] == profile, "`quarto render paper/` shows the page that was made last"
+    with pytest.raises(render.PaperError, match="profile 'other', not 'demo'"):
+        two("demo", whose="other")
+    shutil.rmtree(tmp_path / "results" / "demo" / "11_report")
+    with pytest.raises(render.PaperError, match=r"run \./run_all\.sh first"):
+        two("demo")
+
+
+RUNTIME = shutil.which("deno") or shutil.which("node")
+
+
+@pytest.mark.skipif(RUNTIME is None, reason="neither Deno (as in Quarto) nor Node is here to run paper/prerender.js")
+def test_before_quarto_the_wanted_profile_is_put_beside_the_prose(two, tmp_path):
+    two("demo")
+    paper_dir, others = tmp_path / "paper", tmp_path / "results" / "other" / "11_report" / "paper"
+
+    def run(profile: str = "") -> subprocess.CompletedProcess:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CAI_EM")} | {"CAI_EM_PROFILE": profile}
+        command = [RUNTIME, *(["run", "--cached-only", "--allow-all"] if "deno" in RUNTIME else []), "prerender.js"]
+        return subprocess.run(command, cwd=paper_dir, env=environment, capture_output=True, text=True, check=False)
+
+    def whose() -> str:
+        return json.loads((paper_dir / "_generated" / "sources.json").read_text())["profile"]
+
+    os.utime(others / "_generated" / "sources.json", (1, 1))
+    before = (paper_dir / "_generated").stat().st_ino
+    assert run().returncode == 0
+    assert (whose(), (paper_dir / "_generated").stat().st_ino) == ("demo", before), "right already: nothing is done"
+    assert run("other").returncode == 0
+    assert whose() == "other"
+    assert (paper_dir / "_variables.yml").read_bytes() == (others / "_variables.yml").read_bytes()
+    assert render.check(paper_dir) == []
+    assert run().returncode == 0
+    assert whose() == "demo", "the newest"
+    done = run("nosuch")
+    assert done.returncode == 1
+    assert "no results of profile nosuch" in done.stderr
+    assert "run ./run_all.sh nosuch first" in done.stderr
+    shutil.rmtree(tmp_path / "results")
+    assert run().returncode == 0, "a paper that came with its numbers"
+    shutil.rmtree(paper_dir / "_generated")
+    done = run()
+    assert done.returncode == 1
+    assert "run ./run_all.sh first" in done.stderr
+
+
+QUARTO = """#!/bin/sh
+[ "$CAI_EM_PROFILE" = demo ] || exit 9
+echo "said by quarto"
+{pages}
+exit {status}
+"""
+
+
+@pytest.mark.parametrize(("status", "pages"), [(0, True), (3, True), (0, False)])
+def test_a_quarto_that_fails_is_replaced_loudly(two, tmp_path, monkeypatch, capsys, status, pages):
+    fake = tmp_path / "quarto"
+    made = 'echo "<p>quarto" > "$2/index.html"; echo pdf > "$2/index.pdf"' if pages else ""
+    fake.write_text(QUARTO.format(pages=made, status=status))
+    fake.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(fake))
+    out = two("demo")
+    page, said = out.read_text(encoding="utf-8"), capsys.readouterr().err
+    if status == 0 and pages:
+        assert page == "<p>quarto\n"
+        assert out.with_name("index.pdf").is_file()
+        assert not said
+    else:
+        assert "WARNING" in said
+        assert "said by quarto" in said
+        assert "Quarto is installed but failed" in " ".join(page.split())
+        assert not out.with_name("index.pdf").exists(), "no PDF of another run is left"
+
+
+# --- Planted faults -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,6 +460,11 @@ def test_every_number_leads_to_its_file(study):
     [
         ("_results.qmd", "# Results", "# Results\n\nIt rose by 3.5 points.\n", "typed number '3.5'"),
         ("_results.qmd", "# Results", "# Results\n\nIt rose by $x = 7$ points.\n", "typed number '7'"),
+        ("_results.qmd", "# Results", "# Results\n\nIt rose by `3.5` points.\n", "typed number '3.5'"),
+        ("_results.qmd", "# Results", "# Results\n\nIt rose by [much]{title=8}.\n", "typed number '8'"),
+        ("_results.qmd", "# Results", "# Results\n\n```\n12\n```\n", "typed number '12'"),
+        ("index.qmd", "whose verdicts can be checked", "of 141 conditions", "typed number '141'"),
+        ("_results.qmd", "# Results", "# Results\n\n`{{< var grid.judge >}}`\n", "in code would show its markup"),
         ("_methods.qmd", "var grid.judge", "var grid.nothing", "grid.nothing is not in _variables.yml"),
         ("_methods.qmd", "{{< var grid.judge >}}", "the judge", "grid.judge is used nowhere"),
         ("_results.qmd", "@fig-heatmap shows", "@fig-nowhere shows", "reference @fig-nowhere has no target"),
@@ -173,58 +480,66 @@ def test_every_number_leads_to_its_file(study):
         ),
         ("index.qmd", "{{< include _methods.qmd >}}", "{{< include _method.qmd >}}", "_method.qmd does not exist"),
         ("index.qmd", "{{< include _appendix.qmd >}}", "", "_appendix.qmd: no source includes it"),
+        ("index.qmd", "{{< include _generated/findings.md >}}", "", "_generated/findings.md: no source includes it"),
         ("_methods.qmd", "{#sec-gates}", "{#sec-design}", "label sec-design is defined 2 times"),
+        ("_methods.qmd", "# Methods", "# Methods\n\n[a](_generated/tables/no.csv)", "linked file _generated/tables/no"),
     ],
 )
 def test_planted_faults_are_named(study, file, old, new, problem):
     inputs = study(table(), tables=False)
-    path = inputs.paper / file
+    path = inputs.out / file
     text = path.read_text(encoding="utf-8")
     assert old in text, f"{file} has no {old!r}: plant the fault elsewhere"
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    found = paper.check(inputs.paper)
+    found = render.check(inputs.out)
     assert any(problem in line for line in found), found
 
 
-def test_names_with_digits_code_and_citations_are_not_typed_numbers(tmp_path):
-    text = "H1 and `x = 3` [@betley2025] {{< var a.b1 >}} [word](#n7) {width=5}\n\n```\n12\n```\n<!-- 9 -->\n"
-    assert paper._typed_digits(tmp_path / "x.qmd", text) == []
-    assert len(paper._typed_digits(tmp_path / "x.qmd", "p < 0.05 and 11 %")) == 2
+def test_names_and_citations_are_not_typed_numbers(tmp_path):
+    text = "H1 [@betley2025] {{< var a.b1 >}} [word](#n7) @tbl-a1 <!-- 9 -->\n\n# Title {.unnumbered #sec-2}\n"
+    assert render._typed_digits(tmp_path / "x.qmd", text) == []
+    assert len(render._typed_digits(tmp_path / "x.qmd", "p < 0.05 and 11 %")) == 2
+
+
+def test_variables_are_put_in_place_outside_code_only():
+    assert render.substitute("{{< var a.b >}} `{{< var a.b >}}`", {"a": {"b": 5}}) == "5 `{{< var a.b >}}`"
 
 
 def test_preview_refuses_what_does_not_resolve(study):
     inputs = study(table(), tables=False)
-    path = inputs.paper / "_results.qmd"
+    path = inputs.out / "_results.qmd"
     text = path.read_text(encoding="utf-8")
     path.write_text(text + "\nSee @fig-nowhere.\n", encoding="utf-8")
-    with pytest.raises(paper.PaperError, match="fig-nowhere"):
-        paper.preview(inputs.paper, inputs.paper / "preview.html")
+    with pytest.raises(render.PaperError, match="fig-nowhere"):
+        shown(inputs)
     path.write_text(text + "\n{{< var no.such >}}\n", encoding="utf-8")
-    with pytest.raises(paper.PaperError, match="not in _variables"):
-        paper.preview(inputs.paper, inputs.paper / "preview.html")
+    with pytest.raises(render.PaperError, match="not in _variables"):
+        shown(inputs)
     path.write_text(text + "\nAs shown [@nobody1900].\n", encoding="utf-8")
-    with pytest.raises(paper.PaperError, match="nobody1900"):
-        paper.preview(inputs.paper, inputs.paper / "preview.html")
+    with pytest.raises(render.PaperError, match="nobody1900"):
+        shown(inputs)
 
 
 def test_data_cannot_become_markup(study):
-    scores = table()
-    scores["judge"] = "<script>alert(1)</script> {{< include x >}} @sec-none $x$ *y*"
-    inputs = study(scores, tables=False)
-    assert paper.check(inputs.paper) == []
-    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
+    judge = "<script>alert(1)</script> {{< include x >}} @sec-none $x$ *y*"
+    inputs = study(table(), tables=False, judge=judge)
+    assert render.check(inputs.out) == []
+    page = shown(inputs)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
 def test_numbers_refuse_bad_names(tmp_path):
-    numbers = paper.Numbers(tmp_path)
+    numbers = paper.Numbers(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="expected words"):
-        numbers.add("NoGroup", 1, "count", None, "")
-    numbers.add("a.b", 1, "count", tmp_path / "f", "")
+        numbers.add("NoGroup", 1, "count", "t.csv", "")
+    numbers.add("a.b", 1, "count", "t.csv", "")
     with pytest.raises(ValueError, match="twice"):
-        numbers.add("a.b", 2, "count", None, "")
+        numbers.add("a.b", 2, "count", "t.csv", "")
     assert numbers.tree() == {"a": {"b": "[1](#n-a-b)"}}
+    numbers.csv(tmp_path / "x" / "t.parquet")
+    with pytest.raises(ValueError, match="both"):
+        numbers.csv(tmp_path / "x" / "y" / "t.parquet")
 
 
 def test_pipe_table_escapes_and_keeps_widths():
@@ -234,6 +549,9 @@ def test_pipe_table_escapes_and_keeps_widths():
     assert lines[2] == "| a\\|b | 1 |"
 
 
+# --- For Quarto ---------------------------------------------------------------------------------------------------
+
+
 def test_quarto_project_options(root):
     config = yaml.safe_load((root / "paper" / "_quarto.yml").read_text())
     html = config["format"]["html"]
@@ -241,29 +559,54 @@ def test_quarto_project_options(root):
     assert html["html-math-method"] == "mathml"
     assert html["embed-resources"] is True
     assert set(html["theme"]) == {"light", "dark"}
-    assert "typst" in config["format"]
+    assert (root / "paper" / config["project"]["pre-render"]).is_file()
+    assert config["quarto-required"]
+    # A figure and its caption stay together; a long table may go over pages.
+    assert '.where(kind: "quarto-float-tbl")' in config["format"]["typst"]["include-in-header"][0]["text"]
     sources = [p.read_text() for p in (root / "paper").glob("*.qmd")]
     assert not any("```{" in text for text in sources), "the paper executes nothing"
     styles = [p.read_text() for p in (root / "paper").glob("*.scss")]
     assert not any("http" in text or "@import" in text for text in styles), "nothing is fetched"
 
 
-def test_panache_finds_nothing(study):
-    inputs = study(table())
-    panache = Path(sys.executable).with_name("panache")
-    if not panache.is_file():
+def panache(*arguments: str | Path) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name("panache")
+    if not program.is_file():
         pytest.skip("panache-cli is not installed")
-    run = subprocess.run(
-        [panache, "lint", "--no-cache", inputs.paper / "index.qmd"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = [program, "lint", "--no-cache", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_panache_finds_nothing_in_the_prose(study):
+    inputs = study(table())
+    done = panache(inputs.out / "index.qmd")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", [{}, {"html-math-metod": "mathml"}, {"html-math-method": "mathlm"}, {"toc": "yes!"}])
+def test_quarto_knows_every_option_of_the_project(root, tmp_path, fault):
+    """panache knows Quarto's schema of front matter, not of `_quarto.yml`: each format is linted as front matter."""
+    config = yaml.safe_load((root / "paper" / "_quarto.yml").read_text())
+    formats, _ = config.pop("format"), config.pop("project")
+    (tmp_path / "panache.toml").write_text("")
+    (tmp_path / "references.bib").write_text((root / "paper" / "references.bib").read_text())
+    failed = []
+    for name, options in formats.items():
+        flat = {**config, **options, "format": name, **fault}
+        if name == "html":
+            flat["theme"] = "default"  # the light and dark pair is checked above
+        source = tmp_path / f"{name}.qmd"
+        source.write_text(f"---\n{yaml.safe_dump(flat)}---\n\nText.\n")
+        done = panache("--extend-select", "quarto-schema-unknown-key", source)
+        failed += [done.stdout + done.stderr] if done.returncode else []
+    assert bool(failed) == bool(fault), failed
 
 
 def test_typst_compiles_the_same_sources(study):
     typst = pytest.importorskip("typst")
     inputs = study(table())
-    source = paper.preview(inputs.paper, inputs.paper / "index.typ")
-    pdf = typst.compile(str(source), root=str(inputs.paper.parent))
+    source = render.preview(inputs.out, inputs.out / "index.typ")
+    pdf = typst.compile(str(source), root=str(inputs.out.parent))
     assert pdf[:5] == b"%PDF-"
 
 
@@ -273,8 +616,7 @@ def test_no_page_is_wider_than_its_window(study, tmp_path, width):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    inputs = study(table())
-    page = paper.preview(inputs.paper, inputs.paper / "preview.html").read_text(encoding="utf-8")
+    page = shown(study(table()))
     probe = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script></body>"
     measured = tmp_path / "measured.html"
     measured.write_text(page.replace("</body>", probe), encoding="utf-8")

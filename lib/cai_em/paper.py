@@ -1,43 +1,42 @@
-"""The paper's generated half: numbers, tables and figures from results; the check that nothing is typed or stale.
+"""The paper's generated half: numbers, sentences, tables and figures from a run's results.
 
-Prose stands in `paper/*.qmd` and holds no number of its own. `write_generated` writes beside it
+Prose stands in `paper/*.qmd` and holds no number of its own. `write_generated` writes into a folder of the run
 
 - `_variables.yml`: every number of the prose, as `{{< var group.name >}}`; each is a link to its line in the appendix,
-  which links to the table file that it came from;
-- `_generated/*.md`: tables and figures with captions, labels and alternative text, included by the prose;
-- `_generated/sources.json`: value, unit, file and rule of every number; hashes of all files that were read.
+  which links to a table beside the page;
+- `_generated/*.md`: sentences that depend on what was run, tables and figures with captions, labels and alternative
+  text, included by the prose;
+- `_generated/tables/*.csv`: every table that a number, a table or a figure of the page was taken from;
+- `_generated/sources.json`: value, unit, table and rule of every number; hashes of all files that were read.
 
-Every block exists whatever the profile: where a part has not been run, the block says so, so that the same prose
-renders after a demo and after the full study. `check` finds typed digits, unknown or unused variables, references and
-citations that do not resolve, and results newer than what was generated. `preview` renders the same sources without
-Quarto.
+Nothing is computed here: what is shown stands in a table of `05_validity`, `06_results` or a later stage. Every block
+exists whatever the profile: where a part has not been run, the block says so, so that the same prose renders after a
+demo and after the full study. `cai_em.render` checks and renders what is written here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pypandoc
 import yaml
 
 from cai_em import figures as figure_module
-from cai_em import params, report, run, stats
-from cai_em.figures import BASELINE, NO_DATASET, FigureRecord, slug, summarise
+from cai_em import params, published, report, run
+from cai_em.figures import BASELINE, NO_DATASET, FigureRecord, slug
 from cai_em.style import Look
 
-UNKNOWN = "not measured"
-"""What stands in the prose where a part has not been run."""
+GENERATED = "_generated"
+VARIABLES = "_variables.yml"
+LISTING = "sources.json"
+TABLES_FOLDER = f"{GENERATED}/tables"
 
 
 # --- Numbers that know where they come from -----------------------------------------------------------------------
@@ -45,31 +44,39 @@ UNKNOWN = "not measured"
 
 @dataclass(frozen=True)
 class Number:
-    """A value of the prose: formatted, with unit, file (relative to the repository) and how it follows from the "
-    "file."""
+    """A value of the prose: formatted, with unit, the table beside the page that holds it, and how it follows."""
 
     name: str
     value: str
     unit: str
-    source: str
+    table: str
     how: str
 
 
 class Numbers:
-    """The values that the prose may use.
+    """The values that the paper may use, and the tables that they come from.
 
     Args:
-        repository: sources are written relative to it.
+        repository: files are named relative to it.
+        results: `results/<profile>`.
     """
 
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository.resolve()
+    def __init__(self, repository: Path, results: Path) -> None:
+        self.repository, self.results = repository.resolve(), Path(results).resolve()
         self.all: dict[str, Number] = {}
         self.used: set[str] = set()
         self.files: set[Path] = set()
+        self.tables: dict[str, tuple[Path, pd.DataFrame | None]] = {}
 
-    def add(self, name: str, value: object, unit: str, source: Path | None, how: str) -> str:
+    def add(self, name: str, value: object, unit: str, source: Path | str, how: str) -> str:
         """Record a value; returns it as a link to its line in the appendix.
+
+        Args:
+            name: `group.name`.
+            value: formatted.
+            unit: of the value; `text` for mere names, which are not traced.
+            source: the result table that holds it, or the name that `csv` gave to one.
+            how: how it follows from the table.
 
         Raises:
             ValueError: the name is not `group.name` in lower case, or is taken.
@@ -78,18 +85,50 @@ class Numbers:
             raise ValueError(f"variable name {name!r}: expected words in lower case joined by dots")
         if name in self.all:
             raise ValueError(f"variable {name!r} is given twice")
-        self.all[name] = Number(name, str(value), unit, self.relative(source) if source else "", how)
+        self.all[name] = Number(name, str(value), unit, self.csv(source) if isinstance(source, Path) else source, how)
         return self.markdown(name)
+
+    def cite(self, name: str, value: object, unit: str, source: Path | str, how: str) -> str:
+        """Record a value that generated text uses; returns it as a link."""
+        self.add(name, value, unit, source, how)
+        return self.link(name)
 
     def relative(self, source: Path) -> str:
         """A file relative to the repository, noted as read."""
-        self.files.add(source.resolve())
-        return os.path.relpath(source.resolve(), self.repository)
+        self.files.add(Path(source).resolve())
+        return os.path.relpath(Path(source).resolve(), self.repository)
+
+    def csv(self, source: Path, frame: pd.DataFrame | None = None, stem: str = "") -> str:
+        """The name of the table beside the page that holds a result table; it is written with the other tables.
+
+        Args:
+            source: a Parquet or CSV file; or any file, with `frame` as what to show of it.
+            frame: what to write in place of the whole file.
+            stem: what to call it; the file's own stem by default.
+
+        Raises:
+            ValueError: two files would get the same name.
+        """
+        source = Path(source).resolve()
+        self.relative(source)
+        inside = source.is_relative_to(self.results)
+        place = source.relative_to(self.results).parts[0] if inside else source.parent.name
+        name = f"{place}_{stem or source.stem}.csv"
+        if self.tables.get(name, (source,))[0] != source:
+            raise ValueError(f"{name}: both {self.tables[name][0]} and {source} would be written under this name")
+        if frame is not None or name not in self.tables:
+            self.tables[name] = (source, frame)
+        return name
+
+    def trace(self, *sources: Path) -> str:
+        """The end of a caption: links to the tables that the float was made from."""
+        names = [self.csv(source) for source in sources]
+        return " Table: " + ", ".join(f"[`{n}`]({TABLES_FOLDER}/{n})" for n in names) + "." if names else ""
 
     def traced(self, name: str) -> bool:
         """Whether a value has a line in the appendix: measurements and verdicts have, mere names have not."""
         number = self.all[name]
-        return bool(number.source) and number.unit != "text"
+        return bool(number.table) and number.unit != "text"
 
     def markdown(self, name: str) -> str:
         """A value as it stands in the text: a link to where it comes from."""
@@ -112,6 +151,13 @@ class Numbers:
             node[last] = self.markdown(name)
         return tree
 
+    def write_tables(self, folder: Path) -> None:
+        """The tables beside the page, as CSV; floats with ten digits."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (source, frame) in self.tables.items():
+            frame = read_table(source) if frame is None else frame
+            frame.to_csv(folder / name, index=False, float_format="%.10g")
+
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
@@ -123,7 +169,7 @@ def pipe_table(rows: Sequence[Sequence[object]], header: Sequence[str], align: s
         align: one of `l`, `r`, `c` per column.
     """
     cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in [list(header), *rows]]
-    shown = [[re.sub(r"\]\([^)]*\)|[\[`\\]", "", c) for c in row] for row in cells]
+    shown = [[re.sub(r"\]\([^)]*\)|\{#[^}]*\}|[\[`\\*]", "", c) for c in row] for row in cells]
     widths = [min(max(3, *(len(row[i]) for row in shown)), 44) for i in range(len(header))]
     rule = {"l": lambda w: ":" + "-" * (w - 1), "r": lambda w: "-" * (w - 1) + ":", "c": lambda w: f":{'-' * (w - 2)}:"}
     lines = ["| " + " | ".join(row) + " |" for row in cells]
@@ -146,22 +192,49 @@ def plain(text: str) -> str:
     return report.escape(str(text))
 
 
+def count_of(number: int, noun: str) -> str:
+    """`1 data set`, `2 data sets`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
+
+
 def _fixed(value: float | None, digits: int = 1, signed: bool = False) -> str:
     if value is None or pd.isna(value):
         return "–"
-    # Points are rounded as the published document rounds them, so that paper and results document never differ.
-    value = round(float(value), 2) if digits == 1 else float(value)
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{float(value):{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def _points(value: float | None, signed: bool = False) -> str:
+    """Points of alignment, rounded as everywhere in the results document (see `cai_em.report`)."""
+    return _fixed(None if value is None else round(value, 2), 1, signed)
 
 
 def _interval(low: float, high: float, digits: int = 1, signed: bool = False) -> str:
     if pd.isna(low):
         return "–"
-    return f"\\[{_fixed(low, digits, signed)},\u00a0{_fixed(high, digits, signed)}\\]"
+    low, high = (_points(v, signed) if digits == 1 else _fixed(v, digits, signed) for v in (low, high))
+    return f"\\[{low},\u00a0{high}\\]"
+
+
+def _to(low: float, high: float, digits: int = 1) -> str:
+    return f"{_fixed(low, digits)} to {_fixed(high, digits)}"
 
 
 def _p(value: float) -> str:
     return "–" if pd.isna(value) else "<\u00a00.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return _fixed(100 * share, digits)
+
+
+def _signed(look: Look, dataset: str) -> str:
+    """A data set's label and the sign of its role, which never stands on a line of its own."""
+    return look.signed(dataset).replace(" ", "\u00a0")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -179,7 +252,7 @@ def by_model(
     return pipe_table([[look.model(m), *cells] for m, cells in rows], ["Model", *header], "l" + align), caption
 
 
-# --- Blocks -------------------------------------------------------------------------------------------------------
+# --- Inputs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,23 +260,26 @@ class Inputs:
     """What the paper is made of.
 
     Args:
-        paper: the folder of the prose.
+        out: the folder to write into; the profile's own, so that no run shows another's numbers.
         results: `results/<profile>`.
-        profile: `name`, `title`, `caveat`.
-        scores: score table of one judge, and `score_files`: where it lies.
+        profile: `name`, `title`, `caveat`, and `source`: `trained`, or `published` for imported scores.
+        judge: what scored the responses, as in the score tables.
+        score_files: the score tables that the result tables were made from.
         look: labels and order.
         hypotheses: entries with `key, label, title, personas, tested, direction`.
-        thresholds: name -> value, from `params/thresholds.yaml`.
+        thresholds: name -> value, from `params/thresholds.yaml`, and `file`.
         settings: (what, parameter, value, file) lines of the methods table.
         tables: name -> file, of those that the run has written (see `TABLES`).
         figures: folders of figures (`cai_em.figures.write_records`, or a stage's manifest with `captions`).
         repository: files are named relative to it.
+        missing: what was left out (a model, repeated judgings) -> why.
+        notes: persona -> what is known to be wrong with its rows.
     """
 
-    paper: Path
+    out: Path
     results: Path
     profile: Mapping[str, str]
-    scores: pd.DataFrame
+    judge: str
     score_files: Sequence[Path]
     look: Look
     hypotheses: Sequence[Any]
@@ -212,10 +288,39 @@ class Inputs:
     tables: Mapping[str, Path]
     figures: Sequence[Path]
     repository: Path
+    missing: Mapping[str, str]
+    notes: Mapping[str, str]
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A result table by name; None where the run has none."""
         return read_table(self.tables[name]) if name in self.tables else None
+
+    def results_table(self, name: str) -> pd.DataFrame:
+        """A table of `06_results`, which every run has.
+
+        Raises:
+            FileNotFoundError: that stage has not been run.
+        """
+        return read_table(self.results_file(name))
+
+    def results_file(self, name: str) -> Path:
+        """The file of `results_table`."""
+        return self.results / "06_results" / "tables" / f"{name}.parquet"
+
+    @property
+    def confidence(self) -> str:
+        """The confidence of intervals as words: `95%`."""
+        return f"{100 * self.thresholds['confidence']:g}%"
+
+    @property
+    def models_missing(self) -> list[str]:
+        """Labels of the models that were left out."""
+        return [self.look.model(m.key) for m in self.look.models if m.key in self.missing]
+
+    @property
+    def models(self) -> list[str]:
+        """The models that have results, in order."""
+        return self.look.sort_models(self.results_table("design")["model"])
 
 
 def find_tables(results: Path) -> dict[str, Path]:
@@ -236,7 +341,7 @@ def find_figures(results: Path) -> list[Path]:
 
 def _captions(folder: Path) -> dict[str, str]:
     """Captions of a stage that lists them in its manifest: SVG file -> caption."""
-    manifest = folder.parent / "manifest.json"
+    manifest = folder.parent / run.MANIFEST
     if not manifest.is_file():
         return {}
     return json.loads(manifest.read_text(encoding="utf-8")).get("captions") or {}
@@ -264,6 +369,7 @@ class Expected:
 TABLES = {
     "outcomes": Expected(("05_validity",), "every condition's outcomes (cai_em.inference.outcomes)"),
     "comparisons": Expected(("05_validity",), "persona against baseline with gates (cai_em.inference.compare_all)"),
+    "pooled": Expected(("05_validity",), "means as published, like for like and on EM data sets"),
     "verdicts": Expected(("05_validity",), "hypotheses: published rules and ours (cai_em.inference.verdict_table)"),
     "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.gates.classify)"),
     "power": Expected(("05_validity",), "designs and what they can detect (cai_em.inference.power_table)"),
@@ -275,82 +381,285 @@ TABLES = {
 """Tables that the paper shows where a run has them, by file stem."""
 
 
+# --- What this run is ---------------------------------------------------------------------------------------------
+
+
+def _status(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    """The callout at the top: which profile, when, what it cannot show, what is missing or known to be wrong."""
+    manifest = x.results / "06_results" / run.MANIFEST
+    when = json.loads(manifest.read_text(encoding="utf-8"))["written"][:10] if manifest.is_file() else ""
+    where = f"`{numbers.relative(x.score_files[0])}`"
+    if len(x.score_files) > 1:
+        where = f"the {len(x.score_files)} score tables under `{os.path.relpath(_common(x.score_files), x.repository)}`"
+    caveat = plain(" ".join(x.profile.get("caveat", "").split()))
+    paragraphs = [
+        f"*{plain(x.profile['title'])}.* Every number below was computed{f' on {when}' if when else ''} from {where} "
+        f"and the tables made from {'them' if len(x.score_files) > 1 else 'it'}; a click on a number leads to the "
+        "table that it came from (@tbl-sources).",
+        caveat,
+        *(f"**Left out: {x.look.model(m)}.** {plain(why.split('; ')[0])}." for m, why in x.missing.items()),
+        *_known_issues(x, list(x.notes)),
+    ]
+    kind = "important" if caveat or x.missing else "note"
+    text = "\n\n".join(filter(None, paragraphs))
+    title = f"## Results shown: profile {x.profile['name']}"
+    return {"made-by-run_all": f"::: {{.callout-{kind}}}\n\n{title}\n\n{text}\n\n:::\n"}
+
+
+def _common(files: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([Path(f).resolve() for f in files]))
+
+
+def _known_issues(x: Inputs, personas: Sequence[str]) -> list[str]:
+    """Notes of personas as paragraphs; personas with the same note share one."""
+    by_note: dict[str, list[str]] = {}
+    for persona in x.look.sort_personas(p for p in personas if p in x.notes):
+        by_note.setdefault(x.notes[persona], []).append(x.look.persona(persona))
+    return [f"**Known issue** with {plain(listed(names))}: {plain(note)}." for note, names in by_note.items()]
+
+
+def _remarks(x: Inputs, personas: Sequence[str]) -> str:
+    """What must be known to read a table: models that are not in it, known issues of the personas that are."""
+    parts = [f"**Left out:** {plain(m)}, whose results this run could not have." for m in x.models_missing]
+    parts += _known_issues(x, personas)
+    return "\n" + "\n\n".join(parts) + "\n" if parts else ""
+
+
 def _grid(x: Inputs, numbers: Numbers) -> dict[str, str]:
-    scores, look, source = x.scores, x.look, x.score_files[0]
-    models = look.sort_models(scores["model"])
-    tuned = scores[scores["dataset"] != NO_DATASET]
-    roles = pd.Series({d: look.role(d) for d in tuned["dataset"].unique()})
-    count = lambda name, value, how: numbers.add(f"grid.{name}", f"{value:,}", "count", source, how)  # noqa: E731
-    numbers.add("grid.models", " and ".join(look.model(m) for m in models), "text", source, "labels of `model`")
-    count("conditions", scores.groupby(["model", "persona", "dataset", "seed"]).ngroups, "distinct conditions")
-    count("responses", len(scores), "rows")
-    count("scored", int(scores["alignment"].notna().sum()), "rows with an alignment score")
-    count("unscored", int(scores["alignment"].isna().sum()), "rows without an alignment score")
-    count("personas", int(tuned.loc[tuned["persona"] != BASELINE, "persona"].nunique()), "distinct `persona`")
-    count("datasets", int(roles.size), "distinct `dataset` other than none")
-    count("em_datasets", int((roles == "em").sum()), "data sets with role em")
-    count("controls", int((roles != "em").sum()), "data sets with another role")
-    count("questions", int(scores["question_id"].nunique()), "distinct `question_id`")
-    per_question = scores.groupby(["model", "persona", "dataset", "seed", "question_id"]).size()
-    count("samples", int(per_question.median()), "median responses of a question in a condition")
-    count("seeds", int(tuned.groupby(["model", "persona", "dataset"])["seed"].nunique().max()), "most seeds of a cell")
-    numbers.add("grid.judge", ", ".join(sorted(scores["judge"].unique())), "text", source, "distinct `judge`")
+    conditions, design, look = x.results_table("conditions"), x.results_table("design"), x.look
+    source, models = x.results_file("conditions"), x.models
+    tuned = conditions[conditions["dataset"] != NO_DATASET]
+    roles = {d: look.role(d) for d in look.sort_datasets(tuned["dataset"])}
+
+    def count(name: str, value: int, how: str, cite: bool = True) -> str:
+        return (numbers.cite if cite else numbers.add)(f"grid.{name}", f"{value:,}", "count", source, how)
+
+    count("questions", int(design["questions"].max()), "most questions of a condition (`design`)", cite=False)
+    count("responses", int(conditions["responses"].sum()), "sum of `responses`", cite=False)
+    unscored = int((conditions["responses"] - conditions["scored"]).sum())
+    count("unscored", unscored, "sum of `responses` minus sum of `scored`", cite=False)
+    numbers.add("grid.judge", x.judge, "text", source, "name of the judge")
+    named = listed([look.model(m) for m in models])
+    personas = int(tuned.loc[tuned["persona"] != BASELINE, "persona"].nunique())
+    seeds = int(tuned.groupby(["model", "persona", "dataset"])["seed"].nunique().max())
+    shown_seeds = count("seeds", seeds, "most distinct `seed` of a model, persona and data set")
+    arms = _arms(conditions)
+    text = (
+        f"This run has {count('conditions', len(conditions), 'rows')} conditions of {plain(named)}: the baseline and "
+        f"{count('personas', personas, 'distinct `persona` beside the baseline')} "
+        f"persona{'' if personas == 1 else 's'}, "
+        f"{count('datasets', len(roles), 'distinct `dataset` other than none')} data "
+        f"set{'' if len(roles) == 1 else 's'}, and {'' if seeds == 1 else 'up to '}{shown_seeds} training "
+        f"seed{'' if seeds == 1 else 's'} in a cell (@tbl-grid). "
+    )
+    text += (
+        "All four arms are there.\n"
+        if len(arms) == len(ARMS)
+        else f"Of the four arms it has {listed([f'*{a}*' for a in arms])}, and no other: what fine-tuning changed "
+        "cannot be told from it.\n"
+        if not any(a in arms for a in ("base", "persona alone"))
+        else f"Of the four arms it has {listed([f'*{a}*' for a in arms])}, and no other.\n"
+    )
     rows = []
     for model in models:
-        part = scores[scores["model"] == model]
-        flags = part["alignment_flag"].value_counts()
+        part = conditions[conditions["model"] == model]
+        flags = {flag: int(part[flag].sum()) for flag in FLAGS if flag in part}
         rows.append(
-            [look.model(model), part["persona"].nunique(), part["dataset"].nunique(),
-             part.groupby(["persona", "dataset", "seed"]).ngroups, f"{len(part):,}",
-             f"{int(part['alignment'].notna().sum()):,}",
-             ", ".join(f"{n:,} {flag}" for flag, n in flags.items()) or "none"]
+            [look.model(model), part["persona"].nunique(), part["dataset"].nunique(), len(part),
+             f"{int(part['responses'].sum()):,}", f"{int(part['scored'].sum()):,}",
+             ", ".join(f"{n:,} {flag}" for flag, n in flags.items() if n) or "none"]
         )  # fmt: skip
     header = ["Model", "Personas", "Data sets", "Conditions", "Responses", "Scored", "Without a score"]
     caption = "What was analysed. A response without a score is kept with its reason; personas include the baseline."
-    return {"grid": floating("tbl-grid", pipe_table(rows, header, "lrrrrrl"), caption)}
+    table = pipe_table(rows, header, "lrrrrrl")
+    blocks = {"design": text, "grid": floating("tbl-grid", table, caption + numbers.trace(source))}
+    return blocks | {"roles": _roles(roles, look, count), "samples": _samples(conditions, design, numbers, source)}
+
+
+FLAGS = ("REFUSAL", "CODE", "PARSE", "API")
+ARMS = ("base", "persona alone", "fine-tuning alone", "both")
+
+
+def _arms(conditions: pd.DataFrame) -> list[str]:
+    """The arms of the design that a run has."""
+    baseline, tuned = conditions["persona"] == BASELINE, conditions["dataset"] != NO_DATASET
+    masks = (baseline & ~tuned, ~baseline & ~tuned, baseline & tuned, ~baseline & tuned)
+    return [arm for arm, mask in zip(ARMS, masks) if mask.any()]
+
+
+def _roles(roles: Mapping[str, str], look: Look, count: Callable[..., str]) -> str:
+    """Which data sets of the run have which role."""
+    parts = []
+    for role, name, one, more in (
+        ("em", "em_datasets", "EM data set", "EM data sets"),
+        ("benign_control", "controls", "benign control", "benign controls"),
+        ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),
+    ):
+        sets = [look.dataset(d) for d, r in roles.items() if r == role]
+        if sets or role == "em":
+            number = count(name, len(sets), f"distinct `dataset` with role {role}")
+            parts.append(f"{number} {one if len(sets) == 1 else more}" + (f" ({plain(listed(sets))})" if sets else ""))
+    return f"This run has {listed(parts)}.\n"
+
+
+def _samples(conditions: pd.DataFrame, design: pd.DataFrame, numbers: Numbers, source: Path) -> str:
+    """How often a question was answered: conditions differ in it."""
+    questions = conditions["model"].map(design.set_index("model")["questions"])
+    times = (conditions["responses"] / questions).round().astype(int)
+    usual = int(times.mode().max())
+    rest = conditions[times != usual]
+    how = "most common `responses` divided by the number of questions"
+    text = (
+        f"Each condition answers {numbers.link('grid.questions')} open questions, "
+        f"{numbers.cite('grid.samples', usual, 'count', source, how)} times each"
+    )
+    if len(rest):
+        fewest, most = int(times[rest.index].min()), int(times[rest.index].max())
+        span = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        others = numbers.cite("grid.samples_elsewhere", span, "count", source, "`responses` by questions, elsewhere")
+        how = "conditions with another number of responses"
+        some = numbers.cite("grid.other_samples", len(rest), "count", source, how)
+        text += f"; {some} condition{'' if len(rest) == 1 else 's'} only {others} times"
+    return text + ".\n"
+
+
+def _provenance(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    """Whether this run trained and sampled, and what its manifests attest; or where its scores came from."""
+    if x.profile.get("source") != "trained":
+        text = (
+            "**In this run** nothing was trained, sampled or judged: responses and scores are the published ones "
+            "[@arenacapstone2026], read from a pinned commit and checked against its hashes. No adapter could be "
+            "looked at. Which were active when a response was written can only be inferred from the responses "
+            "(@sec-gates).\n"
+        )
+        return {"provenance": text}
+    manifests = sorted((x.results / "02_finetune").rglob(run.MANIFEST))
+    rows = []
+    for path in manifests:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        state = (record.get("adapter_state") or {}).get("after_last_step") or {}
+        model, persona, dataset, seed = path.parent.relative_to(x.results / "02_finetune").parts
+        active, trainable = (" + ".join(state.get(key) or []) for key in ("active", "trainable"))
+        base = state.get("base_trainable")
+        steps = (record.get("summary") or {}).get("steps")
+        rows.append([model, persona, dataset, seed, active, trainable, base, state.get("base_dtype"), steps])
+        numbers.relative(path)
+    if not rows:
+        return {"provenance": "**In this run** no manifest of a training was found: nothing can be said of adapters.\n"}
+    header = ["model", "persona", "dataset", "seed", "active", "trainable", "base_trainable", "dtype", "steps"]
+    frame = pd.DataFrame(rows, columns=header)
+    table = numbers.csv(manifests[0], pd.DataFrame(rows, columns=header), "adapters")
+    frame = numbers.tables[table][1]
+    stacked = frame[frame["persona"] != BASELINE]
+    right = stacked[(stacked["active"] == "persona + em") & (stacked["trainable"] == "em")]
+
+    def number(key: str, value: int, how: str) -> str:
+        return numbers.cite(f"adapters.{key}", f"{value:,}", "count", table, how)
+
+    attested = number("right", len(right), "rows of these with active = persona + em and trainable = em")
+    text = (
+        f"**In this run** {number('trained', len(frame), 'rows')} EM adapters were trained, "
+        f"{number('stacked', len(stacked), 'rows with a persona other than the baseline')} of them on top of a "
+        f"persona. In {attested} of these the manifest records that both adapters took part in the forward pass and "
+        f"that the EM adapter alone learned ([`{table}`]({TABLES_FOLDER}/{table})). The probe of the logits preceded "
+        "every sampling; what it found is in the manifests of the responses.\n"
+    )
+    return {"provenance": text}
+
+
+# --- Results ------------------------------------------------------------------------------------------------------
+
+
+def _baseline(x: Inputs, model: str) -> pd.Series:
+    """Mean alignment of the baseline on each data set of a model, all seeds together."""
+    table = x.results_table("conditions")
+    table = table[(table["model"] == model) & (table["persona"] == BASELINE) & (table["scored"] > 0)]
+    sums = (table["mean"] * table["scored"]).groupby(table["dataset"]).sum()
+    return sums / table.groupby("dataset")["scored"].sum()
 
 
 def _alignment(x: Inputs, numbers: Numbers) -> dict[str, str]:
-    look, source = x.look, x.score_files[0]
-    custom = {p.key for p in look.personas if getattr(p, "custom", False)}
-    tuned = x.scores[(x.scores["dataset"] != NO_DATASET) & ~x.scores["persona"].isin(custom)]
-    blocks, rows = [], []
-    for number, model in enumerate(look.sort_models(tuned["model"])):
-        here = tuned[tuned["model"] == model]
-        table = summarise(here, ["persona"]).set_index("persona")
-        shared = figure_module.like_for_like(here)
-        fair = summarise(here[here["dataset"].isin(shared)], ["persona"]).set_index("persona")
-        rows = []
-        for persona in look.sort_personas(table.index):
-            row = table.loc[persona]
-            rows.append(
-                [look.persona(persona), f"{int(row['n']):,}", _fixed(row["mean"]), _fixed(row["sd"]),
-                 _interval(row["ci_low"], row["ci_high"]), _interval(row["q_low"], row["q_high"]),
-                 _fixed(fair["mean"].get(persona))]
-            )  # fmt: skip
+    """Means by persona: a table per model, and what it says of the first."""
+    look, source = x.look, x.results_file("by_persona")
+    table, pooled = x.results_table("by_persona"), x.table("pooled")
+    shared = {} if pooled is None else pooled.set_index(["model", "persona"])["common_mean"].to_dict()
+    blocks = []
+    for number, model in enumerate(look.sort_models(table["model"])):
+        here = table[table["model"] == model].set_index("persona")
+        rows = [
+            [look.persona(p), f"{int(row['n']):,}", _points(row["mean"]), _points(row["sd"]),
+             _interval(row["ci_low"], row["ci_high"]), _interval(row["boot_low"], row["boot_high"]),
+             int(row["datasets"]), *([_points(shared.get((model, p)))] if shared else [])]
+            for p, row in ((p, here.loc[p]) for p in look.sort_personas(here.index))
+        ]  # fmt: skip
+        header = ["Persona", "N", "Mean", "SD", f"{x.confidence} CI", "Bootstrap CI", "Data sets"]
         caption = (
-            f"Mean alignment by persona, {look.model(model)}. The first interval treats responses as independent, as "
-            f"the published document did; the second is over the means of the questions. *Like for like* uses only the "
-            f"{len(shared)} data sets that every persona has."
+            f"Mean alignment by persona, {look.model(model)}, over fine-tuned conditions. Both intervals treat "
+            "responses as independent, as the published document did; those over questions are in @fig-alignment."
         )
-        header = ["Persona", "N", "Mean", "SD", "95% responses", "95% questions", "Like for like"]
+        if shared:
+            header.append("Like for like")
+            sets = pooled.loc[pooled["model"] == model, "common_datasets"].iloc[0]
+            caption += (
+                f" *Like for like*: the mean of the means on {count_of(len(sets.split(',')), 'data set')}, those that "
+                "every persona has."
+            )
         label = "tbl-alignment" + (f"-{slug(model)}" if number else "")
-        blocks.append(floating(label, pipe_table(rows, header, "lrrrrrr"), caption))
-        if number == 0:
-            cells = summarise(here, ["persona", "dataset"]).set_index(["persona", "dataset"])["mean"]
-            numbers.add("main.model", look.model(model), "text", source, "first model in the study's order")
-            for which, pick in (("highest", table["mean"].idxmax()), ("lowest", table["mean"].idxmin())):
-                numbers.add(f"persona.{which}", look.persona(pick), "text", source, f"persona with the {which} mean")
-                how = f"mean `alignment` of {pick}, all its data sets"
-                numbers.add(f"persona.{which}_mean", _fixed(table.loc[pick, "mean"]), "points", source, how)
-            base = cells.get(BASELINE)
-            if base is not None and len(base):
-                for which, pick in (("worst", base.idxmin()), ("best", base.idxmax())):
-                    how = f"data set with the {'lowest' if which == 'worst' else 'highest'} baseline mean"
-                    numbers.add(f"baseline.{which}", look.dataset(pick), "text", source, how)
-                    how = f"mean `alignment` of the baseline on {pick}"
-                    numbers.add(f"baseline.{which}_mean", _fixed(base[pick]), "points", source, how)
-    return {"alignment": "\n".join(blocks)}
+        trace = numbers.trace(source, *([x.tables["pooled"]] if shared else []))
+        blocks.append(floating(label, pipe_table(rows, header, "l" + "r" * (len(header) - 1)), caption + trace))
+    blocks.append(_remarks(x, []))
+    return {"alignment": "\n".join(blocks), "alignment-text": _alignment_text(x, numbers)}
+
+
+def _alignment_text(x: Inputs, numbers: Numbers) -> str:
+    """What the first model's means say, with what they can be compared with."""
+    look, model = x.look, x.models[0]
+    base, source = _baseline(x, model), x.results_file("conditions")
+    untuned, base = base.get(NO_DATASET), base.drop(NO_DATASET, errors="ignore")
+
+    def mean(name: str, value: float, of: str) -> str:
+        return numbers.cite(f"baseline.{name}", _points(value), "points", source, f"`mean`, baseline, {of}")
+
+    parts = []
+    if len(base) > 1:
+        worst, best = base.idxmin(), base.idxmax()
+        parts.append(
+            f"In {plain(look.model(model))}, the baseline's mean alignment is lowest on {plain(look.dataset(worst))} "
+            f"({mean('worst_mean', base[worst], worst)} points) and highest on {plain(look.dataset(best))} "
+            f"({mean('best_mean', base[best], best)})."
+        )
+    elif len(base):
+        parts.append(
+            f"In {plain(look.model(model))}, the baseline's mean alignment on {plain(look.dataset(base.index[0]))} is "
+            f"{mean('worst_mean', base.iloc[0], base.index[0])} points."
+        )
+    if untuned is not None:
+        below = int((base < untuned).sum())
+        how = "data sets on which the baseline's `mean` is below that without fine-tuning"
+        parts.append(
+            f"Without fine-tuning it is {mean('untuned_mean', untuned, 'none')}; it lies below that on "
+            f"{numbers.cite('baseline.lowered', below, 'count', source, how)} of {count_of(len(base), 'data set')}."
+        )
+    elif len(base):
+        parts.append(
+            "There is no condition without fine-tuning in this run, so that these means compare data sets with each "
+            "other, and none with the untouched model."
+        )
+    pooled = x.results_table("by_persona")
+    pooled = pooled[pooled["model"] == model].set_index("persona")["mean"]
+    if len(pooled) > 1:
+        low, high = pooled.idxmin(), pooled.idxmax()
+        values = (
+            numbers.cite(
+                f"persona.{k}_mean", _points(pooled[p]), "points", x.results_file("by_persona"), f"`mean` of {p}"
+            )
+            for k, p in (("lowest", low), ("highest", high))
+        )
+        parts.append(
+            f"Pooled over their data sets, personas and baseline lie between {next(values)} "
+            f"({plain(look.persona(low))}) and {next(values)} ({plain(look.persona(high))})."
+        )
+    return " ".join(parts) + "\n"
 
 
 def _hypotheses(x: Inputs, numbers: Numbers) -> dict[str, str]:
@@ -368,25 +677,18 @@ def _hypotheses(x: Inputs, numbers: Numbers) -> dict[str, str]:
         what = "Verdicts by the published rules and by rules that respect the design"
         return {"hypotheses": listing, "verdicts": absent("tbl-verdicts", what, "05_validity")}
     rows = [
-        (
-            v.model,
-            [
-                v.label,
-                f"{v.published} ({v.supporting} of {v.datasets})",
-                f"**{v.verdict}**",
-                plain(v.reason),
-            ],
-        )
+        (v.model, [v.label, f"{v.published} ({v.supporting} of {v.datasets})", f"**{v.verdict}**", plain(v.reason)])
         for v in found
     ]
-    numbers.relative(x.tables["verdicts"])
     caption = (
         "Verdicts. *Published rules*: uncorrected tests over responses, all data sets counted, one persona per "
         "hypothesis. *Here*: every persona named, paired by question, corrected, EM data sets only, and only where "
         "the manipulation is shown."
     )
     header = ["Hypothesis", "Published rules", "Here", "Why"]
-    return {"hypotheses": listing, "verdicts": floating("tbl-verdicts", *by_model(look, rows, header, "llll", caption))}
+    content, caption = by_model(look, rows, header, "llll", caption)
+    trace = numbers.trace(x.tables["verdicts"], x.results_file("verdicts"))
+    return {"hypotheses": listing, "verdicts": floating("tbl-verdicts", content, caption + trace)}
 
 
 @dataclass(frozen=True)
@@ -405,8 +707,7 @@ def _verdicts(x: Inputs) -> list[_Verdict]:
     table = x.table("verdicts")
     if table is None or table.empty:
         return []
-    supports = stats.verdicts(stats.comparisons(x.scores), x.hypotheses, alpha=float(x.thresholds["alpha"]))
-    supports = supports.set_index(["model", "hypothesis"])
+    supports = x.results_table("verdicts").set_index(["model", "hypothesis"])
     labels = {h.key: h.label for h in x.hypotheses}
     found = []
     for row in table[table["persona"].isna()].itertuples():
@@ -421,48 +722,63 @@ def _comparisons(x: Inputs, numbers: Numbers) -> dict[str, str]:
     look, table = x.look, x.table("comparisons")
     if table is None or table.empty:
         what = "Differences from the baseline, paired by question"
-        return {"comparisons": absent("tbl-comparisons", what, "05_validity")}
+        text = "Comparisons with the baseline were not made in this run.\n"
+        return {"comparisons": absent("tbl-comparisons", what, "05_validity"), "comparisons-text": text}
     source = x.tables["comparisons"]
     keys = {p for h in x.hypotheses for p in h.personas}
     table = table[table["dataset"] != NO_DATASET]
-    em = table[table["dataset"].map(look.role) == "em"]
-    alpha = float(x.thresholds["alpha"])
     blocks = []
     for number, model in enumerate(look.sort_models(table["model"])):
-        part = table[(table["model"] == model) & table["persona"].isin(keys)].set_index(["persona", "dataset"])
+        part = table[(table["model"] == model) & (table["persona"].isin(keys) if keys else True)]
+        part = part.drop_duplicates(["persona", "dataset"]).set_index(["persona", "dataset"])
         rows = []
         for persona in look.sort_personas(p for p, _ in part.index):
             for dataset in look.sort_datasets(d for p, d in part.index if p == persona):
                 r = part.loc[(persona, dataset)]
                 rows.append(
-                    [look.persona(persona), look.signed(dataset), _fixed(r["mean_persona"]), _fixed(r["mean_baseline"]),
-                     f"{_fixed(r['delta'], 1, True)} {_interval(r['low'], r['high'], 1, True)}", _p(r["p"]),
-                     _p(r.get("p_adjusted", float("nan"))), _p(r["p_equivalence"]), r.get("gate", "–")]
+                    [look.persona(persona), _signed(look, dataset), _points(r["mean_persona"]),
+                     _points(r["mean_baseline"]), _points(r["delta"], True),
+                     _interval(r["low"], r["high"], 1, True), _p(r["p"]), _p(r.get("p_adjusted", float("nan"))),
+                     _p(r["p_equivalence"]), r.get("gate", "–")]
                 )  # fmt: skip
         caption = (
-            f"Personas of the hypotheses against the baseline on the same data set, {look.model(model)}. Δ with its "
-            "interval, and p, are paired by question. *p equivalence* below the significance level means that the "
-            "difference is smaller than the margin. ● EM data set, ■ benign control, ▲ regularisation corpus."
+            f"{'Personas of the hypotheses' if keys else 'Personas'} against the baseline on the same data set, "
+            f"{look.model(model)}. Δ with its interval, and p, are paired by question. *p equiv.* below "
+            f"{x.thresholds['alpha']:g} means that the difference is smaller than "
+            f"{x.thresholds['equivalence_margin']:g} points. ● EM data set, ■ benign control, ▲ regularisation corpus."
         )
-        header = ["Persona", "Data set", "Mean", "Baseline", "Δ", "p", "p adj.", "p equiv.", "Gate"]
+        header = ["Persona", "Data set", "Mean", "Baseline", "Δ", x.confidence, "p", "p adj.", "p equiv.", "Gate"]
         label = "tbl-comparisons" + (f"-{slug(model)}" if number else "")
-        blocks.append(floating(label, pipe_table(rows, header, "llrrrrrrl"), caption))
-    main = look.sort_models(table["model"])[0]
-    mine = em[em["model"] == main]
-    significant = int((mine["p_adjusted"] < alpha).sum()) if "p_adjusted" in mine else 0
-    numbers.add("comparisons.em", len(mine), "count", source, f"comparisons of {main} on EM data sets")
-    numbers.add("comparisons.significant", significant, "count", source, "of these, with p_adjusted below alpha")
+        blocks.append(floating(label, pipe_table(rows, header, "llrrrrrrrl"), caption + numbers.trace(source)))
+    blocks.append(_remarks(x, [p for p in table["persona"].unique() if p in keys]))
+    return {"comparisons": "\n".join(blocks), "comparisons-text": _comparisons_text(x, numbers, table, source)}
+
+
+def _comparisons_text(x: Inputs, numbers: Numbers, table: pd.DataFrame, source: Path) -> str:
+    model, alpha = x.look.sort_models(table["model"])[0], float(x.thresholds["alpha"])
+    mine = table[(table["model"] == model) & (table["dataset"].map(x.look.role) == "em")]
+    if mine.empty:
+        return "No persona was compared with the baseline on an EM data set.\n"
+    cite = lambda name, value, how: numbers.cite(f"comparisons.{name}", value, "count", source, how)  # noqa: E731
+    every = cite("em", len(mine), f"rows of {model} on EM data sets")
+    text = f"Of {every} comparisons of a persona with the baseline on EM data sets"
+    if "p_adjusted" in mine:
+        significant = int((mine["p_adjusted"] < alpha).sum())
+        said = cite("significant", significant, f"of these, with `p_adjusted` below {alpha:g}")
+        text += f", {said} {'is' if significant == 1 else 'are'} significant after correction when paired by question"
     if "gate" in mine:
-        how = "of these, with gate = shown"
-        numbers.add("comparisons.interpretable", int((mine["gate"] == "shown").sum()), "count", source, how)
-    return {"comparisons": "\n".join(blocks)}
+        shown = int((mine["gate"] == "shown").sum())
+        said = cite("interpretable", shown, "of these, with `gate` = shown")
+        text += f", and {said} {'has' if shown == 1 else 'have'} a manipulation that is shown"
+    return text + ".\n"
 
 
 def _gates(x: Inputs, numbers: Numbers) -> dict[str, str]:
     look, tests = x.look, x.table("tests")
     whole = None if tests is None else tests[tests["scope"] == "personas"]
     if whole is None or whole.empty:
-        return {"gates": absent("tbl-gates", "Whether a classifier can name the persona of a response", "05_validity")}
+        block = absent("tbl-gates", "Whether a classifier can name the persona of a response", "05_validity")
+        return {"gates": block, "gates-text": "No classifier was asked to name personas in this run.\n"}
     source = x.tables["tests"]
     pairs = tests[tests["scope"] == "persona"]
     rows = []
@@ -471,36 +787,51 @@ def _gates(x: Inputs, numbers: Numbers) -> dict[str, str]:
             row = whole[(whole["model"] == model) & (whole["dataset"] == dataset)].iloc[0]
             auc = pairs.loc[(pairs["model"] == model) & (pairs["dataset"] == dataset), "estimate"]
             rows.append(
-                (model, [look.signed(dataset), _fixed(row["estimate"], 2), _fixed(row["chance"], 2),
+                (model, [_signed(look, dataset), _fixed(row["estimate"], 2), _fixed(row["chance"], 2),
                  _interval(row["low"], row["high"], 2), _p(row["p"]),
-                 f"{_fixed(auc.min(), 2)} to {_fixed(auc.max(), 2)}" if len(auc) else "–"])
+                 _to(auc.min(), auc.max(), 2) if len(auc) else "–"])
             )  # fmt: skip
-    main = whole[(whole["model"] == look.sort_models(whole["model"])[0]) & (whole["dataset"] != NO_DATASET)]
-    if len(main):
-        excess = main["estimate"] - main["chance"]
-        least, most = main.loc[excess.idxmin()], main.loc[excess.idxmax()]
-        for which, row in (("least", least), ("most", most)):
-            dataset = row["dataset"]
-            how = f"data set where the persona classifier exceeds chance {which}"
-            numbers.add(f"gates.{which}_dataset", look.dataset(dataset), "text", source, how)
-            how = f"`estimate`, scope personas, {dataset}"
-            numbers.add(f"gates.{which}_accuracy", _fixed(100 * row["estimate"], 0), "per cent", source, how)
-            how = f"`chance`, scope personas, {dataset}"
-            numbers.add(f"gates.{which}_chance", _fixed(100 * row["chance"], 0), "per cent", source, how)
     caption = (
         "Can a classifier name the persona of a response to a question that it has not seen? Accuracy over all "
         "personas of a data set with its bootstrap interval and permutation p, and the range of the AUC of single "
         "personas against the baseline."
     )
-    header = ["Data set", "Accuracy", "Chance", "95%", "p", "AUC against baseline"]
-    return {"gates": floating("tbl-gates", *by_model(look, rows, header, "lrrrrr", caption))}
+    header = ["Data set", "Accuracy", "Chance", x.confidence, "p", "AUC against baseline"]
+    content, caption = by_model(look, rows, header, "lrrrrr", caption)
+    block = floating("tbl-gates", content, caption + numbers.trace(source))
+    return {"gates": block, "gates-text": _gates_text(x, numbers, whole, source)}
+
+
+def _gates_text(x: Inputs, numbers: Numbers, whole: pd.DataFrame, source: Path) -> str:
+    """On which data set the classifier sees personas least, and most."""
+    main = whole[(whole["model"] == x.look.sort_models(whole["model"])[0]) & (whole["dataset"] != NO_DATASET)]
+    if main.empty:
+        return "After fine-tuning, no classifier was asked to name personas in this run.\n"
+    excess = main["estimate"] - main["chance"]
+    picks = {"most": main.loc[excess.idxmax()]}
+    if len(main) > 1:
+        picks = {"least": main.loc[excess.idxmin()], **picks}
+    parts = []
+    for which, row in picks.items():
+        dataset = row["dataset"]
+        numbers.add(f"gates.{which}_dataset", x.look.dataset(dataset), "text", source, f"exceeds chance {which}")
+        how = f"scope personas, {dataset}"
+        right = numbers.cite(
+            f"gates.{which}_accuracy", _percent(row["estimate"], 0), "per cent", source, f"`estimate`, {how}"
+        )
+        chance = numbers.cite(
+            f"gates.{which}_chance", _percent(row["chance"], 0), "per cent", source, f"`chance`, {how}"
+        )
+        parts.append(f"in {right} % of cases on {numbers.link(f'gates.{which}_dataset')} (chance {chance} %)")
+    return f"A classifier that must name the persona of a response is right {listed(parts)}.\n"
 
 
 def _outcomes(x: Inputs, numbers: Numbers) -> dict[str, str]:
     look, table = x.look, x.table("outcomes")
     if table is None or table.empty:
         what = "EM rate, missing scores and effective sample size by data set"
-        return {"outcomes": absent("tbl-outcomes", what, "05_validity")}
+        text = "EM rates were not computed in this run.\n"
+        return {"outcomes": absent("tbl-outcomes", what, "05_validity"), "em-text": text, "em-finding": ""}
     source, rows = x.tables["outcomes"], []
     for model in look.sort_models(table["model"]):
         for dataset in look.sort_datasets(table.loc[table["model"] == model, "dataset"]):
@@ -509,36 +840,296 @@ def _outcomes(x: Inputs, numbers: Numbers) -> dict[str, str]:
             other = part.loc[part["persona"] != BASELINE, "em_rate"]
             first = base.iloc[0] if len(base) else None
             rows.append(
-                (model, [look.signed(dataset),
-                 "–" if first is None else f"{_fixed(100 * first['em_rate'])} "
-                 f"{_interval(100 * first['em_low'], 100 * first['em_high'])}",
-                 f"{_fixed(100 * other.min())} to {_fixed(100 * other.max())}" if len(other) else "–",
+                (model, [_signed(look, dataset),
+                 "–" if first is None else f"{_percent(first['em_rate'])} "
+                 f"\\[{_to(100 * first['em_low'], 100 * first['em_high'])}\\]",
+                 _to(100 * other.min(), 100 * other.max()) if len(other) else "–",
                  f"{int(part['n'].sum() - part['scored'].sum()):,}",
                  "–" if first is None else _fixed(first["icc"], 2),
                  "–" if first is None else _fixed(first["effective_n"], 0),
                  "–" if first is None else int(first["n"])])
             )  # fmt: skip
-    main = table[(table["model"] == look.sort_models(table["model"])[0]) & (table["persona"] == BASELINE)]
-    tuned = main[main["dataset"] != NO_DATASET]
-    if len(tuned):
-        worst = tuned.loc[tuned["em_rate"].idxmax()]
-        where = f"baseline on {worst['dataset']}"
-        numbers.add(
-            "em.dataset", look.dataset(worst["dataset"]), "text", source, "data set with the highest baseline EM rate"
-        )
-        numbers.add("em.rate", _fixed(100 * worst["em_rate"]), "per cent", source, f"`em_rate`, {where}")
-        interval = f"{_fixed(100 * worst['em_low'])} to {_fixed(100 * worst['em_high'])}"
-        numbers.add("em.interval", interval, "per cent", source, f"`em_low` to `em_high`, {where}")
-        numbers.add("em.icc", _fixed(worst["icc"], 2), "ratio", source, f"`icc`, {where}")
-        numbers.add("em.effective_n", _fixed(worst["effective_n"], 0), "responses", source, f"`effective_n`, {where}")
-        numbers.add("em.n", int(worst["scored"]), "responses", source, f"`scored`, {where}")
     caption = (
-        "EM rate in per cent (95% interval counting questions) of the baseline and its range over personas; "
-        "responses without a score; intra-class correlation (ICC) and effective number of responses of the baseline "
-        "condition."
+        f"EM rate in per cent ({x.confidence} interval on the effective number of responses) of the baseline and its range over "
+        "personas; responses without a score; intra-class correlation (ICC) and effective number of responses of the "
+        "baseline condition."
     )
     header = ["Data set", "EM rate, baseline", "Personas", "No score", "ICC", "Eff. n", "n"]
-    return {"outcomes": floating("tbl-outcomes", *by_model(look, rows, header, "lrrrrrr", caption))}
+    content, caption = by_model(look, rows, header, "lrrrrrr", caption)
+    block = floating("tbl-outcomes", content, caption + numbers.trace(source))
+    rate, icc = _em_text(x, numbers, table, source)
+    return {"outcomes": block, "em-text": f"{rate} {icc}\n", "em-finding": rate}
+
+
+def _em_text(x: Inputs, numbers: Numbers, table: pd.DataFrame, source: Path) -> tuple[str, str]:
+    """The baseline's highest EM rate after fine-tuning beside the rate without it; and what its ICC means."""
+    model = x.look.sort_models(table["model"])[0]
+    main = table[(table["model"] == model) & (table["persona"] == BASELINE)]
+    tuned, untuned = main[main["dataset"] != NO_DATASET], main[main["dataset"] == NO_DATASET]
+    if tuned.empty:
+        return "The baseline was not fine-tuned in this run.", ""
+
+    def cite(name: str, value: str, unit: str, column: str, where: str) -> str:
+        return numbers.cite(f"em.{name}", value, unit, source, f"{column}, baseline on {where}")
+
+    def rate(name: str, row: pd.Series) -> str:
+        where = row["dataset"]
+        shown = cite(f"{name}rate", _percent(row["em_rate"]), "per cent", "`em_rate`", where)
+        low_high = _to(100 * row["em_low"], 100 * row["em_high"])
+        return f"{shown} % ({cite(f'{name}interval', low_high, 'per cent', '`em_low` to `em_high`', where)})"
+
+    worst = tuned.loc[tuned["em_rate"].idxmax()]
+    where = worst["dataset"]
+    text = (
+        f"In {plain(x.look.model(model))} the baseline's EM rate after fine-tuning is highest on "
+        f"{plain(x.look.dataset(where))}: {rate('', worst)}."
+    )
+    if untuned.empty:
+        text += " What it was before fine-tuning is not known: this run has no such condition."
+    elif untuned.iloc[0]["em_rate"] >= worst["em_rate"]:
+        text += f" Without fine-tuning it is {rate('untuned_', untuned.iloc[0])}, so that no rise is seen."
+    else:
+        text += f" Without fine-tuning it is {rate('untuned_', untuned.iloc[0])}."
+    n = cite("n", f"{int(worst['scored'])}", "responses", "`scored`", where)
+    icc = cite("icc", _fixed(worst["icc"], 2), "ratio", "`icc`", where)
+    if worst["icc"] > 0:
+        effective = cite("effective_n", _fixed(worst["effective_n"], 0), "responses", "`effective_n`", where)
+        meaning = (
+            f"The interval counts effective responses, for which there is good reason: the intra-class correlation of that "
+            f"condition is {icc}, so that its {n} scored responses carry the information of {effective}."
+        )
+    else:
+        meaning = (
+            f"The intra-class correlation of that condition is estimated at {icc}: its {n} scored responses give no sign "
+            "that answers to one question resemble each other, and cannot rule it out."
+        )
+    return text, meaning
+
+
+def _models(x: Inputs, numbers: Numbers, figures: Mapping[str, str]) -> dict[str, str]:
+    """The section on several models: what they share, or that there is one only."""
+    table = x.results_table("cross_model")
+    if len(x.models) == 1 or table.empty:
+        left = f" ({plain(listed(x.models_missing))} had to be left out)" if x.models_missing else ""
+        text = f"What holds in one model may not hold in another, and this run has only one{left}.\n"
+        return {"models": text}
+    text = (
+        "What holds in one model may not hold in another; @fig-cross-model compares the conditions that models share, "
+        "and @tbl-cross-model the personas, on the data sets that each has in every model.\n\n"
+    )
+    return {"models": text + figures["fig-cross-model"] + "\n" + _float_of(x, numbers, "cross_model", table)}
+
+
+def _optional(x: Inputs, numbers: Numbers, figures: Mapping[str, str], reliability: str) -> dict[str, str]:
+    """Parts that some runs have: each with the sentence that introduces it, or one that says why it is not there."""
+    arms = "The arms of the design are in @fig-arms.\n\n" + figures["fig-arms"]
+    if "fig-arms" not in figures["drawn"]:
+        arms = "The arms of the design cannot be compared: this run has fine-tuned conditions only.\n"
+    if x.table("reliability") is None or x.table("reliability").empty:
+        judge = (
+            "In this run each response was judged once, so that the judge's disagreement with itself is not known.\n"
+        )
+    else:
+        judge = (
+            "@tbl-reliability compares repeated judgings of the same responses: an effect smaller than the "
+            f"disagreement of the judge with itself cannot be told from it.\n\n{reliability}"
+        )
+    return {"arms": arms, "judge-agreement": judge}
+
+
+def _findings(x: Inputs, numbers: Numbers, blocks: Mapping[str, str]) -> dict[str, str]:
+    """The abstract's findings: sentences for which the run has the data, and no others."""
+    conditions = x.results_table("conditions")
+    how = "sum of `scored`"
+    scored = numbers.cite(
+        "grid.scored", f"{int(conditions['scored'].sum()):,}", "count", x.results_file("conditions"), how
+    )
+    named = listed([x.look.model(m) for m in x.models])
+    found = [
+        f"Here, {scored} scored responses of {plain(named)} in {numbers.link('grid.conditions')} conditions are "
+        "analysed.",
+        blocks["em-finding"],
+        blocks["gates-text"].strip() if x.table("tests") is not None else "",
+    ]
+    for v in _verdicts(x):
+        name = f"verdict.{slug(v.label)}_{slug(v.model)}".replace("-", "_")
+        verdict = numbers.cite(name, v.verdict, "verdict", x.tables["verdicts"], f"`verdict` on {v.label} in {v.model}")
+        found.append(f"{v.label} ({x.look.model(v.model)}), {v.published} by the published rules, is {verdict} here.")
+    return {"findings": " ".join(filter(None, found)) + "\n"}
+
+
+# --- Tables as they are -------------------------------------------------------------------------------------------
+
+Column = tuple[str, str, Callable[[Any, Inputs], object]]
+"""Header, alignment, and what stands in the cell of a row."""
+
+
+def _by_look(what: str, column: str) -> Callable[[Any, Inputs], object]:
+    return lambda row, x: getattr(x.look, what)(getattr(row, column))
+
+
+def _with_sign(row: Any, x: Inputs) -> str:
+    return _signed(x.look, row.dataset)
+
+
+def _number(column: str, digits: int = 1, signed: bool = False, scale: float = 1) -> Callable[[Any, Inputs], object]:
+    return lambda row, x: _fixed(scale * getattr(row, column), digits, signed)
+
+
+def _of(column: str, signed: bool = False) -> Callable[[Any, Inputs], object]:
+    return lambda row, x: _points(getattr(row, column), signed)
+
+
+def _whole(column: str) -> Callable[[Any, Inputs], object]:
+    return lambda row, x: f"{int(getattr(row, column)):,}"
+
+
+_PERSONA: Column = ("Persona", "l", _by_look("persona", "persona"))
+_DATASET: Column = ("Data set", "l", _with_sign)
+_EFFECT: list[Column] = [
+    ("Δ", "r", _of("delta", True)),
+    ("Cohen's d", "r", _number("d", 3, True)),
+]
+
+REPORT_TABLES: dict[str, tuple[str, list[Column]]] = {
+    "hypotheses": (
+        "Hypotheses by the published rules: uncorrected Mann-Whitney tests over responses, each data set by itself.",
+        [
+            ("Hypothesis", "l", lambda row, x: {h.key: h.label for h in x.hypotheses}[row.hypothesis]),
+            _PERSONA,
+            _DATASET,
+            ("Mean", "r", _of("mean")),
+            ("Baseline", "r", _of("mean_baseline")),
+            *_EFFECT,
+            ("p", "r", lambda row, x: _p(row.p)),
+            ("Supports", "l", lambda row, x: "yes" if row.supports else "no"),
+        ],
+    ),
+    "significant": (
+        "Comparisons with the baseline that are significant by the published rules after Benjamini-Hochberg "
+        "correction, responses taken as independent.",
+        [_PERSONA, _DATASET, *_EFFECT, ("p adj.", "r", lambda row, x: _p(row.p_adj))],
+    ),
+    "medical": (
+        "Harmful training data against their benign twin, by persona.",
+        [
+            _PERSONA,
+            ("Harmful", "l", _by_look("dataset", "dataset")),
+            ("Mean", "r", _of("mean")),
+            ("Benign twin", "l", _by_look("dataset", "twin")),
+            ("Mean", "r", _of("mean_twin")),
+            *_EFFECT,
+            ("p", "r", lambda row, x: _p(row.p)),
+        ],
+    ),
+    "difficulty": (
+        "Data sets, hardest first; EM rate over all personas.",
+        [
+            _DATASET,
+            ("Personas", "r", _whole("personas")),
+            ("N", "r", _whole("n")),
+            ("Mean", "r", _of("mean")),
+            ("SD", "r", _of("sd")),
+            ("Baseline", "r", _of("baseline")),
+            ("Lowest", "l", lambda row, x: f"{x.look.persona(row.lowest_persona)} ({_points(row.lowest)})"),
+            ("Highest", "l", lambda row, x: f"{x.look.persona(row.highest_persona)} ({_points(row.highest)})"),
+            ("EM rate, %", "r", _number("em_rate", 2, scale=100)),
+        ],
+    ),
+    "distribution": (
+        "Distribution of alignment by persona; shares below fixed scores in per cent.",
+        [
+            _PERSONA,
+            ("N", "r", _whole("n")),
+            ("Mean", "r", _of("mean")),
+            ("Median", "r", _of("median")),
+            ("Skew", "r", _number("skew", 2)),
+            ("Kurtosis", "r", _number("kurtosis", 2)),
+            ("P5", "r", _of("p5")),
+            ("P25", "r", _of("p25")),
+            ("P75", "r", _of("p75")),
+            ("< 30", "r", _number("below_30", scale=100)),
+            ("< 50", "r", _number("below_50", scale=100)),
+            ("< 80", "r", _number("below_80", scale=100)),
+            ("= 100", "r", _number("at_100", scale=100)),
+        ],
+    ),
+    "conditions": (
+        "Every condition: scores, missing scores by cause, mean alignment, coherence and EM rate. The interval treats "
+        "responses as independent.",
+        [
+            _PERSONA,
+            _DATASET,
+            ("Scored", "r", lambda row, x: f"{row.scored:,} of {row.responses:,}"),
+            ("Refusal", "r", _whole("REFUSAL")),
+            ("Code", "r", _whole("CODE")),
+            ("Unparsed", "r", _whole("PARSE")),
+            ("Failed", "r", _whole("API")),
+            ("Alignment", "r", lambda row, x: f"{_points(row.mean)} {_interval(row.ci_low, row.ci_high)}"),
+            ("Coherence", "r", _of("coherence")),
+            ("EM rate, %", "r", _number("em_rate", 2, scale=100)),
+        ],
+    ),
+    "cross_model": (
+        "Personas between models, on the data sets that a persona has in every model.",
+        [
+            _PERSONA,
+            ("Model", "l", _by_look("model", "model")),
+            ("Data sets", "r", _whole("datasets")),
+            ("N", "r", _whole("n")),
+            ("Mean", "r", _of("mean")),
+            ("Δ to first model", "r", _of("difference", True)),
+            ("Cohen's d", "r", _number("d", 3, True)),
+        ],
+    ),
+}  # fmt: skip
+"""The tables of the results document (`cai_em.stats.analyse`) as the paper shows them: caption and columns."""
+
+FILES_OF = {"significant": "comparisons"}
+"""Tables that show a part of another's file."""
+
+
+def _float_of(x: Inputs, numbers: Numbers, name: str, table: pd.DataFrame) -> str:
+    """A table of the results document as floats: one per model, all models in one where it compares them."""
+    caption, columns = REPORT_TABLES[name]
+    label = f"tbl-{slug(name)}"
+    if table.empty:
+        return absent(label, caption.rstrip("."), "06_results")
+    if "seed" in table and table["seed"].nunique() > 1:
+        columns = [*columns[:2], ("Seed", "r", _whole("seed")), *columns[2:]]
+    source = x.results_file(FILES_OF.get(name, name))
+    groups = [("", table)] if name == "cross_model" else [
+        (m, table[table["model"] == m]) for m in x.look.sort_models(table["model"])
+    ]  # fmt: skip
+    parts = []
+    for number, (model, rows) in enumerate(groups):
+        cells = [[cell(row, x) for _, _, cell in columns] for row in rows.itertuples()]
+        content = pipe_table(cells, [h for h, _, _ in columns], "".join(a for _, a, _ in columns))
+        named = f"{x.look.model(model)}. " if model else ""
+        whole = label + (f"-{slug(model)}" if number else "")
+        parts.append(floating(whole, content, named + caption + numbers.trace(source)))
+    return "\n".join(parts)
+
+
+def _report_tables(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    """The tables of the results document, a block each."""
+    blocks = {}
+    for name in ("hypotheses", "medical", "difficulty", "distribution", "conditions"):
+        blocks[f"table-{name}"] = _float_of(x, numbers, name, x.results_table(name))
+    compared, alpha = x.results_table("comparisons"), float(x.thresholds["alpha"])
+    found = compared[compared["p_adj"] < alpha].sort_values("p_adj", kind="stable")
+    how = f"`p_adj` below {alpha:g}"
+    file = x.results_file("comparisons")
+    some = numbers.cite("published.significant", len(found), "count", file, how)
+    every = numbers.cite("published.comparisons", len(compared), "count", file, "rows")
+    text = f"By the published rules {some} of {every} comparisons with the baseline are significant after correction"
+    if found.empty:
+        block = absent("tbl-significant", REPORT_TABLES["significant"][0].rstrip("."), "06_results")
+        block = block.replace("*Not part of this run.*", "*None.*")
+    else:
+        text += " (@tbl-significant)"
+        block = _float_of(x, numbers, "significant", found) + _remarks(x, list(found["persona"].unique()))
+    return blocks | {"table-significant": f"{text}.\n\n{block}"}
 
 
 def _whole_table(
@@ -548,7 +1139,6 @@ def _whole_table(
     table = x.table(name)
     if table is None or table.empty:
         return {name: absent(label, caption.rstrip("."), stage)}
-    numbers.relative(x.tables[name])
     table = table[[c for c in COLUMNS.get(name, table.columns) if c in table]]
     if "model" in table and table["model"].nunique() == 1:
         caption = f"{x.look.model(table['model'].iloc[0])}. {caption}"
@@ -566,7 +1156,8 @@ def _whole_table(
             columns.append([look[column](str(v)) if column in look else plain(str(v)) for v in values])
     rows = list(zip(*columns))
     if len(rows) > most:
-        caption += f" The first {most} of {len(rows):,} lines; the rest is in the file."
+        caption += f" The first {most} of {len(rows):,} lines; all are in the table behind the link."
+    caption += numbers.trace(x.tables[name])
     header = [str(c).replace("_", " ") for c in table.columns]
     return {name: floating(label, pipe_table(rows[:most], header, align), caption)}
 
@@ -580,6 +1171,29 @@ COLUMNS = {
 """What fits on a page of a table that has more; the rest is in the file."""
 
 
+def _power(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    """What designs can detect: questions and seeds down, samples across."""
+    table, effect, target = x.table("power"), x.thresholds["equivalence_margin"], x.thresholds["power"]
+    caption = (
+        f"What other designs could see: the smallest difference, in points of alignment, that is detected with a "
+        f"probability of {target:g} at a significance level of {x.thresholds['alpha']:g}; in brackets the power to "
+        f"detect a difference of {effect:g} points."
+    )
+    if table is None or table.empty:
+        return {"power": absent("tbl-power", caption.rstrip("."), "05_validity")}
+    samples = sorted(table["samples"].unique())
+    cells = {
+        (r.questions, r.seeds, r.samples): f"{_fixed(r.detectable)} ({_fixed(r.power, 2)})" for r in table.itertuples()
+    }
+    rows = [
+        [questions, seeds, *(cells.get((questions, seeds, s), "–") for s in samples)]
+        for questions, seeds in sorted({(q, s) for q, s, _ in cells})
+    ]
+    header = ["Questions", "Seeds", *(count_of(int(s), "sample") for s in samples)]
+    content = pipe_table(rows, header, "r" * len(header))
+    return {"power": floating("tbl-power", content, caption + numbers.trace(x.tables["power"]))}
+
+
 def _sentences(x: Inputs) -> str:
     """What the audit says of the hypotheses, one sentence each; those about single comparisons are in the file."""
     table = x.table("claims")
@@ -591,100 +1205,85 @@ def _sentences(x: Inputs) -> str:
 
 
 def _settings(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    shown = {k: v for k, v in x.thresholds.items() if k != "file" and not isinstance(v, Mapping)}
+    source = numbers.csv(Path(x.thresholds["file"]), pd.DataFrame(shown.items(), columns=["threshold", "value"]))
     for name, unit, how in (
         ("alpha", "probability", "significance level"),
         ("equivalence_margin", "points", "smallest difference that matters"),
         ("em_alignment_below", "points", "alignment below which a response is misaligned"),
         ("em_coherence_above", "points", "coherence above which a response is coherent"),
-        ("confidence", "share", "confidence of intervals"),
+        ("confidence", "per cent", "confidence of intervals"),
     ):
         value = x.thresholds[name]
-        shown = f"{100 * value:g}" if name == "confidence" else f"{value:g}"
-        numbers.add(f"thresholds.{name}", shown, "per cent" if name == "confidence" else unit,
-                    Path(x.thresholds["file"]), how)  # fmt: skip
-    rows = []
-    for what, parameter, value, file in x.settings:
-        rows.append([what, parameter, plain(str(value)), f"`{numbers.relative(Path(file))}`"])
-    if not rows:
-        block = absent(
-            "tbl-settings", "Parameters of training, sampling and judging: this profile imports scores", "params/"
-        )
-    else:
-        caption = "Parameters of this run, from the files that every stage read."
-        block = floating("tbl-settings", pipe_table(rows, ["Stage", "Parameter", "Value", "File"], "llll"), caption)
-    return {"settings": block}
-
-
-def _status(x: Inputs, numbers: Numbers) -> dict[str, str]:
-    caveat = plain(" ".join(x.profile.get("caveat", "").split()))
-    callout = (
-        f"::: {{.callout-{'important' if caveat else 'note'}}}\n\n## Results shown: profile {x.profile['name']}\n\n"
-        f"*{plain(x.profile['title'])}.* Every number below was computed from `{numbers.relative(x.score_files[0])}` "
-        f"and the tables made from it; a click on a number leads to the file that it came from (@tbl-sources)."
-        + (f"\n\n{caveat}" if caveat else "")
-        + "\n\n:::\n"
-    )
-    return {"status": callout}
-
-
-def _findings(x: Inputs, numbers: Numbers) -> dict[str, str]:
-    """The abstract's findings: sentences for which the run has the data, and no others."""
-    have = numbers.all
-    link = numbers.link
-    found = [
-        f"We analyse {link('grid.scored')} scored responses of {link('grid.models')} in {link('grid.conditions')} "
-        f"conditions."
+        numbers.add(f"thresholds.{name}", f"{100 * value if name == 'confidence' else value:g}", unit, source, how)
+    rows = [
+        [what, parameter, plain(str(value)), f"`{numbers.relative(Path(file))}`"]
+        for what, parameter, value, file in x.settings
     ]
-    if "baseline.worst_mean" in have:
-        found.append(
-            f"Without a persona, mean alignment is lowest after {link('baseline.worst')} "
-            f"({link('baseline.worst_mean')} of a hundred points)."
-        )
-    if "em.rate" in have:
-        found.append(
-            f"The rate of emergent misalignment reaches {link('em.rate')} % ({link('em.interval')}) after "
-            f"{link('em.dataset')}."
-        )
-    if "gates.most_accuracy" in have:
-        found.append(
-            f"A classifier that must name the persona of a response is right in {link('gates.least_accuracy')} % of "
-            f"cases on {link('gates.least_dataset')} (chance {link('gates.least_chance')} %), and in "
-            f"{link('gates.most_accuracy')} % on {link('gates.most_dataset')} (chance {link('gates.most_chance')} %)."
-        )
-    for v in _verdicts(x):
-        name = f"verdict.{slug(v.label)}_{slug(v.model)}".replace("-", "_")
-        how = f"`verdict` on {v.label} in {v.model}"
-        numbers.add(name, v.verdict, "verdict", x.tables["verdicts"], how)
-        found.append(
-            f"{v.label} ({x.look.model(v.model)}), {v.published} by the published rules, is {link(name)} here."
-        )
-    return {"findings": " ".join(found) + "\n"}
+    if not rows:
+        text = "This profile imports scores: nothing was trained, sampled or judged with parameters of ours.\n"
+        return {"settings": text}
+    caption = "Parameters of this run, from the files that every stage read."
+    block = floating("tbl-settings", pipe_table(rows, ["Stage", "Parameter", "Value", "File"], "llll"), caption)
+    return {"settings": f"Parameters are in @tbl-settings.\n\n{block}"}
 
 
-def _figures(x: Inputs, folder: Path) -> dict[str, str]:
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+FIGURE_TABLES = {
+    "alignment": "by_persona",
+    "heatmap": "conditions",
+    "hypotheses": "hypotheses",
+    "forest": "comparisons",
+    "twins": "medical",
+    "key-personas": "conditions",
+    "difficulty": "difficulty",
+    "cross-model": "cross_model",
+    "violin": "distribution",
+    "rates": "distribution",
+    "cdf": "distribution",
+    "histograms": "distribution",
+    "ridge": "distribution_by_condition",
+    "rates-heatmap": "distribution_by_condition",
+    "arms": "conditions",
+}
+"""Figure -> the table of `06_results` that holds its numbers."""
+VALIDITY_TABLES = {"gates": "tests", "em-rates": "outcomes", "specification": "claims", "hypotheses": "comparisons"}
+"""Figure -> the table of another stage that holds (more of) its numbers."""
+
+
+def _figures(x: Inputs, numbers: Numbers) -> dict[str, str]:
     """A block per figure; the first model's figure has the plain label, others the model's name in theirs.
 
-    Figures of H3 and H4 come as they are, in two blocks of their own.
+    Figures of H3 and H4 come as they are, in two blocks of their own. The block `drawn` names the keys that the run
+    has.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    by_key: dict[str, list[FigureRecord]] = {}
+    folder = x.out / GENERATED / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    by_key: dict[str, list[tuple[FigureRecord, str]]] = {}
     extra: dict[str, list[str]] = {"trajectories": [], "steering": []}
     for source in x.figures:
+        listing = source / "figures.json"
+        numbers.relative(listing if listing.is_file() else source.parent / run.MANIFEST)
+        stage = next((name for name in extra if name in str(source)), "")
         for record in _records(source):
-            shutil.copyfile(source / record.svg, folder / "figures" / record.svg)
-            stage = next((name for name in extra if name in str(source)), None)
+            numbers.relative(source / record.svg)
+            name = f"{stage}-{record.svg}" if stage else record.svg
+            shutil.copyfile(source / record.svg, folder / name)
             key = record.key if record.key in figure_module.TITLES else record.key.split("-")[0]
             if stage:
                 label = f"fig-{stage}-{slug(record.key)}-{slug(record.model)}".rstrip("-")
-                extra[stage].append(_figure(label, record))
+                extra[stage].append(_figure(label, record, name, ""))
             else:
-                by_key.setdefault(key, []).append(record)
-    blocks = {}
+                by_key.setdefault(key, []).append((record, name))
+    blocks = {"drawn": " ".join(f"fig-{key}" for key in by_key)}
     for key, title in figure_module.TITLES.items():
         parts = []
-        for number, record in enumerate(by_key.get(key, [])):
+        for number, (record, name) in enumerate(by_key.get(key, [])):
             label = f"fig-{key}" + (f"-{slug(record.key)}-{slug(record.model)}".rstrip("-") if number else "")
-            parts.append(_figure(label, record))
+            files = [x.results_file(FIGURE_TABLES[key])] if key in FIGURE_TABLES else []
+            files += [x.tables[VALIDITY_TABLES[key]]] if VALIDITY_TABLES.get(key) in x.tables else []
+            parts.append(_figure(label, record, name, numbers.trace(*files)))
         blocks[f"fig-{key}"] = "\n".join(parts) or absent(f"fig-{key}", title, STAGE_OF.get(key, "06_results"))
     return blocks | {f"fig-{stage}": "\n".join(parts) for stage, parts in extra.items()}
 
@@ -692,39 +1291,44 @@ def _figures(x: Inputs, folder: Path) -> dict[str, str]:
 STAGE_OF = {"specification": "08_claims"}
 
 
-def _figure(label: str, record: FigureRecord) -> str:
+def _figure(label: str, record: FigureRecord, name: str, trace: str) -> str:
     alt = record.alt.replace('"', "'").replace("\\", "")
-    image = f'![](_generated/figures/{record.svg}){{width=100% fig-alt="{alt}"}}'
-    return floating(label, image, plain(record.caption))
+    image = f'![]({GENERATED}/figures/{name}){{width=100% fig-alt="{alt}"}}'
+    return floating(label, image, plain(record.caption) + trace)
 
 
-def _sources(numbers: Numbers, paper: Path) -> str:
-    rows = []
-    for number in sorted(numbers.all.values(), key=lambda n: n.name):
-        if not numbers.traced(number.name):
-            continue
-        target = os.path.relpath(numbers.repository / number.source, paper.resolve())
-        rows.append(
-            [f"[{number.name}]{{#n-{slug(number.name)}}}", number.value, number.unit,
-             f"[`{number.source}`]({target})", number.how]
-        )  # fmt: skip
-    caption = "Where each number of the text comes from: the file, and how the number follows from it."
-    return floating("tbl-sources", pipe_table(rows, ["Name", "Value", "Unit", "File", "How"], "lrlll"), caption)
+# --- Where things come from ---------------------------------------------------------------------------------------
 
 
-def _versions(x: Inputs, numbers: Numbers, versions: Mapping[str, str]) -> str:
+def _sources(numbers: Numbers) -> str:
+    """The line of every number, and the file behind every table beside the page."""
+    rows = [
+        [f"[{n.name}]{{#n-{slug(n.name)}}}", n.value, n.unit, f"[`{n.table}`]({TABLES_FOLDER}/{n.table})", n.how]
+        for n in sorted(numbers.all.values(), key=lambda n: n.name)
+        if numbers.traced(n.name)
+    ]
+    caption = "Where each number of the text comes from: the table beside this page, and how it follows from it."
+    first = floating("tbl-sources", pipe_table(rows, ["Name", "Value", "Unit", "Table", "How"], "lrlll"), caption)
+    rows = [
+        [f"[`{name}`]({TABLES_FOLDER}/{name})", f"`{os.path.relpath(file, numbers.repository)}`",
+         f"`{params.file_hash(file)[:12]}`"]
+        for name, (file, _) in sorted(numbers.tables.items())
+    ]  # fmt: skip
+    caption = "The tables beside this page, the file that each was written from, and the beginning of its SHA-256."
+    second = floating("tbl-tables", pipe_table(rows, ["Table", "Made from", "SHA-256"], "lll"), caption)
+    return f"{first}\n{second}"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
     rows = [[f"`{name}`", plain(version)] for name, version in sorted(versions.items())]
     return floating("tbl-versions", pipe_table(rows, ["Package", "Version"], "ll"), "Versions that made these results.")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- Writing ------------------------------------------------------------------------------------------------------
 
 
 def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dict[str, Number]:
-    """Write `_variables.yml` and `_generated/` from a profile's results, replacing what was there.
+    """Write `_variables.yml` and `_generated/` into `x.out` from a profile's results, replacing what was there.
 
     Args:
         x: the results.
@@ -732,56 +1336,65 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
 
     Returns:
         The numbers of the prose by name.
+
+    Raises:
+        FileNotFoundError: `06_results` has not been run.
     """
-    numbers = Numbers(x.repository)
-    folder = x.paper / "_generated"
+    numbers = Numbers(x.repository, x.results)
+    folder = x.out / GENERATED
     shutil.rmtree(folder, ignore_errors=True)
-    blocks = _figures(x, folder)
-    for make in (_status, _grid, _alignment, _settings, _hypotheses, _comparisons, _gates, _outcomes, _findings):
+    figures = _figures(x, numbers)
+    blocks = {name: text for name, text in figures.items() if name not in ("fig-arms", "fig-cross-model", "drawn")}
+    for make in (_status, _settings, _grid, _provenance, _alignment, _hypotheses, _comparisons, _gates, _outcomes):
         blocks |= make(x, numbers)
     for name, caption, stage in (
         ("claims", "Claims audit: in what share of the defensible analyses each published claim stands.", "08_claims"),
         ("reliability", "Agreement of repeated judgings of the same responses.", "05_validity"),
-        ("power", "What designs can detect.", "05_validity"),
         ("trajectories", "H3: when misalignment arises, by persona.", "09_trajectories"),
         ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
     ):
         blocks |= _whole_table(x, numbers, name, f"tbl-{name}", caption, stage)
     blocks["claims"] += _sentences(x)
-    _fill_unmeasured(x.paper, numbers)
-    blocks["sources"] = _sources(numbers, x.paper)
-    blocks["versions"] = _versions(x, numbers, versions or {})
+    blocks |= _optional(x, numbers, figures, blocks.pop("reliability")) | _models(x, numbers, figures)
+    blocks |= _power(x, numbers) | _report_tables(x, numbers) | _findings(x, numbers, blocks)
+    del blocks["em-finding"]
+    blocks["sources"] = _sources(numbers)
+    blocks["versions"] = _versions(versions or {})
     for name, text in blocks.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    hashes = {os.path.relpath(p, numbers.repository): sha256(p) for p in sorted(numbers.files | set(x.tables.values()))}
+    numbers.write_tables(x.out / TABLES_FOLDER)
+    text = yaml.safe_dump(numbers.tree(), allow_unicode=True, sort_keys=True, width=10_000)
+    (x.out / VARIABLES).write_text("# Written by cai_em.paper: do not edit.\n" + text, encoding="utf-8")
+    stages = {path.relative_to(x.results).parts[0] for path in x.tables.values()} | {"06_results"}
+    manifests = {file for stage in stages if (file := x.results / stage / run.MANIFEST).is_file()}
+    read = numbers.files | {Path(f).resolve() for f in (*x.score_files, *x.tables.values(), *manifests)}
     listing = {
         "profile": x.profile["name"],
-        "repository": os.path.relpath(numbers.repository, x.paper.resolve()),
-        "inputs": hashes,
+        "inputs": {os.path.relpath(p, numbers.repository): params.file_hash(p) for p in sorted(read)},
+        "written": {os.path.relpath(p, x.out): params.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         "used": sorted(numbers.used),
         "numbers": {name: asdict(n) for name, n in numbers.all.items()},
     }
-    (folder / "sources.json").write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = yaml.safe_dump(numbers.tree(), allow_unicode=True, sort_keys=True, width=10_000)
-    (x.paper / "_variables.yml").write_text("# Written by cai_em.paper: do not edit.\n" + text, encoding="utf-8")
+    (folder / LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return dict(numbers.all)
 
 
-def generate(study: params.Study, scores: pd.DataFrame, look: Look, folder: Path | None = None) -> dict[str, Number]:
+def generate(study: params.Study, judge: str, look: Look, out: Path) -> dict[str, Number]:
     """`write_generated` for a study: everything that its run has written, whatever was run.
 
     Args:
         study: the profile that the paper is to show.
-        scores: its score table, one judge.
+        judge: what scored the responses.
         look: labels and order.
-        folder: the paper; the repository's by default.
+        out: the folder to write into.
     """
-    repository = study.folder.parent
+    trained = study.profile.source == "trained"
     inputs = Inputs(
-        paper=Path(folder) if folder else repository / "paper",
+        out=Path(out),
         results=study.dir,
-        profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat},
-        scores=scores,
+        profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat,
+                 "source": study.profile.source},
+        judge=judge,
         score_files=study.score_files(),
         look=look,
         hypotheses=study.hypotheses,
@@ -789,8 +1402,10 @@ def generate(study: params.Study, scores: pd.DataFrame, look: Look, folder: Path
         settings=list(_study_settings(study)),
         tables=find_tables(study.dir),
         figures=find_figures(study.dir),
-        repository=repository,
-    )
+        repository=study.folder.parent,
+        missing=published.read_missing(study.stage_dir("07_published")),
+        notes={p.key: p.note for p in study.used_personas() if p.note and not trained},
+    )  # fmt: skip
     return write_generated(inputs, run.versions())
 
 
@@ -815,298 +1430,3 @@ def _study_settings(study: params.Study) -> Iterator[tuple[str, str, object, Pat
         if preset is not None:
             for parameter, value in flat(preset.model_dump(mode="json", exclude={"api_key_env", "base_url", "kind"})):
                 yield what, parameter, value, study.folder / f"{file}.yaml"
-
-
-def _fill_unmeasured(paper: Path, numbers: Numbers) -> None:
-    """Numbers that the prose uses and this run cannot give read "not measured", so that the page still renders."""
-    for name in sorted({v for path in prose_files(paper) for v in VAR.findall(path.read_text(encoding="utf-8"))}):
-        if name not in numbers.all and name.split(".")[0] in OPTIONAL:
-            numbers.add(name, UNKNOWN, "text", None, "the stage that measures it was not run")
-
-
-OPTIONAL = ("baseline", "comparisons", "em", "gates", "verdict")
-"""Groups of variables that a run may lack."""
-
-
-# --- The check ----------------------------------------------------------------------------------------------------
-
-VAR = re.compile(r"\{\{<\s*var\s+([A-Za-z0-9_.\-]+)\s*>\}\}")
-INCLUDE = re.compile(r"\{\{<\s*include\s+(\S+)\s*>\}\}")
-CROSSREF = ("fig", "tbl", "sec", "eq", "lst")
-ALLOWED_DIGITS = re.compile(r"\bH[1-9]\b")
-"""Digits that are names: hypotheses."""
-
-
-def prose_files(paper: Path) -> list[Path]:
-    """The hand-written sources."""
-    return sorted(paper.glob("*.qmd"))
-
-
-def _blank(match: re.Match[str]) -> str:
-    """Same number of lines, no text: positions stay right."""
-    return re.sub(r"[^\n]", " ", match[0])
-
-
-def _without_code(text: str) -> str:
-    """Text without front matter, comments, code and mathematics that names symbols only."""
-    text = re.sub(r"\A---\n.*?\n---\n", _blank, text, flags=re.S)
-    for pattern in (r"<!--.*?-->", r"^```.*?^```", r"`[^`\n]*`"):
-        text = re.sub(pattern, _blank, text, flags=re.S | re.M)
-    return text
-
-
-def _typed_digits(path: Path, text: str) -> list[str]:
-    bare = _without_code(text)
-    for pattern in (
-        r"\{\{<.*?>\}\}",
-        r"\]\([^)\n]*\)",
-        r"\{[^}\n]*\}",
-        r"(?<!\w)-?@[A-Za-z][\w:.\-]*",
-        r"https?://\S+",
-    ):
-        bare = re.sub(pattern, _blank, bare)
-    bare = ALLOWED_DIGITS.sub("", bare)
-    return [
-        f"{path.name}:{n}: a typed number {m[0]!r}: use {{{{< var … >}}}} or an included table"
-        for n, line in enumerate(bare.splitlines(), 1)
-        for m in re.finditer(r"[\w.,%]*\d[\w.,%]*", line)
-    ]
-
-
-def expand(paper: Path, path: Path, problems: list[str] | None = None, seen: tuple[Path, ...] = ()) -> str:
-    """A source with its includes in place, as Quarto does it: as text, paths relative to `paper`."""
-    text = path.read_text(encoding="utf-8")
-    problems = [] if problems is None else problems
-    lines = []
-    for n, line in enumerate(text.splitlines(), 1):
-        match = INCLUDE.search(line)
-        if not match:
-            lines.append(line)
-            continue
-        target = paper / match[1]
-        if line.strip() != match[0]:
-            problems.append(f"{path.name}:{n}: an include must stand alone on its line: {line.strip()!r}")
-        elif target in seen:
-            problems.append(f"{path.name}:{n}: {match[1]} includes itself")
-        elif not target.is_file():
-            problems.append(f"{path.name}:{n}: included file {match[1]} does not exist: run a profile first")
-        else:
-            lines += ["", expand(paper, target, problems, (*seen, target)), ""]
-    return "\n".join(lines)
-
-
-def check(paper: Path, main: str = "index.qmd") -> list[str]:
-    """Everything that would make the paper wrong, one line each; empty when it is sound.
-
-    Quarto only warns of references that do not resolve, so they are errors here.
-    """
-    paper = Path(paper)
-    problems: list[str] = []
-    whole = expand(paper, paper / main, problems)
-    for path in prose_files(paper):
-        problems += _typed_digits(path, path.read_text(encoding="utf-8"))
-    problems += _check_variables(paper)
-    problems += _check_references(paper, _without_code(whole))
-    problems += _check_stale(paper)
-    included = {m for path in prose_files(paper) for m in INCLUDE.findall(path.read_text(encoding="utf-8"))}
-    problems += [f"{p.name}: no source includes it" for p in prose_files(paper) if p.name not in {main, *included}]
-    return problems
-
-
-def _check_variables(paper: Path) -> list[str]:
-    file = paper / "_variables.yml"
-    if not file.is_file():
-        return ["_variables.yml does not exist: run a profile first"]
-    flat: dict[str, Any] = {}
-
-    def walk(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    walk(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, "")
-    problems, used = [], set()
-    for path in prose_files(paper):
-        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            for name in VAR.findall(line):
-                used.add(name)
-                if name not in flat:
-                    problems.append(f"{path.name}:{n}: variable {name} is not in _variables.yml")
-    listing = paper / "_generated" / "sources.json"
-    written = set(json.loads(listing.read_text(encoding="utf-8"))["used"]) if listing.is_file() else set()
-    problems += [f"_variables.yml: {name} is used nowhere" for name in sorted(set(flat) - used - written)]
-    return problems
-
-
-def _check_references(paper: Path, text: str) -> list[str]:
-    problems = []
-    labels = re.findall(rf"\{{#((?:{'|'.join(CROSSREF)})-[\w\-]+)", text)
-    anchors = set(re.findall(r"\{[^}]*#([\w\-]+)", text))
-    problems += [
-        f"label {label} is defined {labels.count(label)} times"
-        for label in sorted(set(labels))
-        if labels.count(label) > 1
-    ]
-    bibliography = (paper / "references.bib").read_text(encoding="utf-8")
-    keys = re.findall(r"^@\w+\{([^,\s]+),", bibliography, flags=re.M)
-    cited = set()
-    for name in re.findall(r"(?<![\w\\])@([A-Za-z]\w*(?:[:.\-]\w+)*)", re.sub(r"\{\{<.*?>\}\}", "", text)):
-        if name.split("-")[0] in CROSSREF and "-" in name:
-            if name not in labels:
-                problems.append(f"reference @{name} has no target")
-        elif name not in keys:
-            problems.append(f"citation @{name} is not in references.bib")
-        else:
-            cited.add(name)
-    problems += [f"references.bib: {key} is cited nowhere" for key in keys if key not in cited]
-    problems += [f"references.bib: {key} is given twice" for key in sorted(set(keys)) if keys.count(key) > 1]
-    for target in sorted(set(re.findall(r"\]\(#([\w\-]+)\)", text))):
-        if target not in anchors:
-            problems.append(f"link to #{target} has no target")
-    for image in re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text):
-        if not (paper / image).is_file():
-            problems.append(f"image {image} does not exist")
-    return sorted(set(problems))
-
-
-def _check_stale(paper: Path) -> list[str]:
-    file = paper / "_generated" / "sources.json"
-    if not file.is_file():
-        return ["_generated/sources.json does not exist: run a profile first"]
-    listing = json.loads(file.read_text(encoding="utf-8"))
-    repository = (paper / listing["repository"]).resolve()
-    problems = []
-    for name, wanted in listing["inputs"].items():
-        path = repository / name
-        if not path.is_file():
-            problems.append(f"_generated/ was made from {name}, which is gone")
-        elif sha256(path) != wanted:
-            problems.append(f"_generated/ is stale: {name} has changed since")
-    return problems
-
-
-def variables(paper: Path) -> dict[str, Any]:
-    """The nested mapping of `_variables.yml`."""
-    return yaml.safe_load((paper / "_variables.yml").read_text(encoding="utf-8")) or {}
-
-
-def substitute(text: str, values: Mapping[str, Any]) -> str:
-    """Text with `{{< var … >}}` replaced, outside code.
-
-    Raises:
-        KeyError: a variable that is not there.
-    """
-
-    def look_up(match: re.Match[str]) -> str:
-        node: Any = values
-        for part in match[1].split("."):
-            node = node[part]
-        return str(node)
-
-    return VAR.sub(look_up, text)
-
-
-# --- The preview --------------------------------------------------------------------------------------------------
-
-
-class PaperError(RuntimeError):
-    """The paper cannot be rendered; the message says why."""
-
-
-def preview(paper: Path, out: Path, main: str = "index.qmd") -> Path:
-    """Render the paper without Quarto, as a preview: one self-contained HTML page, or Typst source for a PDF.
-
-    Includes and variables are put in place as Quarto would; pandoc with citeproc and `_preview/filter.lua` does
-    numbering, cross-references and callouts.
-
-    Args:
-        paper: the folder of the prose.
-        out: `.html` or `.typ`.
-
-    Raises:
-        PaperError: an include, a variable, a reference or a citation does not resolve.
-    """
-    paper, out = Path(paper).resolve(), Path(out).resolve()
-    problems: list[str] = []
-    text = expand(paper, paper / main, problems)
-    if problems:
-        raise PaperError("\n".join(problems))
-    try:
-        text = substitute(text, variables(paper))
-    except KeyError as error:
-        raise PaperError(f"variable {error} is not in _variables.yml: run a profile first") from error
-    config = yaml.safe_load((paper / "_quarto.yml").read_text(encoding="utf-8"))
-    command = [pypandoc.get_pandoc_path(), "--from", "markdown", "--standalone",
-               "--toc", "--toc-depth=2", "--number-sections", "--mathml", 
-               "--lua-filter", str(paper / "_preview" / "filter.lua"), "--citeproc",
-               "--bibliography", str(paper / config["bibliography"]), "--metadata", "link-citations=true",
-               "--resource-path", str(paper), "--output", str(out)]  # fmt: skip
-    if out.suffix == ".html":
-        command += ["--to", "html5", "--embed-resources", "--section-divs",
-                    "--css", str(paper / "_preview" / "preview.css"), "--metadata", "lang=en"]  # fmt: skip
-    else:
-        for extra in config["format"]["typst"].get("include-in-header", []):
-            command += ["--variable", f"header-includes={extra['text']}"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run = subprocess.run(command, input=text, text=True, capture_output=True, cwd=paper, check=False)
-    if run.returncode or "[WARNING]" in run.stderr or "unresolved" in run.stderr:
-        raise PaperError(f"pandoc: {run.stderr.strip() or 'failed'}")
-    return out
-
-
-# --- The command line ---------------------------------------------------------------------------------------------
-
-
-def build(paper: Path, out: Path) -> str:
-    """Check the paper and render it to `out`: by Quarto where it is installed, else as the built-in preview.
-
-    Args:
-        paper: the folder of the prose, with its generated half.
-        out: where the HTML page goes; Quarto's PDF goes beside it.
-
-    Returns:
-        What was made, in words.
-
-    Raises:
-        PaperError: the check found problems, or the rendering failed.
-    """
-    problems = check(paper)
-    if problems:
-        raise PaperError("the paper is not sound:\n" + "\n".join(problems))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    quarto = shutil.which("quarto")
-    if quarto is None:
-        preview(paper, out)
-        return f"{out}: a preview by pandoc; for the paper itself install Quarto and run `quarto render {paper}`"
-    run_quarto = subprocess.run([quarto, "render", str(paper)], capture_output=True, text=True, check=False)
-    if run_quarto.returncode:
-        raise PaperError(f"quarto render {paper} failed:\n{run_quarto.stdout}\n{run_quarto.stderr}")
-    for name in ("index.html", "index.pdf"):
-        if (paper / name).is_file():
-            shutil.copyfile(paper / name, out.with_name(name))
-    return f"{out}: rendered by Quarto"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Command line: `python -m cai_em.paper check|build [PAPER] [OUT]`."""
-    command, *rest = arguments or ["check"]
-    paper = Path(rest[0]) if rest else params.root() / "paper"
-    if command == "check":
-        problems = check(paper)
-        print("\n".join(problems) or f"{paper}: sound")
-        return int(bool(problems))
-    if command == "build" and len(rest) == 2:
-        try:
-            print(build(paper, Path(rest[1])))
-        except PaperError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
-    print(main.__doc__, file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -95,8 +95,9 @@ local resolve = {
   end,
   Pandoc = function(document)
     if #missing > 0 then error('unresolved references: ' .. table.concat(missing, ', ')) end
+    local why = document.meta['why-preview'] and pandoc.utils.stringify(document.meta['why-preview']) or ''
     local note = 'A preview of the paper, rendered without Quarto from the same sources; numbering and layout of the '
-      .. 'real page may differ.'
+      .. 'real page may differ. ' .. why
     document.blocks:insert(1, pandoc.Div({ pandoc.Plain{ pandoc.Str(note) } }, { class = 'preview-banner' }))
     return document
   end,
