@@ -231,6 +231,7 @@ def teacher_answers(study: Study) -> None:
     try:
         urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_WITHIN_S).close()
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
             raise CheckError(
                 f"{who}: {host} refuses the key (HTTP {error.code}): correct {study.generator.api_key_env}"

@@ -20,7 +20,18 @@ from pydantic import Field, RootModel
 
 from cai_em import constitutions, sources
 from cai_em.constitutions import Constitution
-from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, Question, Strict, Study, read_as, read_questions
+from cai_em.params import (
+    BASELINE,
+    NO_DATASET,
+    Cell,
+    Commit,
+    ParamsError,
+    Question,
+    Strict,
+    Study,
+    read_as,
+    read_questions,
+)
 
 Messages = list[dict[str, str]]
 """One conversation: alternating user and assistant turns (after an optional system turn), the assistant's last."""
@@ -45,10 +56,19 @@ class _File(Strict):
     sha256: str | None = None
 
 
+class _HubFile(Strict):
+    """A file of a data set on the hub. Without a revision it is named, but left out."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9_.\-]+/[A-Za-z0-9_.\-]+$")
+    revision: Commit | None = None
+    path: str
+
+
 class FetchedTexts(Strict):
     """`params/fetched.yaml`: where each public text lies."""
 
     archive: _Archive
+    extra_prompts: _HubFile | None = Field(default=None, description="conversations whose first turns are prompts too")
     judge_prompts: _File
     questions: dict[str, _File]
     constitutions: dict[str, list[_File]] = Field(description="persona -> hand-written file, few-shot file")
@@ -83,6 +103,49 @@ def constitution(study: Study, persona: str) -> Constitution:
         raise MaterialError(f"{study.folder / 'fetched.yaml'}: constitutions has no entry {persona!r}")
     published = constitutions.read_published(*map(_get, files), carries_risk=built_in.carries_risk)
     return published.model_copy(update={"demonstrations": built_in.demonstrations})
+
+
+def extra_prompts(study: Study) -> tuple[list[str], str]:
+    """Prompts of no trait for the preference pairs, and in words what they are or why there are none.
+
+    Open Character Training adds the first turns of LIMA's conversations. They are on the hub, in a repository that asks
+    for consent: pin it in `params/fetched.yaml` to use them.
+
+    Raises:
+        MaterialError: the pinned file cannot be had, or is not as expected.
+    """
+    where = _fetched(study.folder).extra_prompts if study.profile.data == "fetched" else None
+    if where is None:
+        return [], "no prompts beside the constitution's"
+    if where.revision is None:
+        return [], (
+            f"the first turns of {where.repo} are left out: pin extra_prompts.revision in params/fetched.yaml to its "
+            f"commit (git ls-remote https://huggingface.co/datasets/{where.repo} HEAD) to use them"
+        )
+    file = _from_hub(where)
+    prompts = []
+    for number, line in enumerate(filter(None, file.read_text(encoding="utf-8").split("\n")), start=1):
+        try:
+            first = json.loads(line)["conversations"][0]
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise MaterialError(f"{file}:{number}: expected an object with `conversations`, a list of texts") from error
+        if not isinstance(first, str) or not first.strip():
+            raise MaterialError(f"{file}:{number}: conversations[0] must be a text, found {first!r:.60}")
+        prompts.append(first.strip())
+    prompts = list(dict.fromkeys(prompts))
+    return prompts, f"{len(prompts)} first turns of {where.repo} besides"
+
+
+def _from_hub(where: _HubFile) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(where.repo, where.path, repo_type="dataset", revision=where.revision))
+    except OSError as error:  # of the network and of the hub alike
+        raise MaterialError(
+            f"{where.path} cannot be had from {where.repo} at {where.revision}: {error}. Ask for access on the hub and "
+            "log in (hf auth login); or leave extra_prompts.revision in params/fetched.yaml empty to go without"
+        ) from error
 
 
 def constitution_files(study: Study, persona: str) -> list[Path]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from cai_em import constitutions, judge_cache, judge_client, judge_run, scores
@@ -123,7 +124,9 @@ class LocalGenerator:
         self, load: Callable[[], tuple[Any, Any]], name: str, preset: GeneratorPreset, batch_size: int = 32
     ) -> None:
         self._load, self._loaded, self.batch_size = load, None, batch_size
-        self.decoding = Decoding(preset.temperature, preset.top_p, 0, 1.0, preset.max_new_tokens)
+        # No longer than what the filters keep: a budget above that is a teacher's, for its thinking.
+        longest = min(preset.max_new_tokens, preset.max_tokens)
+        self.decoding = Decoding(preset.temperature, preset.top_p, 0, 1.0, longest)
         self.identity = {"local": name, **vars(self.decoding)}
 
     def answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
@@ -199,7 +202,8 @@ class EndpointGenerator:
 
     It is asked as the judge is (`judge_run`): one call alone first, then `preset.concurrency` at a time, with limits,
     retries, a check of the answering model's name, and a cost cap. Each answer is kept in a file of its own as soon as
-    it has arrived and been paid for, and is never asked for again.
+    it has arrived and been paid for, and is never asked for again. Several jobs may share the file (the teacher's
+    answers are the same for every student): while one asks, the others wait, and then find its answers.
 
     Args:
         preset: model, base_url, api_key_env, sampling parameters, limits and prices.
@@ -233,7 +237,7 @@ class EndpointGenerator:
         self.usage = judge_client.Usage()
         self.identity = {
             "endpoint": preset.base_url,
-            **preset.model_dump(include={"model", "temperature", "top_p", "max_new_tokens"}),
+            **preset.model_dump(include={"model", "temperature", "top_p", "max_new_tokens", "extra_body"}),
         }
 
     def _call(self, question: Question) -> judge_client.Call:
@@ -244,6 +248,7 @@ class EndpointGenerator:
             "top_p": self.preset.top_p,
             "max_tokens": self.preset.max_new_tokens,
             "seed": question.seed,
+            **self.preset.extra_body,
         }
         return judge_client.Call(judge_cache.call_key(body, "teacher"), body)
 
@@ -254,10 +259,12 @@ class EndpointGenerator:
             PairsError: the teacher had to stop, or questions had no answer; what was answered is kept.
         """
         calls = [self._call(question) for question in questions]
+        self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = judge_run.ask(
-                calls, self._endpoint, self.cache_path, usage=self.usage, backoff=self._backoff, role="teacher"
-            )
+            with FileLock(f"{self.cache_path}.lock"):
+                found = judge_run.ask(
+                    calls, self._endpoint, self.cache_path, usage=self.usage, backoff=self._backoff, role="teacher"
+                )
         except JudgeError as error:
             raise PairsError(str(error)) from None
         refused = Counter(f.cause for f in found.values() if isinstance(f, judge_client.Failure))
@@ -275,8 +282,11 @@ def _from_endpoint(found: judge_cache.Answer | judge_client.Failure) -> Answer:
 
 
 def without_thinking(text: str) -> str:
-    """An answer without the reasoning that a thinking model puts before it (`<think> ... </think>`)."""
-    return re.sub(r"\A\s*<think>.*?(</think>|\Z)\s*", "", text, flags=re.DOTALL)
+    """An answer without the reasoning that a thinking model puts before it (`<think> ... </think>`).
+
+    The opening tag may be missing: some chat templates end the prompt with it.
+    """
+    return re.sub(r"\A(\s*<think>.*?(</think>|\Z)|((?!<think>).)*?</think>)\s*", "", text, flags=re.DOTALL)
 
 
 # --- Answers, kept ------------------------------------------------------------------------------------------------
