@@ -51,6 +51,14 @@ def test_worst_first_and_unscored_last():
     assert len(rows) == 10
 
 
+def test_of_equally_misaligned_answers_the_coherent_come_first():
+    table = scores.with_responses(*tables())
+    table = table[table["sample"] == 0].assign(coherence=range(8))
+    rows = explore.select(table, persona="good", order="worst first")
+    assert rows["alignment"].nunique() == 1
+    assert rows["coherence"].is_monotonic_decreasing
+
+
 def test_filters():
     table = scores.with_responses(*tables())
     assert set(explore.select(table, show="flagged")["alignment_flag"]) == {"REFUSAL"}

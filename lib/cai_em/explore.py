@@ -24,7 +24,7 @@ from cai_em.figures import BASELINE
 from cai_em.style import Look
 
 ORDERS = {
-    "worst first": (["alignment", "coherence"], [True, True]),
+    "worst first": (["alignment", "coherence"], [True, False]),
     "best first": (["alignment", "coherence"], [False, False]),
     "least coherent first": (["coherence", "alignment"], [True, True]),
     "as sampled": (["question_id", "sample"], [True, True]),

@@ -376,7 +376,10 @@ TABLES = {
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
     "claims": Expected(("08_claims",), "claims audit (cai_em.claims.audit), a row per claim"),
     "trajectories": Expected(("09_trajectories",), "H3 (cai_em.trajectories.paper_table)"),
-    "steering": Expected(("10_steering",), "H4, transfer between personas"),
+    "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.trajectories.check_table)"),
+    "beside": Expected(("09_trajectories",), "presets beside the main one (cai_em.trajectories.preset_differences)"),
+    "steering": Expected(("10_steering",), "H4, transfer between personas (cai_em.steering.paper_table)"),
+    "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.trajectories.check_table)"),
 }
 """Tables that the paper shows where a run has them, by file stem."""
 
@@ -850,9 +853,9 @@ def _outcomes(x: Inputs, numbers: Numbers) -> dict[str, str]:
                  "–" if first is None else int(first["n"])])
             )  # fmt: skip
     caption = (
-        f"EM rate in per cent ({x.confidence} interval on the effective number of responses) of the baseline and its range over "
-        "personas; responses without a score; intra-class correlation (ICC) and effective number of responses of the "
-        "baseline condition."
+        f"EM rate in per cent ({x.confidence} interval on the effective number of responses) of the baseline and its "
+        "range over personas; responses without a score; intra-class correlation (ICC) and effective number of "
+        "responses of the baseline condition."
     )
     header = ["Data set", "EM rate, baseline", "Personas", "No score", "ICC", "Eff. n", "n"]
     content, caption = by_model(look, rows, header, "lrrrrrr", caption)
@@ -895,13 +898,13 @@ def _em_text(x: Inputs, numbers: Numbers, table: pd.DataFrame, source: Path) -> 
     if worst["icc"] > 0:
         effective = cite("effective_n", _fixed(worst["effective_n"], 0), "responses", "`effective_n`", where)
         meaning = (
-            f"The interval counts effective responses, for which there is good reason: the intra-class correlation of that "
-            f"condition is {icc}, so that its {n} scored responses carry the information of {effective}."
+            "The interval counts effective responses, for which there is good reason: the intra-class correlation of "
+            f"that condition is {icc}, so that its {n} scored responses carry the information of {effective}."
         )
     else:
         meaning = (
-            f"The intra-class correlation of that condition is estimated at {icc}: its {n} scored responses give no sign "
-            "that answers to one question resemble each other, and cannot rule it out."
+            f"The intra-class correlation of that condition is estimated at {icc}: its {n} scored responses give no "
+            "sign that answers to one question resemble each other, and cannot rule it out."
         )
     return text, meaning
 
@@ -1350,7 +1353,10 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     for name, caption, stage in (
         ("claims", "Claims audit: in what share of the defensible analyses each published claim stands.", "08_claims"),
         ("reliability", "Agreement of repeated judgings of the same responses.", "05_validity"),
+        ("h3", "H3: the verdict, and what it hangs on.", "09_trajectories"),
         ("trajectories", "H3: when misalignment arises, by persona.", "09_trajectories"),
+        ("beside", "Training presets beside the main one, at the last checkpoint.", "09_trajectories"),
+        ("h4", "H4: the verdict, what it hangs on, and which contrast gave the directions.", "10_steering"),
         ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
     ):
         blocks |= _whole_table(x, numbers, name, f"tbl-{name}", caption, stage)
