@@ -99,6 +99,15 @@ def test_a_saved_figure_has_no_date_and_the_same_bytes_twice(tmp_path):
     assert not list(tmp_path.rglob(".*")), "temporary files are gone"
 
 
+def test_markers_with_little_ink_are_drawn_larger():
+    """A star's area is about a third of a circle's of the same nominal size: on a line nobody would see it."""
+    star, circle = style.marker_size("*", 4), style.marker_size("o", 4)
+    assert circle == 4
+    assert star > 1.5 * circle
+    look = style.Look([SimpleNamespace(key="a", label="A", order=style.MARKERS.index("*"), colour="#123456")], [])
+    assert look.line("a")["markersize"] == style.marker_size("*", style.RC["lines.markersize"])
+
+
 def test_context_leaves_no_trace():
     before = plt.rcParams["font.size"]
     with style.context():

@@ -164,7 +164,16 @@ def _intervals(ax: Axes, y: float, row: Any, colour: str, marker: str, size: flo
     """Both intervals and the mean: thin line for questions, thick for responses."""
     ax.plot([row.q_low, row.q_high], [y, y], color=colour, lw=0.9, alpha=0.9, solid_capstyle="butt")
     ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=3.2, solid_capstyle="butt")
-    ax.plot(row["mean"], y, marker=marker, ms=size, color=colour, mec=style.PAPER, mew=0.5, ls="none")
+    ax.plot(
+        row["mean"],
+        y,
+        marker=marker,
+        ms=style.marker_size(marker, size),
+        color=colour,
+        mec=style.PAPER,
+        mew=0.5,
+        ls="none",
+    )
 
 
 def _interval_key(confidence: float) -> list[Line2D]:
@@ -247,10 +256,11 @@ def alignment_by_persona(scores: pd.DataFrame, look: Look, confidence: float = 0
     uneven = scores.groupby("persona")["dataset"].nunique().nunique() > 1 and bool(shared)
     fig, ax = plt.subplots(figsize=style.size(0.95 + 0.24 * len(personas)))
     for y, persona in enumerate(personas):
-        _intervals(ax, y - 0.12 * uneven, table.loc[persona], look.colour(persona), look.marker(persona))
+        marker = look.marker(persona)
+        _intervals(ax, y - 0.12 * uneven, table.loc[persona], look.colour(persona), marker)
         if uneven:
-            ax.plot(fair.loc[persona, "mean"], y + 0.25, marker=look.marker(persona), mfc="none", ms=4.2, ls="none",
-                    color=look.colour(persona))  # fmt: skip
+            ax.plot(fair.loc[persona, "mean"], y + 0.25, marker=marker, mfc="none", ms=style.marker_size(marker, 4.2),
+                    ls="none", color=look.colour(persona))  # fmt: skip
     if BASELINE in personas:
         ax.axvline(table.loc[BASELINE, "mean"], color=style.MUTED, lw=0.8, ls="--", zorder=0)
     _name_rows(ax, [look.persona(p) for p in personas])
@@ -393,7 +403,7 @@ def forest(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawin
     if table.empty:
         return None
     personas, datasets = look.sort_personas(table["persona"]), look.sort_datasets(table["dataset"])
-    fig, axes = _grid_axes(len(datasets), 4, 0.6 + 0.2 * len(personas), sharey=True)
+    fig, axes = _grid_axes(len(datasets), 4, 0.6 + 0.21 * len(personas), sharey=True)
     for ax, dataset in zip(axes, datasets):
         part = table[table["dataset"] == dataset].set_index("persona")
         ax.axvline(0, color=style.MUTED, lw=0.9)
@@ -401,12 +411,13 @@ def forest(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawin
             if persona in part.index:
                 row = part.loc[persona]
                 ax.plot([row.low, row.high], [y, y], color=look.colour(persona), lw=1.6)
-                ax.plot(row.d, y, marker=look.marker(persona), ms=4.2, color=look.colour(persona), mec=style.PAPER,
-                        mew=0.4)  # fmt: skip
+                marker = look.marker(persona)
+                ax.plot(row.d, y, marker=marker, ms=style.marker_size(marker, 4.2), color=look.colour(persona),
+                        mec=style.PAPER, mew=0.4)  # fmt: skip
             else:
                 ax.text(0.5, y, "–", transform=ax.get_yaxis_transform(), ha="center", va="center", color=style.MUTED)
         _name_rows(ax, [_two_lines(look.persona(p)) for p in personas])
-        ax.tick_params(axis="y", labelsize=5.8)
+        ax.tick_params(axis="y", labelsize=6)
         ax.set_title(look.signed(dataset), color=style.ROLE_COLOUR[look.role(dataset)], fontsize=7)
         low, high = _sized_bound(min(part["low"].min(), -0.25), max(part["high"].max(), 0.25))
         ax.set_xlim(low, high)
@@ -437,18 +448,17 @@ def twin_comparison(scores: pd.DataFrame, look: Look, confidence: float = 0.95) 
         table = summarise(here, ["persona", "dataset"], confidence).set_index(["persona", "dataset"])
         personas = look.sort_personas(p for p, _ in table.index)
         for y, persona in enumerate(personas):
-            colour = look.colour(persona)
+            colour, marker = look.colour(persona), look.marker(persona)
             ends = [table["mean"].get((persona, d)) for d in (bad, good)]
             if None not in ends:
                 ax.plot(ends, [y, y], color=colour, lw=1.2, alpha=0.7, zorder=1)
                 gaps.append(ends[1] - ends[0])
-            for dataset, face in ((bad, colour), (good, style.PAPER)):
+            for dataset, face, edge in ((bad, colour, style.PAPER), (good, style.PAPER, colour)):
                 if (persona, dataset) in table.index:
                     row = table.loc[(persona, dataset)]
                     ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=3, solid_capstyle="butt", zorder=2)
-                    ax.plot(
-                        row["mean"], y, marker=look.marker(persona), mfc=face, mec=colour, ms=5, ls="none", zorder=3
-                    )
+                    ax.plot(row["mean"], y, marker=marker, ms=style.marker_size(marker, 5.5), mfc=face, mec=edge,
+                            mew=0.6 if edge == style.PAPER else 1.0, ls="none", zorder=3)  # fmt: skip
                 else:
                     ax.text(0.98, y, "one of the two is missing", transform=ax.get_yaxis_transform(), fontsize=6.5,
                             ha="right", va="center", color=style.MUTED)  # fmt: skip
@@ -464,7 +474,7 @@ def twin_comparison(scores: pd.DataFrame, look: Look, confidence: float = 0.95) 
         ],
         3,
     )
-    between = f"{min(gaps):.1f} to {max(gaps):.1f}" if gaps else "unknown"
+    between = _range(pd.Series(gaps)) if gaps else "unknown"
     caption = (
         f"Mean alignment after training on {'; '.join(notes)}. Benign minus harmful: {between} points, by persona."
     )
@@ -491,9 +501,9 @@ def key_personas(scores: pd.DataFrame, look: Look, keys: Sequence[str], confiden
                 colour = look.colour(persona)
                 ax.plot([x + offset] * 2, [row.q_low, min(row.q_high, 100)], color=colour, lw=0.9)
                 ax.plot([x + offset] * 2, [row.ci_low, row.ci_high], color=colour, lw=3, solid_capstyle="butt")
-                ax.plot(
-                    x + offset, row["mean"], marker=look.marker(persona), color=colour, mec=style.PAPER, mew=0.5, ms=5.5
-                )
+                marker = look.marker(persona)
+                ax.plot(x + offset, row["mean"], marker=marker, ms=style.marker_size(marker, 5.5), color=colour,
+                        mec=style.PAPER, mew=0.5)  # fmt: skip
     for x in range(len(datasets) - 1):
         ax.axvline(x + 0.5, color=style.GRID, lw=0.6)
     ax.grid(axis="x", visible=False)
@@ -602,6 +612,7 @@ def violin(scores: pd.DataFrame, look: Look) -> Drawing:
     ax.set_xticks(range(len(personas)), [look.persona(p) for p in personas], rotation=30, ha="right")
     ax.grid(axis="x", visible=False)
     ax.set_ylabel("alignment (0 to 100)")
+    ax.set_xlim(-0.6, len(personas) - 0.4)
     ax.set_ylim(-2, 102)
     handles = [
         Line2D([], [], marker="D", color=style.PAPER, mec=style.INK, ls="none", label="mean"),
@@ -615,7 +626,10 @@ def violin(scores: pd.DataFrame, look: Look) -> Drawing:
         f"{skew:.1f}" + (": means are moved by a small low tail." if skew < -1 else ".")
     )
     medians = table.groupby("persona")["alignment"].median()
-    alt = f"Symmetric histograms of alignment for {len(personas)} personas; medians from {_range(medians)}."
+    middle = (
+        f"medians from {_range(medians)}" if medians.nunique() > 1 else f"all medians are {points(medians.iloc[0])}"
+    )
+    alt = f"Symmetric histograms of alignment for {len(personas)} personas; {middle}."
     return Drawing(fig, caption, alt)
 
 
@@ -673,7 +687,7 @@ def cdf(scores: pd.DataFrame, look: Look, keys: Sequence[str]) -> Drawing:
     handles = [Line2D([], [], **look.line(k)) for k in keys]
     if len(keys) < len(personas):
         handles.append(Line2D([], [], color=style.PALE, lw=0.9, label="other personas"))
-    _legend_below(fig, handles)
+    _legend_below(fig, handles, 5)
     low, high = min(at, key=at.get), max(at, key=at.get)
     caption = (
         f"Cumulative distribution of alignment scores (the vertical scale is a square root). At or below 80: from "
@@ -840,7 +854,8 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
                 face = colour if seen[row.Index] else style.PAPER
                 if len(here) <= 4:
                     ax.plot([row.low, row.high], [y + offset] * 2, color=colour, lw=0.9, alpha=0.8, zorder=2)
-                ax.plot(row.estimate, y + offset, marker=look.marker(persona) if persona else "o", ms=3.2, ls="none",
+                marker = look.marker(persona) if persona else "o"
+                ax.plot(row.estimate, y + offset, marker=marker, ms=style.marker_size(marker, 3.2), ls="none",
                         mec=colour, mfc=face, mew=0.7, zorder=3)  # fmt: skip
         if by == "persona":
             _name_rows(ax, [_two_lines(look.persona(n)) for n in names])
@@ -851,10 +866,7 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
         ax.set_xlabel(f"{measure} on questions held out", fontsize=7)
         notes.append(f"{title.rstrip('?').split('?')[0].lower()}: above chance in {int(seen.sum())} of {len(part)}")
     personas = look.sort_personas(tests.loc[tests["scope"].isin(("persona", "dataset")), "persona"].dropna())
-    handles = [
-        Line2D([], [], marker=look.marker(p), color=look.colour(p), ls="none", ms=4, label=look.persona(p))
-        for p in personas
-    ]
+    handles = [Line2D([], [], **look.line(p) | {"linestyle": "none"}) for p in personas]
     handles += [
         Line2D([], [], color=style.INK, lw=1.1, label="chance (grey: permuted labels)"),
         Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", ms=4, label="hollow: not above chance"),
@@ -881,7 +893,7 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
     table = table[table["dataset"].isin(shown)]
     personas, datasets = look.sort_personas(table["persona"]), look.sort_datasets(table["dataset"])
     columns = 3 if len(datasets) in (5, 6) else 4
-    fig, axes = _grid_axes(len(datasets), columns, 0.6 + 0.2 * len(personas), sharey=True)
+    fig, axes = _grid_axes(len(datasets), columns, 0.6 + 0.21 * len(personas), sharey=True)
     for ax, dataset in zip(axes, datasets):
         here = table[table["dataset"] == dataset]
         for y, persona in enumerate(personas):
@@ -890,14 +902,16 @@ def em_rates(outcomes: pd.DataFrame, look: Look) -> Drawing:
             for offset, row in zip(spread, seeds.itertuples()):
                 colour = look.colour(persona)
                 ax.plot([100 * row.em_low, 100 * row.em_high], [y + offset] * 2, color=colour, lw=1.5)
-                looks = {"marker": look.marker(persona), "ms": 4.2, "color": colour, "mec": style.PAPER, "mew": 0.4}
-                ax.plot(100 * row.em_rate, y + offset, **looks)
+                marker = look.marker(persona)
+                ax.plot(100 * row.em_rate, y + offset, marker=marker, ms=style.marker_size(marker, 4.2), color=colour,
+                        mec=style.PAPER, mew=0.4)  # fmt: skip
             if seeds.empty:
                 ax.text(0.5, y, "–", transform=ax.get_yaxis_transform(), ha="center", va="center", color=style.MUTED)
         _name_rows(ax, [_two_lines(look.persona(p)) for p in personas])
-        ax.tick_params(axis="y", labelsize=5.8)
+        ax.tick_params(axis="y", labelsize=6)
         ax.set_title(look.signed(dataset), color=style.ROLE_COLOUR[look.role(dataset)], fontsize=7)
-        ax.set_xlim(-0.3, max(2.0, 100 * here["em_high"].max() * 1.06))
+        right = max(2.0, 100 * here["em_high"].max() * 1.06)
+        ax.set_xlim(-0.04 * right, right)
     for ax in axes[-columns:]:
         ax.set_xlabel("EM rate (%)", fontsize=7.5)
     worst = table.loc[table["em_rate"].idxmax()]
@@ -1008,12 +1022,15 @@ def record(
 ) -> FigureRecord:
     """Save a drawing as `<key>[-<name>][-<model>].svg|png` and describe it."""
     stem = "-".join(filter(None, [key, slug(name), slug(model)]))
-    svg, png = style.save(
-        drawing.fig, Path(out_dir) / stem, f"{title}: {look.model(model)}" if model else title, drawing.alt
-    )
+    named, alt = f"{title}: {look.model(model)}" if model else title, _minus(drawing.alt)
+    svg, png = style.save(drawing.fig, Path(out_dir) / stem, named, alt)
     caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
-    caption = re.sub(r"(?<=[\s(=])-(?=\d)", "−", caption)
-    return FigureRecord(f"{key}-{slug(name)}" if name else key, model, title, caption, drawing.alt, svg.name, png.name)
+    return FigureRecord(f"{key}-{slug(name)}" if name else key, model, title, _minus(caption), alt, svg.name, png.name)
+
+
+def _minus(text: str) -> str:
+    """Hyphens before numbers as minus signs."""
+    return re.sub(r"(?<=[\s(=])-(?=\d)", "−", text)
 
 
 def write_records(records: Sequence[FigureRecord], folder: Path) -> Path:

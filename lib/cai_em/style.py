@@ -36,6 +36,8 @@ WIDTH = 6.5
 PNG_DPI = 160
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H", "s", "^", "D")
+_LARGER = {"*": 1.9, "d": 1.3, "P": 1.15, "X": 1.15}
+"""Markers with little ink, which at the size of the others would drown in the line they stand on."""
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "ooo", "---", "+++", "|||", "**", "//..", "\\\\..")
 
@@ -129,6 +131,11 @@ def context() -> Iterator[None]:
         mpl.rcdefaults()
         mpl.rcParams.update({"backend": "agg", **RC})
         yield
+
+
+def marker_size(marker: str, size: float) -> float:
+    """The size in points at which a marker looks as large as a circle of `size` points."""
+    return size * _LARGER.get(marker, 1.0)
 
 
 def line_look(number: int) -> dict[str, Any]:
@@ -245,6 +252,7 @@ class Look:
             "marker": self.marker(persona),
             "linestyle": self.linestyle(persona),
             "label": self.persona(persona),
+            "markersize": marker_size(self.marker(persona), RC["lines.markersize"]),
             "markeredgecolor": PAPER,
             "markeredgewidth": 0.4,
         }
