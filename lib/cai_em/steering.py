@@ -940,7 +940,7 @@ def em_present(judged: pd.DataFrame, target: str, before: str, after: str, **thr
     d = (values.loc[target, after] - values.loc[target, before]).dropna().to_numpy()
     low, high = bootstrap_interval(d) if len(d) else (math.nan, math.nan)
     mean = f"{d.mean():+.1f}" if len(d) else "none"
-    what = f"{target}: fine-tuning changes mean alignment by {mean} [{low:.1f}, {high:.1f}]"
+    what = f"{target}: fine-tuning changes mean alignment by {mean} [{points(low)}, {points(high)}]"
     if math.isnan(low):
         return Gate(NOT_TESTABLE, f"{what}: fewer than 3 questions")
     return Gate(SHOWN if high < 0 else NOT_SHOWN, what)
@@ -955,7 +955,8 @@ def acts(judged: pd.DataFrame, design: pd.DataFrame, target: str, **thresholds: 
     values = by_question(judged, "alignment", **thresholds)
     d = (values.loc[target, added[target]] - values.loc[target, added[RANDOM]]).dropna().to_numpy()
     low, high = bootstrap_interval(d) if len(d) else (math.nan, math.nan)
-    what = f"own direction minus a random one: {d.mean() if len(d) else math.nan:+.1f} [{low:.1f}, {high:.1f}] points"
+    mean = points(d.mean() if len(d) else math.nan, True)
+    what = f"own direction minus a random one: {mean} [{points(low)}, {points(high)}] points"
     if math.isnan(low):
         return Gate(NOT_TESTABLE, f"{what}: fewer than 3 questions")
     return Gate(SHOWN if high < 0 else NOT_SHOWN, what)

@@ -906,7 +906,7 @@ def final_row(preset: str, em: pd.DataFrame, alignment: pd.DataFrame) -> dict[st
     return {
         "preset": preset,
         "step": str(int(last[0]["step"])),
-        "in-domain uptake (nats)": interval(last[0], "uptake", "{:.2f}".format),
+        "in-domain uptake (nats)": interval(last[0], "uptake", _plain),
         "EM rate": interval(last[0], "outcome", percent),
         "mean alignment": interval(last[1], "outcome", points),
     }
@@ -1165,7 +1165,7 @@ def draw_generality(tables: Mapping[str, pd.DataFrame], labels: Mapping[str, str
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     ends = "; ".join(
         f"{labels.get(p, p)}: uptake {path['uptake'].iloc[-1]:.2f}, "
-        + ", ".join(f"{OUTCOMES[o]} {t.loc[t['preset'] == p, 'outcome'].iloc[-1]:.2f}" for o, t in tables.items())
+        + ", ".join(f"{OUTCOMES[o]} {_plain(t.loc[t['preset'] == p, 'outcome'].iloc[-1])}" for o, t in tables.items())
         for p, path in next(iter(tables.values())).groupby("preset", sort=False)
     )
     caption = "What training gains in its domain (fall of the loss on held-out rows) and what it changes outside it, "
@@ -1183,6 +1183,11 @@ def paper_table(found: pd.DataFrame) -> pd.DataFrame:
     shown = ["step", "low", "high", "rise", "rise_low", "rise_high", "beyond", "units", "seeds", "left_out", "gate"]
     kept = [c for c in ("model", "persona", "outcome", *shown) if c in table]
     return table[kept].replace({"outcome": OUTCOMES}).reset_index(drop=True)
+
+
+def _plain(x: float, form: str = ".2f") -> str:
+    """A number; an en dash where there is none."""
+    return "–" if math.isnan(x) else format(x, form)
 
 
 def _steps(row: Any) -> str:
@@ -1236,7 +1241,7 @@ def section(
             names.get(r.outcome, r.outcome),
             r.method,
             _steps(r) if r.shown else "no change shown",
-            f"{r.rise:+.2f} [{r.rise_low:+.2f}, {r.rise_high:+.2f}]",
+            "{} [{}, {}]".format(*(_plain(x, "+.2f") for x in (r.rise, r.rise_low, r.rise_high))),
             f"{r.units} x {r.seeds}",
             percent(r.beyond),
             _missing(r),
@@ -1277,7 +1282,7 @@ def section(
         parts.append(f"Training presets beside each other, at the last checkpoint ({look.persona(persona)}):")
         parts.append(markdown_table(presets.to_numpy().tolist(), list(presets.columns)))
     if beside is not None and len(beside):
-        form = {"uptake": "{:+.2f}".format, "em": percent, "alignment": lambda x: points(x, True)}
+        form = {"uptake": lambda x: _plain(x, "+.2f"), "em": percent, "alignment": lambda x: points(x, True)}
         rows = [
             [
                 r.preset,
