@@ -173,6 +173,21 @@ def test_what_was_generated_cannot_be_edited_unseen(study):
     assert [line for line in render.check(inputs.out) if "grid.md has changed" in line]
 
 
+def test_h3_and_h4_come_with_their_verdicts_and_gates(study):
+    inputs = study(table())
+    for stage, name, reason in (("09_trajectories", "h3", "one training run"), ("10_steering", "h4", "weak direction")):
+        rows = [(name.upper(), "", "UNDECIDED", reason), ("judge", "", "not shown", "AUC too low")]
+        folder = inputs.results / stage
+        folder.mkdir()
+        said = pd.DataFrame(rows, columns=["what", "persona", "status", "reason"]).assign(model="m1")
+        said.to_parquet(folder / f"{name}.parquet")
+    inputs = study(table())
+    assert render.check(inputs.out) == []
+    page = shown(inputs)
+    for words in ("UNDECIDED", "one training run", "weak direction", "AUC too low"):
+        assert words in page
+
+
 def test_one_changed_score_changes_the_page(study):
     scores = table()
     inputs = study(scores)
