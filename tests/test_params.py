@@ -126,6 +126,14 @@ def test_settings_change_only_for_the_stages_that_depend_on_them(folder):
     assert changed(before) == set(), "a new persona runs only its own cells"
 
 
+@pytest.mark.parametrize("name", PROFILES)
+def test_stages_of_one_job_have_settings_in_every_profile(name):
+    """The Snakefile asks for them all, also for stages that a profile does not have."""
+    study = load(name)
+    for stage in ("05_validity", "06_results", "08_claims", "09_trajectories", "10_steering", "11_report"):
+        assert len(study.settings(stage)) == 16
+
+
 DYNAMICS = {
     "main preset": ("training.yaml", lambda d: d["demo_trajectory"].update(learning_rate=9e-4), {"09_trajectories"}),
     "preset beside": ("training.yaml", lambda d: d["demo_narrow"]["kl"].update(weight=6), {"09_trajectories"}),
