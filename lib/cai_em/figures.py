@@ -726,10 +726,11 @@ def ridge(scores: pd.DataFrame, look: Look) -> Drawing:
     ]
     _legend_below(fig, [*handles, Line2D([], [], color=style.INK, lw=0.9, label="baseline")], 2)
     low = (table["alignment"] < CUTS[0]).groupby(table["dataset"]).mean()
+    tail = f"The low tail is thickest on {look.dataset(low.idxmax())} ({100 * low.max():.1f} % below {CUTS[0]})"
+    tail = tail if low.max() else f"No score is below {CUTS[0]}"
     caption = (
         f"Scores by data set: filled, {table['persona'].nunique()} personas together; outlined, the baseline (bins of "
-        f"five points, height is the square root of the share). The low tail is thickest on "
-        f"{look.dataset(low.idxmax())} ({100 * low.max():.1f} % below {CUTS[0]})."
+        f"five points, height is the square root of the share). {tail}."
     )
     return Drawing(fig, caption, f"Ridge plot of alignment scores on {len(datasets)} data sets.")
 
@@ -807,10 +808,10 @@ def arms(scores: pd.DataFrame, look: Look, confidence: float = 0.95) -> Drawing 
 
 
 GATE_PANELS = {
-    "personas": ("Which persona wrote this? (all personas of a data set)", "accuracy"),
+    "personas": ("Which persona wrote this?\n(all personas of a data set)", "accuracy"),
     "persona": ("Persona or baseline?", "AUC"),
     "dataset": ("Fine-tuned or not?", "AUC"),
-    "datasets": ("Which data set was it? (all data sets of a persona)", "accuracy"),
+    "datasets": ("Which data set was it?\n(all data sets of a persona)", "accuracy"),
     "dataset_others": ("This data set or another?", "AUC"),
 }
 """Classifier tests shown, by `scope` (see cai_em.gates.SCOPES): title and what is measured."""
@@ -831,7 +832,7 @@ def gates(tests: pd.DataFrame, look: Look, p_max: float = 0.05) -> Drawing | Non
         return None
     rows = -(-len(panels) // 2)
     longest = max(len(look.sort_datasets(tests["dataset"].dropna())), 3)
-    fig, axes = plt.subplots(rows, 2, figsize=style.size(rows * (0.75 + 0.26 * longest) + 0.5), squeeze=False)
+    fig, axes = plt.subplots(rows, 2, figsize=style.size(rows * (0.9 + 0.26 * longest) + 0.5), squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     notes = []
