@@ -63,6 +63,15 @@ class TestPartners:
         with pytest.raises(inf.DesignError, match="2 conditions"):
             inf.question_differences(scores, scores[scores["persona"] == "baseline"])
 
+    def test_no_question_that_both_sides_have_a_score_on(self):
+        scores = table({("baseline", "bad"): 70, ("good", "bad"): 80})
+        early = scores["question_id"].isin(QUESTIONS[:4])
+        scores.loc[early == (scores["persona"] == "good"), ["alignment", "alignment_flag"]] = [math.nan, "REFUSAL"]
+        row = inf.compare_all(scores, models=False).iloc[0]
+        assert row["n_questions"] == 0
+        assert row[["delta", "p", "boot_low"]].isna().all()
+        assert math.isnan(inf.typical_components(scores, [("m", "good", "bad")]).question)
+
     def test_seeds_without_a_partner(self):
         good, baseline = table({("good", "bad"): 80}, seed=1), table({("baseline", "bad"): 70})
         with pytest.raises(inf.DesignError, match=r"seeds \[1\], its baseline \[0\]"):
@@ -533,6 +542,12 @@ class TestPower:
             d += rng.normal(0, math.sqrt(2 + 2 * 100 / 50), (q, s))
             hits += inf.seed_test(d)["seed_p"] < 0.05
         assert inf.power(6, parts, questions=q, samples=50, seeds=s) == pytest.approx(hits / n, abs=0.06)
+
+    def test_a_large_effect_has_a_power(self):
+        shifts = np.linspace(1, 60, 200)
+        found = [inf.power(s * math.sqrt(20 / 8 + 1), self.one_seed, questions=8, samples=100) for s in shifts]
+        assert np.all(np.diff(found) >= 0)
+        assert found[-1] == 1
 
     def test_what_one_seed_cannot_say_has_no_row(self):
         designs = {"questions": [8], "samples": [1, 50], "seeds": [1, 2, 3, 5]}

@@ -82,3 +82,9 @@ def test_its_library_modules_exist(notebook, root):
     )
     for name in run._imports(source):
         assert (root / "lib" / "cai_em" / f"{name}.py").is_file(), name
+
+
+def test_the_questions_are_those_of_the_data(notebook):
+    # `Study.questions` knows the built-in ones; a study with fetched data asks others, and counts must be of those.
+    for cell in code(notebook):
+        assert "study.questions()" not in cell.source, "use materials.questions(study)"

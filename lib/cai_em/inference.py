@@ -456,7 +456,8 @@ def question_differences(persona: pd.DataFrame, baseline: pd.DataFrame) -> np.nd
             "compare"
         )
     means = [rows.groupby(["question_id", "seed"])["alignment"].mean().unstack() for rows in (persona, baseline)]
-    return (means[0] - means[1]).dropna(axis=1, how="all").dropna(axis=0).to_numpy()
+    found = (means[0] - means[1]).dropna(axis=1, how="all").dropna(axis=0)
+    return found.to_numpy() if found.shape[1] else np.empty((0, 0))  # no question that both sides have a score on
 
 
 def paired_test(differences: np.ndarray, *, margin: float, confidence: float = 0.95) -> dict[str, float]:
@@ -1005,8 +1006,9 @@ def power(
         return math.nan
     if se == 0:
         return float(effect != 0)
-    critical, shift = stats.t.ppf(1 - alpha / 2, df), effect / se
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+    critical, shift = stats.t.ppf(1 - alpha / 2, df), abs(effect) / se
+    other_side = stats.nct.cdf(-critical, df, shift) if shift < 5 else 0.0  # below 1e-8, and scipy's is NaN for some
+    return float(stats.nct.sf(critical, df, shift) + other_side)
 
 
 def detectable_effect(
