@@ -446,6 +446,13 @@ def test_the_first_answer_is_waited_for_where_content_is_refused(tmp_path):
     assert result["alignment_flag"].fillna("").tolist() == ["API", "", "API"]
 
 
+def test_parameters_that_are_refused_like_a_content_stop_the_run_too(tmp_path):
+    with serve() as server:
+        server.refuses = (400, "max_tokens is too large: 8. This model supports at most 4 completion tokens")
+        assert_stops_at_first(server, tmp_path, "the first 20 calls were all refused, the last: HTTP 400: max_tokens")
+        assert sum(server.received.values()) == 20
+
+
 def test_a_redirection_is_not_followed_with_the_key(tmp_path):
     with serve() as server:
         server.refuses = (307, "elsewhere")

@@ -573,9 +573,9 @@ class JudgeClient:
     async def _first(self, queue: deque[Call]) -> dict[str, Answer | Failure]:
         """Ask alone until a call is answered, the shortest first: no length limit can refuse it.
 
-        Calls that are refused for their content say nothing about the others. For others that fail, the run stops at
-        the first; where answers are known from before, so that key and model were good once, at the third: a call that
-        fails every time must not keep its neighbours from being asked.
+        Calls that are refused for their content say nothing about the others, unless nothing else comes. For others
+        that fail, the run stops at the first; where answers are known from before, so that key, model and parameters
+        were good once, at the third: a call that fails every time must not keep its neighbours from being asked.
         """
         found: dict[str, Answer | Failure] = {}
         failed: list[Failure] = []
@@ -593,6 +593,8 @@ class JudgeClient:
                     self._check_first(result)
                 return found
             failed += [] if result.rejected else [result]
+            if len(found) == GIVE_UP_AFTER and not self.usage.cached:
+                raise JudgeError(f"{self.who}: the first {len(found)} calls were all refused, the last: {result.cause}")
             if failed and not few and (len(failed) == probes or not queue):
                 raise JudgeError(
                     f"{self.who}: the first call{'s' if len(failed) > 1 else ''} failed: {failed[-1].cause} "
