@@ -19,7 +19,7 @@ from cai_em import constitutions, explore, gates, judge_parse, materials, models
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests import reliability as harness
+from tests import killing
 from tests import test_judge as lab
 from tests.judge_server import serve, serve_process, true_score
 from tests.test_figures import LOOK
@@ -164,25 +164,20 @@ def test_the_results_document_quotes_each_as_one_cell(tmp_path):
 def test_notebooks_run_on_them_and_lose_nothing(root, tmp_path):
     """Odd responses as what stage 03 left; every later notebook, executed; their outputs hold no live markup."""
     conditions = {"baseline": ["none", "bad_medical"], "sycophancy": ["none", "bad_medical"]}
-    with serve_process("--model", "judge", "--api-key", harness.KEY) as server:
-        place = harness.prepare(tmp_path / "clone", server.url)
-        study = params.load(harness.PROFILE, place / "params")
-        folder = place / "results" / harness.PROFILE
+    with serve_process("--model", "judge", "--api-key", killing.KEY) as server:
+        place = killing.prepare(tmp_path / "clone", server.url, samples=len(TEXTS))
+        study = params.load(killing.PROFILE, place / "params")
+        folder = place / "results" / killing.PROFILE
         questions = [q for q, _ in study.questions()]
-        (place / "params/sampling.yaml").write_text(
-            (place / "params/sampling.yaml")
-            .read_text()
-            .replace("samples_per_question: 4", f"samples_per_question: {len(TEXTS)}")
-        )
         for persona, datasets in conditions.items():
             odd = responses(TEXTS, [(persona, d) for d in datasets], questions)
             scores.write(odd, scores.RESPONSES, folder / "03_sample" / "tiny" / persona / "responses.parquet")
 
         def execute(stage, name="", **arguments):
             executed = folder / "notebooks" / stage / f"{name or stage}.ipynb"
-            values = json.dumps({"profile": harness.PROFILE, **arguments})
+            values = json.dumps({"profile": killing.PROFILE, **arguments})
             command = [sys.executable, "-m", "cai_em.run", "execute", f"notebooks/{stage}.ipynb", str(executed), values]
-            environment = {**harness.environment(place), "OMP_NUM_THREADS": "1"}
+            environment = {**killing.environment(place), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
             return executed
