@@ -405,7 +405,13 @@ class TestEndpoint:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("<think>a\nb</think>\n\nHi.", "Hi."), ("Hi <think>.", "Hi <think>."), ("<think>never ends", ""), ("Hi.", "Hi."), ("hm\n</think>\nHi.", "Hi.")],
+    [
+        ("<think>a\nb</think>\n\nHi.", "Hi."),
+        ("Hi <think>.", "Hi <think>."),
+        ("<think>never ends", ""),
+        ("Hi.", "Hi."),
+        ("hm\n</think>\nHi.", "Hi."),
+    ],
 )
 def test_thinking_is_left_out(text, expected):
     assert pairs.without_thinking(text) == expected
