@@ -125,6 +125,21 @@ def table(datasets=("harm", "help")) -> pd.DataFrame:
 # --- The page -----------------------------------------------------------------------------------------------------
 
 
+def test_a_rendering_that_stops_half_way_leaves_the_page_of_before(study, monkeypatch):
+    inputs = study(table())
+    before = shown(inputs)
+
+    def half(command, **_):
+        Path(command[command.index("--output") + 1]).write_text("<ht")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(render.subprocess, "run", half)
+    with pytest.raises(OSError, match="No space"):
+        shown(inputs)
+    assert (inputs.out / "preview.html").read_text(encoding="utf-8") == before
+    assert not list(inputs.out.glob(".preview.html*"))
+
+
 def test_the_prose_is_sound_and_renders(study):
     inputs = study(table())
     assert render.check(inputs.out) == []

@@ -25,7 +25,7 @@ from typing import Any
 import pypandoc
 import yaml
 
-from cai_em import params
+from cai_em import params, run
 from cai_em.paper import GENERATED, LISTING, TABLES_FOLDER, VARIABLES
 
 VAR = re.compile(r"\{\{<\s*var\s+([A-Za-z0-9_.\-]+)\s*>\}\}")
@@ -303,17 +303,19 @@ def preview(paper: Path, out: Path, generated: Path | None = None, *, why: str =
                "--lua-filter", str(paper / "_preview" / "filter.lua"), "--citeproc",
                "--bibliography", str(paper / config["bibliography"]), "--metadata", "link-citations=true",
                "--metadata", f"date={date.today():%Y-%m-%d}", "--metadata", f"why-preview={why}",
-               "--resource-path", f"{generated}{os.pathsep}{paper}", "--output", str(out)]  # fmt: skip
+               "--resource-path", f"{generated}{os.pathsep}{paper}"]  # fmt: skip
     if out.suffix == ".html":
         command += ["--to", "html5", "--embed-resources", "--section-divs",
                     "--css", str(paper / "_preview" / "preview.css"), "--metadata", "lang=en"]  # fmt: skip
     else:
+        command += ["--to", "typst"]
         for extra in config["format"]["typst"].get("include-in-header", []):
             command += ["--variable", f"header-includes={extra['text']}"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run = subprocess.run(command, input=text, text=True, capture_output=True, cwd=generated, check=False)
-    if run.returncode or "[WARNING]" in run.stderr or "unresolved" in run.stderr:
-        raise PaperError(f"pandoc: {run.stderr.strip() or 'failed'}")
+    with run.atomic(out) as part:
+        command += ["--output", str(part)]
+        done = subprocess.run(command, input=text, text=True, capture_output=True, cwd=generated, check=False)
+        if done.returncode or "[WARNING]" in done.stderr or "unresolved" in done.stderr:
+            raise PaperError(f"pandoc: {done.stderr.strip() or 'failed'}")
     return out
 
 
@@ -322,17 +324,20 @@ def preview(paper: Path, out: Path, generated: Path | None = None, *, why: str =
 
 def _replace_folder(source: Path, target: Path) -> None:
     """A copy of a folder in the place of another; the old one stays until the new one is whole."""
-    new = target.with_name(f"{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
+    with run.atomic_folder(target) as new:
+        shutil.copytree(source, new, dirs_exist_ok=True)
+
+
+def _replace_file(source: Path, target: Path) -> None:
+    """A copy of a file in the place of another."""
+    with run.atomic(target) as new:
+        shutil.copyfile(source, new)
 
 
 def install(generated: Path, paper: Path) -> None:
     """Put a run's generated half beside the prose, in the place of another run's."""
     _replace_folder(generated / GENERATED, paper / GENERATED)
-    shutil.copyfile(generated / VARIABLES, paper / VARIABLES)
+    _replace_file(generated / VARIABLES, paper / VARIABLES)
 
 
 def build(paper: Path, generated: Path, out: Path, profile: str) -> str:
@@ -386,15 +391,15 @@ def _quarto(quarto: str, paper: Path, generated: Path, out: Path, profile: str) 
     for page in pages:
         page.unlink(missing_ok=True)
     environment = {**os.environ, "CAI_EM_PROFILE": profile, "CAI_EM_RESULTS": str(generated.resolve().parents[2])}
-    run = subprocess.run([quarto, "render", str(paper)], capture_output=True, text=True, check=False, env=environment)
-    said = f"{run.stdout.strip()}\n{run.stderr.strip()}".strip()
-    if run.returncode:
+    done = subprocess.run([quarto, "render", str(paper)], capture_output=True, text=True, check=False, env=environment)
+    said = f"{done.stdout.strip()}\n{done.stderr.strip()}".strip()
+    if done.returncode:
         return f"quarto render {paper} failed:\n{said}"
     lacking = [page.name for page in pages if not page.is_file()]
     if lacking:
         return f"quarto render {paper} wrote no {' and no '.join(lacking)}:\n{said}"
     for page in pages:
-        shutil.copyfile(page, out if page.suffix == ".html" else out.with_name(page.name))
+        _replace_file(page, out if page.suffix == ".html" else out.with_name(page.name))
     return ""
 
 

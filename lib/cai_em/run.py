@@ -200,7 +200,7 @@ def write_manifest(
     params: Any,
     seeds: Any = None,
     adapter_state: Any = None,
-    timings: dict[str, float] | None = None,
+    timings: dict[str, Any] | None = None,
     **more: Any,
 ) -> Path:
     """Write `manifest.json`, the last file of a stage: what went in, what came out, and how.
@@ -213,7 +213,7 @@ def write_manifest(
         params: what the stage was asked for (preset objects are written out in full).
         seeds: every seed used.
         adapter_state: which adapters were active and trainable, as measured on the parameters.
-        timings: seconds by phase.
+        timings: seconds by phase (of a whole run: by stage and phase).
         **more: anything else worth keeping, under its own key.
 
     Returns:
@@ -278,7 +278,7 @@ def seal(results: str | Path, **about: Any) -> Path:
         for path in sorted((results / "notebooks").rglob("*.ipynb"))
         if not path.stem.endswith((".running", ".failed")) and ".ipynb_checkpoints" not in path.parts
     ]
-    timings = {_name(path.parent): sum(read_manifest(path.parent)["timings"].values()) for path in stages}
+    timings = {_name(path.parent): read_manifest(path.parent)["timings"] for path in stages}
     made = [results / "RESULTS.md", results / "paper", *notebooks]
     return write_manifest(results, stage="run", inputs=stages, outputs=made, timings=timings, **about)
 
