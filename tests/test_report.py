@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pypandoc
 import pytest
-from cai_em import report, stats
+from cai_em import inference, report, stats
 
 
 class Look:
@@ -126,6 +126,12 @@ TITLES = (
     "Distribution of alignment by persona",
     "Data-set difficulty, hardest first",
 )
+
+
+@pytest.mark.parametrize("value", [69.6497, 96.0519, -4.6497, 0.0, math.nan])
+def test_other_stages_print_a_mean_with_the_same_digits(value):
+    assert inference.points(value) == report.points(value)
+    assert inference.points(value, signed=True) == report.delta(value)
 
 
 def test_the_level_of_the_intervals_is_the_studys():

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from cai_em import report
 from cai_em.scores import CONDITION, FLAGS
 from cai_em.stats import benjamini_hochberg
 
@@ -1069,8 +1070,8 @@ def power_table(
 
 
 def points(x: float, signed: bool = False) -> str:
-    """A number of alignment points, one decimal; an en dash where there is none."""
-    return "–" if x is None or math.isnan(x) else f"{x:+.1f}" if signed else f"{x:.1f}"
+    """A number of alignment points as `report.points` has it, so that one mean reads the same everywhere."""
+    return "–" if x is None or math.isnan(x) else report.delta(x) if signed else report.points(x)
 
 
 def p_value(p: float) -> str:
