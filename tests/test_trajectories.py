@@ -1,5 +1,6 @@
 """Trajectories: geometry against dense algebra, planted transitions, coverage of the intervals."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -597,3 +598,18 @@ def test_uptake_means_that_the_loss_falls():
     fall = tr.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
     assert tr.uptake_gate(fall).status == "shown"
     assert tr.uptake_gate(tr.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"
+
+
+def test_names_of_many_checkpoints_do_not_run_into_each_other():
+    steps = [0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 300, 338]
+    with style.context():
+        fig, axes = plt.subplots(1, 3, figsize=style.size(2.6))
+        for ax in axes:
+            tr._step_axis(ax, steps)
+        fig.canvas.draw()
+        labels = [x for x in axes[2].get_xticklabels() if x.get_text()]
+        boxes = [x.get_window_extent() for x in labels]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert labels[-1].get_text() == "338"
+        assert len(labels) >= 4
+        plt.close(fig)

@@ -1042,8 +1042,9 @@ def draw_sweep(found: pd.DataFrame, layers: int) -> Drawing:
             name = f"layer {layer} of {layers}"
             ax.errorbar(part["strength"], part["delta"], yerr=error, lw=1.2, elinewidth=0.8, label=name, **line_look(i))
         ax.axhline(0, color=style.MUTED, lw=0.7)
-        ax.set_title(f"{OUTCOMES[outcome]}, change")
+        ax.set_title(OUTCOMES[outcome])
         ax.set_xlabel("strength")
+    axes[0][0].set_ylabel("change")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     main = found[found["outcome"] == "alignment"]
     strongest = main.loc[main["delta"].abs().idxmax()]

@@ -982,15 +982,18 @@ def _band(ax: Axes, table: pd.DataFrame, look: dict[str, Any]) -> None:
     ax.fill_between(table["step"], table["low"], table["high"], color=look["color"], alpha=0.15, lw=0)
 
 
-def _step_axis(ax: Axes, steps: Sequence[int], room: int = 7) -> None:
+def _step_axis(ax: Axes, steps: Sequence[int], apart: float = 0.13) -> None:
     """Steps on a scale that is linear up to the first checkpoint and logarithmic from there: dense early.
 
-    With many checkpoints, only as many are named as there is room for; the last always is.
+    Every checkpoint has a tick; from the last on, those are named that lie `apart` (share of the axis) from the next.
     """
     ax.set_xscale("symlog", linthresh=max(1, min(s for s in steps if s > 0)))
-    every = math.ceil(len(steps) / room)
-    named = set(list(steps)[::-1][::every])
-    ax.set_xticks(list(steps), [str(s) if s in named else "" for s in steps])
+    places = ax.xaxis.get_transform().transform(np.asarray(steps, float))
+    places, named = places / places.max(), []
+    for place, step in sorted(zip(places, steps), reverse=True):
+        if not named or named[-1][0] - place >= apart:
+            named.append((place, step))
+    ax.set_xticks(list(steps), [str(s) if (p, s) in named else "" for p, s in zip(places, steps)])
     ax.minorticks_off()
     ax.set_xlabel("training step")
 
@@ -1027,6 +1030,8 @@ def draw_outcomes(
             for r in _of(found, persona, outcome, "logistic").query("shown").itertuples():
                 ax.axvline(r.step, color=look.colour(persona), ls=look.linestyle(persona), lw=0.9, zorder=0)
                 ax.axvspan(r.low, min(r.high, c.steps[-1]), color=look.colour(persona), alpha=0.08, lw=0, zorder=0)
+        if not ax.lines:
+            ax.text(0.5, 0.5, "no scores throughout", transform=ax.transAxes, ha="center", color=style.MUTED)
         _step_axis(ax, next(iter(curves.values())).steps)
         ax.set_title(OUTCOMES[outcome])
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -1069,7 +1074,7 @@ def draw_geometry(table: pd.DataFrame, look: Look) -> Drawing:
     """Norm of the update and its rotation, by run: `persona, preset, seed` and the columns of `geometry`."""
     table = table.reset_index(drop=True)
     presets = list(dict.fromkeys(table["preset"]))
-    fig, axes = plt.subplots(2, len(presets), figsize=style.size(3.8), squeeze=False, sharey="row")
+    fig, axes = plt.subplots(2, len(presets), figsize=style.size(3.8), squeeze=False, sharex="col", sharey="row")
     for column, preset in enumerate(presets):
         here = table[table["preset"] == preset]
         for (persona, seed), run in here.groupby(["persona", "seed"], sort=False):
