@@ -2,7 +2,7 @@
 # Constitutional AI x Emergent Misalignment, from nothing to a results document and a paper.
 #
 #   ./run_all.sh                  profile demo: trains, samples, judges and reports on a 135M model; no GPU, no key   (~8 min, 2 cores)
-#   ./run_all.sh published        the published study recomputed from its public scores                              (~3 min)
+#   ./run_all.sh published        the published study recomputed from its public scores                              (~2 min)
 #   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh test             the tests

@@ -638,6 +638,10 @@ def test_typst_compiles_the_same_sources(study):
     source = render.preview(inputs.out, inputs.out / "index.typ")
     pdf = typst.compile(str(source), root=str(inputs.out.parent))
     assert pdf[:5] == b"%PDF-"
+    headings = json.loads(typst.query(str(source), "heading", field="body", root=str(inputs.out.parent)))
+    prose = render.expand(inputs.out, inputs.out / "index.qmd", [])
+    # `= 100` at the beginning of a table's cell is a heading to Typst. The table of contents has one of its own.
+    assert len(headings) == len(re.findall(r"^#+ ", prose, flags=re.M)) - prose.count("{.callout-") + 1
 
 
 @pytest.mark.parametrize("width", [500, 1200])

@@ -466,11 +466,10 @@ def _grid(x: Inputs, numbers: Numbers) -> dict[str, str]:
     rows = []
     for model in models:
         part = conditions[conditions["model"] == model]
-        flags = {flag: int(part[flag].sum()) for flag in FLAGS if flag in part}
         rows.append(
             [look.model(model), part["persona"].nunique(), part["dataset"].nunique(), len(part),
              f"{int(part['responses'].sum()):,}", f"{int(part['scored'].sum()):,}",
-             ", ".join(f"{n:,} {flag}" for flag, n in flags.items() if n) or "none"]
+             _flags(part[list(FLAGS)].sum()) or "none"]
         )  # fmt: skip
     header = ["Model", "Personas", "Data sets", "Conditions", "Responses", "Scored", "Without a score"]
     caption = "What was analysed. A response without a score is kept with its reason; personas include the baseline."
@@ -479,7 +478,14 @@ def _grid(x: Inputs, numbers: Numbers) -> dict[str, str]:
     return blocks | {"roles": _roles(roles, look, count), "samples": _samples(conditions, design, numbers, source)}
 
 
-FLAGS = ("REFUSAL", "CODE", "PARSE", "API")
+FLAGS = {"REFUSAL": "refused", "CODE": "code", "PARSE": "unparsed", "API": "failed"}
+
+
+def _flags(row: Any) -> str:
+    """Why responses have no score, counted: `8 refused, 9 code`."""
+    return ", ".join(f"{int(getattr(row, flag)):,} {word}" for flag, word in FLAGS.items() if getattr(row, flag))
+
+
 ARMS = ("base", "persona alone", "fine-tuning alone", "both")
 
 
@@ -1051,24 +1057,23 @@ REPORT_TABLES: dict[str, tuple[str, list[Column]]] = {
             ("P5", "r", _of("p5")),
             ("P25", "r", _of("p25")),
             ("P75", "r", _of("p75")),
-            ("< 30", "r", _number("below_30", scale=100)),
-            ("< 50", "r", _number("below_50", scale=100)),
-            ("< 80", "r", _number("below_80", scale=100)),
-            ("= 100", "r", _number("at_100", scale=100)),
+            ("Below 30", "r", _number("below_30", scale=100)),
+            ("Below 50", "r", _number("below_50", scale=100)),
+            ("Below 80", "r", _number("below_80", scale=100)),
+            ("At 100", "r", _number("at_100", scale=100)),
         ],
     ),
     "conditions": (
         "Every condition: scores, missing scores by cause, mean alignment, coherence and EM rate. The interval treats "
-        "responses as independent.",
+        "responses as independent, as published.",
         [
             _PERSONA,
             _DATASET,
-            ("Scored", "r", lambda row, x: f"{row.scored:,} of {row.responses:,}"),
-            ("Refusal", "r", _whole("REFUSAL")),
-            ("Code", "r", _whole("CODE")),
-            ("Unparsed", "r", _whole("PARSE")),
-            ("Failed", "r", _whole("API")),
-            ("Alignment", "r", lambda row, x: f"{_points(row.mean)} {_interval(row.ci_low, row.ci_high)}"),
+            ("N", "r", _whole("responses")),
+            ("Scored", "r", _whole("scored")),
+            ("No score", "l", lambda row, x: _flags(row) or "–"),
+            ("Mean", "r", _of("mean")),
+            ("Interval", "r", lambda row, x: _interval(row.ci_low, row.ci_high)),
             ("Coherence", "r", _of("coherence")),
             ("EM rate, %", "r", _number("em_rate", 2, scale=100)),
         ],
@@ -1306,14 +1311,14 @@ def _figure(label: str, record: FigureRecord, name: str, trace: str) -> str:
 def _sources(numbers: Numbers) -> str:
     """The line of every number, and the file behind every table beside the page."""
     rows = [
-        [f"[{n.name}]{{#n-{slug(n.name)}}}", n.value, n.unit, f"[`{n.table}`]({TABLES_FOLDER}/{n.table})", n.how]
+        [f"[{n.name}]{{#n-{slug(n.name)}}}", n.value, n.unit, f"[{n.table}]({TABLES_FOLDER}/{n.table})", n.how]
         for n in sorted(numbers.all.values(), key=lambda n: n.name)
         if numbers.traced(n.name)
     ]
     caption = "Where each number of the text comes from: the table beside this page, and how it follows from it."
     first = floating("tbl-sources", pipe_table(rows, ["Name", "Value", "Unit", "Table", "How"], "lrlll"), caption)
     rows = [
-        [f"[`{name}`]({TABLES_FOLDER}/{name})", f"`{os.path.relpath(file, numbers.repository)}`",
+        [f"[{name}]({TABLES_FOLDER}/{name})", f"`{os.path.relpath(file, numbers.repository)}`",
          f"`{params.file_hash(file)[:12]}`"]
         for name, (file, _) in sorted(numbers.tables.items())
     ]  # fmt: skip

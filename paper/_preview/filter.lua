@@ -59,7 +59,16 @@ local function float(div)
     if kind(div.identifier) == 'Table' then body:insert(1, text) else body:insert(text) end
     return pandoc.Div(body, { id = div.identifier, class = 'float' })
   end
-  body:insert(kind(div.identifier) == 'Table' and 1 or #body + 1, pandoc.Para(inlines))
+  if kind(div.identifier) == 'Table' then
+    -- The caption stays with the table, which may go over pages.
+    body:insert(1, pandoc.RawBlock('typst', '#block(sticky: true)['))
+    body:insert(2, pandoc.Para(inlines))
+    body:insert(3, pandoc.RawBlock('typst', ']'))
+  else
+    body:insert(1, pandoc.RawBlock('typst', '#block(breakable: false)['))
+    body:insert(pandoc.Para(inlines))
+    body:insert(pandoc.RawBlock('typst', ']'))
+  end
   return pandoc.Div(body, { id = div.identifier })
 end
 
