@@ -1,8 +1,11 @@
 """The plan counts what the grid says, and names what it assumes."""
 
+import shutil
+
 import pandas as pd
 import pytest
-from cai_em import params, plan
+import yaml
+from cai_em import constitutions, materials, params, plan, sample
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +19,8 @@ def test_paper_counts_follow_from_the_grid(paper):
     cells = study.cells()
     assert table.loc["01_personas", "jobs"] == 2 * 17
     assert table.loc["02_finetune", "jobs"] == sum(c.dataset != "none" for c in cells)
-    # 8 questions x 50 samples, judged twice (alignment and coherence)
-    assert table.loc["04_judge", "judge_calls"] == 2 * 8 * 50 * len(cells)
+    # 8 questions x 50 samples, judged twice (alignment and coherence), and the manipulation checks
+    assert table.loc["04_judge", "judge_calls"] == 2 * 8 * 50 * len(cells) + plan._checks(study)
     assert table.loc["total", "judge_calls"] == table["judge_calls"].iloc[:-1].sum()
 
 
@@ -46,6 +49,94 @@ def test_the_second_stage_of_personas_by_hand(paper):
     assert plan._introspection_seconds(None, assumed) == 0
 
 
+def test_a_personas_cost_by_hand(paper):
+    """16 personas are taught: 10 traits x 50 prompts x 5 samples, once for both models; each model trains on them.
+
+    Seconds of one persona on a model of 7B: 3 loads (student, DPO, second stage), 2,500 plain answers of 180 tokens at
+    600 tokens/s, 2,500 pairs of 900 tokens at a third of 6,000 tokens/s, the second stage, and two answers to look at.
+    """
+    study, table = paper
+    second = plan._introspection_seconds(study.introspection, plan.assumptions(study.folder))
+    one = 3 * 40 + 2500 * 180 / 600 + 2500 * 900 * 3 / 6000 + second
+    glance, size = 40 + 2 * 180 / 25, (7.6 + 8.0) / 7
+    waiting = 16 * 2500 * 20 / 32
+    # The random control of each model is drawn; it is looked at too.
+    expected = 34 * 20 + size * (16 * one + 17 * glance) + waiting
+    assert table.loc["01_personas", "gpu_hours"] == pytest.approx(expected / 3600)
+    assert table.loc["01_personas", "teacher_calls"] == 16 * 2500
+    assert table.loc["01_personas", "api_hours"] == pytest.approx(waiting / 3600)
+    assert table.loc["01_personas", "usd"] == pytest.approx(40_000 * (700 * 0.2 + 450 * 1.1) / 1e6)
+
+
+def test_fine_tunings_cost_by_hand(paper):
+    """306 cells a model: 90 % of 6,000 rows of 300 tokens at 6,000 tokens/s, two loads, two answers; no engine."""
+    _, table = paper
+    expected = 612 * 20 + 306 * (7.6 + 8.0) / 7 * (40 + 5400 * 300 / 6000 + 40 + 2 * 180 / 25)
+    assert table.loc["02_finetune", "jobs"] == 612
+    assert table.loc["02_finetune", "gpu_hours"] == pytest.approx(expected / 3600)
+
+
+def test_disk_holds_weights_and_what_sampling_composes(paper):
+    """bfloat16 weights of both models; eight conditions of rank 128 + 32 at a time, whole and in parts, in float32."""
+    _, table = paper
+    assert table.loc["the models' own files", "disk_gb"] == pytest.approx((7.6 + 8.0) * 2)
+    composed = 8 * 2 * (64 + 64 + 32) * 2_621_440 * 4 / 1e9
+    assert table.loc["03_sample", "disk_gb"] > composed
+    assert table.loc["03_sample", "disk_gb"] == pytest.approx(composed, rel=0.1)
+
+
+def test_ready_made_personas_cost_neither_teacher_nor_training(root, tmp_path):
+    """The five custom ones are on no hub, Llama's misalignment neither: they are trained."""
+    shutil.copytree(root / "params", tmp_path / "params")
+    registry = yaml.safe_load((tmp_path / "params/models.yaml").read_text())
+    for hub in registry["qwen2.5-7b"]["persona_adapters"] + registry["llama3.1-8b"]["persona_adapters"]:
+        hub["revision"] = "0" * 40
+    (tmp_path / "params/models.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))
+    profile = yaml.safe_load((tmp_path / "params/profiles/paper.yaml").read_text()) | {"personas_from": "hub"}
+    (tmp_path / "params/profiles/paper.yaml").write_text(yaml.safe_dump(profile))
+    study = params.load("paper", tmp_path / "params")
+    table = plan.plan(study, plan.assumptions(study.folder))
+    assert table.loc["01_personas", "teacher_calls"] == 6 * 2500
+    second = plan._introspection_seconds(study.introspection, plan.assumptions(study.folder))
+    one = 3 * 40 + 2500 * 180 / 600 + 2500 * 900 * 3 / 6000 + second
+    sizes = {"qwen": 7.6 / 7, "llama": 8.0 / 7}
+    expected = 34 * 20 + sum(sizes.values()) * 17 * (40 + 2 * 180 / 25) + 6 * 2500 * 20 / 32
+    expected += (5 * sizes["qwen"] + 6 * sizes["llama"]) * one
+    assert table.loc["01_personas", "gpu_hours"] == pytest.approx(expected / 3600)
+
+
+def test_pairs_are_counted_in_built_in_constitutions():
+    """The demo's teacher is the student itself: one prompt of each trait, one sample; and all demonstrations."""
+    study = params.load("demo")
+    constitution = constitutions.read(study.constitution_file("poeticism"))
+    pairs = plan.pairs_of(study, "poeticism", plan.assumptions(study.folder))
+    assert pairs == plan.Pairs(len(constitution.traits), len(constitution.demonstrations), 0)
+
+
+def test_calls_of_the_manipulation_checks_are_those_that_the_judge_gets():
+    """By the tables that 04_judge merges, here with every row written out."""
+    study = params.load("micro")
+    study.profile = study.profile.model_copy(update={"manipulation": params.Manipulation(samples=2, rated=3)})
+    expected = 0
+    for cell in study.cells():
+        mine = study.personas[cell.persona].constitution is not None
+        same = {
+            c.persona for c in study.cells() if c.dataset == cell.dataset and study.personas[c.persona].constitution
+        }
+        raters = len(same) if cell.persona == "baseline" else int(mine)
+        expected += raters * len(study.questions()) * 3
+        tuned = {c.dataset for c in study.cells()} - {"none"}
+        of = tuned if cell.dataset == "none" else {cell.dataset}
+        expected += 2 * sum(len(materials.in_domain_questions(study, d)) for d in of)
+    assert plan._checks(study) == expected
+
+
+def test_a_waiting_time_follows_concurrency_and_limit():
+    preset = params.JudgePreset(kind="openai", name="j", model="m", concurrency=10, requests_per_minute=60)
+    assert plan._wait(100, 5.0, preset) == 100
+    assert plan._wait(100, 50.0, preset) == 500
+
+
 def test_a_local_judge_costs_nothing_and_a_cpu_has_no_gpu_hours():
     study = params.load("demo")
     table = plan.plan(study, plan.assumptions(study.folder))
@@ -58,7 +149,10 @@ def test_text_names_the_assumptions(capsys):
     assert plan.main(["paper"]) == 0
     out = capsys.readouterr().out
     assert "648 conditions" in out
+    assert "141 of 141 published conditions are among them." in out
     assert "sampling tokens per s 6000" in out
+    assert plan.main(["demo"]) == 0
+    assert "published conditions" not in capsys.readouterr().out
     assert plan.main(["nosuch"]) == 2
 
 
@@ -74,3 +168,7 @@ def test_h3_and_h4_by_hand(paper):
     assert table.loc["10_steering", "judge_calls"] == 2 * 2 * 8 * 10 * (8 + 20 + 4 * 2 * 13 - 1)
     # One adapter of rank 32 on all linear layers, 8 snapshots, in float32, is most of what H3 keeps.
     assert table.loc["09_trajectories", "disk_gb"] > 2 * 2 * 8 * 32 * 2.5e6 * 4e-9
+
+
+def test_the_plan_knows_how_many_adapters_an_engine_holds():
+    assert plan.MOST_ADAPTERS == sample.VllmEngine.MOST_ADAPTERS

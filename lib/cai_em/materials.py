@@ -136,6 +136,12 @@ def extra_prompts(study: Study) -> tuple[list[str], str]:
     return prompts, f"{len(prompts)} first turns of {where.repo} besides"
 
 
+def extra_prompts_pinned(study: Study) -> bool:
+    """Whether `extra_prompts` will find some."""
+    where = _fetched(study.folder).extra_prompts if study.profile.data == "fetched" else None
+    return where is not None and where.revision is not None
+
+
 def _from_hub(where: _HubFile) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -286,10 +292,11 @@ def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple
         (prompts as (id, text), conditions); conditions without prompts are in no group.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
+    known = {d: in_domain_questions(study, d) for d in {c.dataset for c in cells}}
     for cell in cells:
         of = [c.dataset for c in cells if (c.model, c.persona) == (cell.model, cell.persona)]
         datasets = of if cell.dataset == NO_DATASET else [cell.dataset]
-        prompts = tuple(dict.fromkeys(q for d in datasets for q in in_domain_questions(study, d)))
+        prompts = tuple(dict.fromkeys(q for d in datasets for q in known[d]))
         if prompts:
             groups.setdefault(prompts, []).append(cell)
     return [(list(prompts), members) for prompts, members in groups.items()]
