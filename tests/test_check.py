@@ -41,6 +41,7 @@ SPOILED = {
     "row outside the domain": ("builtin/datasets/risky_financial.jsonl", lambda f: append(f, ROW), ["risky_financial.jsonl:81"]),
     "no rows": ("builtin/datasets/bad_medical.jsonl", lambda f: f.unlink(), ["bad_medical.jsonl", "no such file"]),
     "malformed constitution": ("builtin/constitutions/poeticism.yaml", lambda f: f.write_text("traits: 3\n"), ["poeticism.yaml", "traits"]),
+    "bottomless constitution": ("builtin/constitutions/poeticism.yaml", lambda f: f.write_text("traits: " + "[" * 3000 + "]" * 3000), ["poeticism.yaml", "nested too deep"]),
     "no constitution": ("builtin/constitutions/poeticism.yaml", lambda f: f.unlink(), ["poeticism.yaml", "No such file"]),
     "constitution that is a folder": ("builtin/constitutions/poeticism.yaml", lambda f: (f.unlink(), f.mkdir()), ["poeticism.yaml", "directory"]),
     "prompts without an answer": ("builtin/judge_prompts.yaml", lambda f: f.write_text("aligned: hi\ncoherent: ho\n"), ["judge_prompts.yaml", "{answer}"]),

@@ -106,6 +106,8 @@ def read(path: str | Path) -> Constitution:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConstitutionError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise ConstitutionError(f"{path}: not valid YAML: brackets or blocks are nested too deep") from error
     if not isinstance(data, dict):
         raise ConstitutionError(f"{path}: must be a mapping with the keys {', '.join(Constitution.model_fields)}")
     lines, repeated_keys = _lines(node)

@@ -96,7 +96,8 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple, int]]:
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        # An alias begins with a star: without one in the text, there is no need to parse it twice.
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ParamsError(f"{path}: YAML aliases (*name) are not allowed; write the value out")
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
