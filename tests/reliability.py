@@ -364,6 +364,8 @@ def injections(folder: Path) -> pd.DataFrame:
 BAD_INPUT = {
     "parameter files: contradictions and wrong values": ("test_params.py", "test_bad_parameters_are_refused_by_name"),
     "parameter files: broken YAML": ("test_params.py", "test_broken_yaml_names_file_and_line or test_not_utf8"),
+    "parameter files: a key in them (and not told again)": ("test_params.py", "test_a_key_in_the_parameters"),
+    "texts of a study, before any work": ("test_check.py", "test_a_bad_file_is_named_before_any_work"),
     "constitutions": ("test_constitutions.py", "test_bad_files_are_named_with_line_and_key or test_broken"),
     "data sets": ("test_materials.py", "test_a_malformed_row_is_named"),
     "judge prompts": ("test_judge_parse.py", "test_bad_prompt_files_are_explained"),
