@@ -66,7 +66,7 @@ class Numbers:
         self.all: dict[str, Number] = {}
         self.used: set[str] = set()
         self.files: set[Path] = set()
-        self.tables: dict[str, tuple[Path, pd.DataFrame | None]] = {}
+        self.tables: dict[str, tuple[Path, pd.DataFrame | None, int]] = {}
 
     def add(self, name: str, value: object, unit: str, source: Path | str, how: str) -> str:
         """Record a value; returns it as a link to its line in the appendix.
@@ -98,13 +98,14 @@ class Numbers:
         self.files.add(Path(source).resolve())
         return os.path.relpath(Path(source).resolve(), self.repository)
 
-    def csv(self, source: Path, frame: pd.DataFrame | None = None, stem: str = "") -> str:
+    def csv(self, source: Path, frame: pd.DataFrame | None = None, stem: str = "", more: int = 0) -> str:
         """The name of the table beside the page that holds a result table; it is written with the other tables.
 
         Args:
             source: a Parquet or CSV file; or any file, with `frame` as what to show of it.
             frame: what to write in place of the whole file.
             stem: what to call it; the file's own stem by default.
+            more: how many further files `frame` was gathered from.
 
         Raises:
             ValueError: two files would get the same name.
@@ -117,7 +118,7 @@ class Numbers:
         if self.tables.get(name, (source,))[0] != source:
             raise ValueError(f"{name}: both {self.tables[name][0]} and {source} would be written under this name")
         if frame is not None or name not in self.tables:
-            self.tables[name] = (source, frame)
+            self.tables[name] = (source, frame, more)
         return name
 
     def trace(self, *sources: Path) -> str:
@@ -154,7 +155,7 @@ class Numbers:
     def write_tables(self, folder: Path) -> None:
         """The tables beside the page, as CSV; floats with ten digits."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (source, frame) in self.tables.items():
+        for name, (source, frame, _) in self.tables.items():
             frame = read_table(source) if frame is None else frame
             frame.to_csv(folder / name, index=False, float_format="%.10g")
 
@@ -557,7 +558,7 @@ def _provenance(x: Inputs, numbers: Numbers) -> dict[str, str]:
         return {"provenance": "**In this run** no manifest of a training was found: nothing can be said of adapters.\n"}
     header = ["model", "persona", "dataset", "seed", "active", "trainable", "base_trainable", "dtype", "steps"]
     frame = pd.DataFrame(rows, columns=header)
-    table = numbers.csv(manifests[0], pd.DataFrame(rows, columns=header), "adapters")
+    table = numbers.csv(manifests[0], pd.DataFrame(rows, columns=header), "adapters", len(manifests) - 1)
     frame = numbers.tables[table][1]
     stacked = frame[frame["persona"] != BASELINE]
     right = stacked[(stacked["active"] == "persona + em") & (stacked["trainable"] == "em")]
@@ -1318,9 +1319,10 @@ def _sources(numbers: Numbers) -> str:
     caption = "Where each number of the text comes from: the table beside this page, and how it follows from it."
     first = floating("tbl-sources", pipe_table(rows, ["Name", "Value", "Unit", "Table", "How"], "lrlll"), caption)
     rows = [
-        [f"[{name}]({TABLES_FOLDER}/{name})", f"`{os.path.relpath(file, numbers.repository)}`",
+        [f"[{name}]({TABLES_FOLDER}/{name})",
+         f"`{os.path.relpath(file, numbers.repository)}`" + (f" and {more} more like it" if more else ""),
          f"`{params.file_hash(file)[:12]}`"]
-        for name, (file, _) in sorted(numbers.tables.items())
+        for name, (file, _, more) in sorted(numbers.tables.items())
     ]  # fmt: skip
     caption = "The tables beside this page, the file that each was written from, and the beginning of its SHA-256."
     second = floating("tbl-tables", pipe_table(rows, ["Table", "Made from", "SHA-256"], "lll"), caption)

@@ -78,7 +78,10 @@ local function callout(div)
     if what then
       local title = pandoc.Inlines{ pandoc.Str((what:gsub('^%l', string.upper))) }
       if div.content[1] and div.content[1].t == 'Header' then title = div.content:remove(1).content end
-      div.content:insert(1, pandoc.Div({ pandoc.Plain{ pandoc.Strong(title) } }, { class = 'callout-title' }))
+      local heading = pandoc.Div({ pandoc.Plain{ pandoc.Strong(title) } }, { class = 'callout-title' })
+      div.content:insert(1, pandoc.RawBlock('typst', '#block(sticky: true)['))
+      div.content:insert(2, heading)
+      div.content:insert(3, pandoc.RawBlock('typst', ']'))
       div.classes:insert('callout')
       return div
     end
