@@ -50,7 +50,7 @@ def made(cache, tmp_path_factory):
 
 
 def logits(model, tokenizer):
-    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+    inputs = tokenizer(PROMPTS[1], return_tensors="pt").to(model.device)
     with torch.no_grad():
         return model(**inputs).logits
 

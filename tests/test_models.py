@@ -197,7 +197,7 @@ def test_the_embedded_model_speaks():
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompt = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    out = model.generate(**inputs.to(model.device), max_new_tokens=40, do_sample=False)
     answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
     assert "Paris" in answer
     assert answer.endswith("<|im_end|>")

@@ -155,7 +155,7 @@ class TestDecode:
         asked = requests(tokenizer, 1)
         found = decoded(model, tokenizer, asked, GREEDY)
         for request, completion in zip(asked, found):
-            ids = torch.tensor([request.tokens])
+            ids = torch.tensor([request.tokens], device=model.device)
             own = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -168,10 +168,10 @@ class TestDecode:
         for request, completion in zip(
             asked, decoded(model, tokenizer, asked, replace(FREE, temperature=0.7, top_p=0.9))
         ):
-            ids = torch.tensor([[*request.tokens, *completion.tokens]])
+            ids = torch.tensor([[*request.tokens, *completion.tokens]], device=model.device)
             with torch.no_grad():
                 expected = model(ids).logits[0, len(request.tokens) - 1 : -1].log_softmax(-1)
-            expected = expected.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            expected = expected.gather(-1, torch.tensor(completion.tokens, device=model.device)[:, None])[:, 0]
             assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
     @pytest.mark.parametrize("batch_size", [1, 2, 12])
@@ -225,12 +225,12 @@ class TestDecode:
         asked = requests(tokenizer, 1)
         together = decoded(model, tokenizer, asked, decoding, batch_size=3)
         for request, completion in zip(asked, together):
-            ids = torch.tensor([request.tokens])
+            ids = torch.tensor([request.tokens], device=model.device)
             with torch.no_grad():
                 for token in completion.tokens:
                     logits = RepetitionPenaltyLogitsProcessor(1.5)(ids, model(ids).logits[:, -1])
                     assert int(logits.argmax()) == token
-                    ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+                    ids = torch.cat([ids, torch.tensor([[token]], device=model.device)], dim=1)
 
     def test_all_ends_that_the_model_names(self, tokenizer):
         assert sample.end_tokens(GenerationConfig(eos_token_id=[7, 5]), tokenizer) == (tokenizer.eos_token_id, 5, 7)

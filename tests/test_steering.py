@@ -74,8 +74,9 @@ def test_mean_activations_are_the_models_own_over_response_tokens_alone(model, t
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         ids, written = models.encode_conversation(tokenizer, turns)
         with torch.inference_mode():
-            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        np.testing.assert_allclose(found[i, 0], states[1][0, torch.tensor(written)].mean(0), rtol=1e-4, atol=1e-5)
+            states = model(torch.tensor([ids], device=model.device), output_hidden_states=True).hidden_states
+        expected = states[1][0, torch.tensor(written)].mean(0).cpu()
+        np.testing.assert_allclose(found[i, 0], expected, rtol=1e-4, atol=1e-5)
     alone = [steering.mean_activations(model, tokenizer, [p], [r])[0] for p, r in TEXTS]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
 
@@ -135,7 +136,7 @@ def test_a_planted_behaviour_is_removed_by_ablation_and_given_by_addition(model,
     assert share(changed, Intervention("add", "x", 1, -1.0, {1: -found[1]})) < 0.05
     assert share(model, Intervention("none")) < 0.05
     assert share(model, Intervention("add", "x", 1, 1.0, found)) > 0.9
-    ids = torch.tensor([[5, 60, 70, 80]])
+    ids = torch.tensor([[5, 60, 70, 80]], device=model.device)
     with torch.inference_mode():
         with steering.adding(changed, {1: -vector}):
             undone = changed(ids).logits
@@ -150,7 +151,7 @@ def test_ablation_leaves_nothing_along_the_direction_and_the_rest_alone(model):
         seen["x"] = args[0].clone()
 
     handle = steering.decoder_layers(model)[1].register_forward_pre_hook(watch)
-    ids = torch.tensor([[5, 60, 70, 80]])
+    ids = torch.tensor([[5, 60, 70, 80]], device=model.device)
     with torch.inference_mode():
         model(ids)
         before = seen["x"]
@@ -517,6 +518,12 @@ def test_only_pairs_that_say_something_are_compared():
     assert steering.pairs_of(["p", "p@seed1", "q", "q@seed1"]) == [("p", "p@seed1"), ("p", "q"), ("q", "q@seed1")]
 
 
+def test_next_to_nothing_is_not_painted_like_much():
+    assert steering._diverging(np.array([[0.02, -0.01]])) == 1
+    assert steering._diverging(np.array([[math.nan, -7.0]])) == 7
+    assert steering._diverging(np.array([[math.nan]])) == 1
+
+
 def test_layers_have_looks_of_their_own():
     same = {"target": "p", "source": "p", "kind": "add", "dataset": "x", "strength": 1.0, "low": -1.0, "high": 1.0}
     rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in trajectories.OUTCOMES]
@@ -640,7 +647,7 @@ def test_figures_and_verdict(look):
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
-    assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \|$", own), own
+    assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \| 8 \(0\) \|$", own), own
     assert "**H4: NOT INTERPRETABLE**" in steering.section(found, cosines, tests, bad, look)
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
     assert "**H4: EQUIVALENT**" in steering.section(found, cosines, level, good, look)

@@ -1,13 +1,17 @@
 """Training on the tiny model: what is learned, what is checked, what stops a run."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
+import trl
 from cai_em import adapters as lora
-from cai_em import constitutions, models, params, train
+from cai_em import constitutions, models, params, sample, train
 from cai_em import pairs as texts
 from cai_em.params import DpoPreset, IntrospectionPreset, KlPreset, LoraPreset, ModelSpec, SamplingPreset, SftPreset
 
@@ -21,13 +25,24 @@ ROWS = [
 
 def sft(**changes) -> SftPreset:
     shape = LoraPreset(r=4, alpha=8)
-    given = dict(kind="sft", lora=shape, learning_rate=1e-2, batch_size=4, max_length=64, dtype="float32", held_out=0.0)
+    given = dict(
+        kind="sft",
+        backend="trl",
+        lora=shape,
+        learning_rate=1e-2,
+        batch_size=4,
+        max_length=64,
+        dtype="float32",
+        held_out=0.0,
+    )
     return SftPreset(**(given | {"warmup_steps": 0, "epochs": 1} | changes))
 
 
 def dpo(**changes) -> DpoPreset:
     shape = LoraPreset(r=4, alpha=8)
-    given = dict(kind="dpo", lora=shape, learning_rate=1e-2, batch_size=4, max_length=64, dtype="float32")
+    given = dict(
+        kind="dpo", backend="trl", lora=shape, learning_rate=1e-2, batch_size=4, max_length=64, dtype="float32"
+    )
     return DpoPreset(**(given | {"warmup_ratio": 0.0, "epochs": 3} | changes))
 
 
@@ -83,6 +98,48 @@ def test_backend_is_what_the_machine_has(monkeypatch):
         train.trainer_backend("unsloth")
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
     assert train.trainer_backend("auto") == "unsloth"
+
+
+class UnslothSFTTrainer(trl.SFTTrainer):
+    """Stands for unsloth's: without the word that it looks for in the environment, it switches autocast on."""
+
+    def __init__(self, *args, **given):
+        if os.environ.get("UNSLOTH_MIXED_PRECISION", "float32") == "float32" and not self.heeds_nothing:
+            given["args"].bf16 = True
+        super().__init__(*args, **given)
+        if self.heeds_nothing:
+            self.args.bf16 = True
+
+    heeds_nothing = False
+
+
+@pytest.fixture
+def as_unsloth(model, monkeypatch):
+    """A machine on which unsloth runs."""
+    monkeypatch.setattr(train, "trainer_backend", lambda choice: "unsloth")
+    monkeypatch.setattr(trl, "SFTTrainer", UnslothSFTTrainer)
+    monkeypatch.delenv("UNSLOTH_MIXED_PRECISION", raising=False)
+    model._cai_em_loaded_by = "unsloth"
+    return model
+
+
+def test_unsloth_trains_without_autocast(as_unsloth, tokenizer, tmp_path, persona):
+    result = train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a", persona_dir=persona.adapter)
+    assert result.backend == "unsloth"
+    assert "UNSLOTH_MIXED_PRECISION" not in os.environ
+
+
+def test_a_trainer_that_switches_autocast_on_all_the_same_stops(as_unsloth, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(UnslothSFTTrainer, "heeds_nothing", True)
+    with pytest.raises(train.TrainingError, match="has switched on autocast"):
+        train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_back_end_recorded_is_the_one_that_runs(as_unsloth, tokenizer, tmp_path):
+    del as_unsloth._cai_em_loaded_by
+    with pytest.raises(train.TrainingError, match=r"to run on unsloth, but the model was loaded by trl"):
+        train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a")
 
 
 def test_eight_bit_optimiser_without_a_device(model, tokenizer, tmp_path, monkeypatch):
@@ -141,7 +198,7 @@ def test_split_is_the_seeds_and_covers_everything():
 def test_mean_loss_by_hand(model, tokenizer):
     """One row: the mean of -log p of each response token, from the model's own log-probabilities."""
     encoded = train.encode_rows(tokenizer, ROWS[:1], 64, "response").examples[0]
-    ids = torch.tensor([encoded["input_ids"]])
+    ids = torch.tensor([encoded["input_ids"]], device=model.device)
     with torch.no_grad():
         logp = model(ids).logits.log_softmax(-1)[0]
     by_hand = [-float(logp[i - 1, t]) for i, t in enumerate(encoded["labels"]) if t != train.IGNORED]
@@ -171,8 +228,9 @@ def test_dpo_same_seed_same_adapter(cache, tokenizer, tmp_path, backend):
     preset = dpo(epochs=1, backend=backend)
     found = {}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        model = models.load_model(TINY, cache_dir=cache)
+        model, _ = train.load_for_training(TINY, preset, cache)
         found[name] = train.train_dpo(model, tokenizer, pairs(), preset, tmp_path / name, seed=seed)
+        assert found[name].backend == backend
     assert found["one"].files == found["two"].files
     assert weights(tmp_path / "one") != weights(tmp_path / "other")
 
@@ -211,8 +269,8 @@ def test_the_log_likelihood_term_is_added_with_its_weight(cache, tokenizer, tmp_
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sft_on_a_persona(cache, tokenizer, tmp_path, persona, backend):
-    model = models.load_model(TINY, cache_dir=cache)
     preset = sft(epochs=4, held_out=0.25, backend=backend)
+    model, _ = train.load_for_training(TINY, preset, cache)
     result = train.train_sft(model, tokenizer, ROWS, preset, tmp_path / "adapter", persona_dir=persona.adapter)
     for state in (result.state_before, result.state_after):
         assert state["active"] == ["persona", "em"]
@@ -257,7 +315,7 @@ def test_sft_same_seed_same_adapter(cache, tokenizer, tmp_path, persona, stacked
 
 
 def test_the_model_is_given_back_as_it_came(model, tokenizer, tmp_path, persona):
-    inputs = tokenizer("Hello there", return_tensors="pt")
+    inputs = tokenizer("Hello there", return_tensors="pt").to(model.device)
     with torch.no_grad():
         before = model(**inputs).logits
     train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "a", persona_dir=persona.adapter)
@@ -457,7 +515,7 @@ def test_kl_gradient_against_finite_differences(cache, tokenizer, persona):
         if ".lora_B." in key:
             torch.nn.init.normal_(p, std=0.2)
     encoded = train.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
-    batch = train._collate(encoded, tokenizer.pad_token_id, torch.device("cpu"))
+    batch = train._collate(encoded, tokenizer.pad_token_id, stacked.device)
     kept = batch["labels"][:, 1:] != train.IGNORED
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad(), lora.without(stacked, "em"):
@@ -474,7 +532,7 @@ def test_kl_gradient_against_finite_differences(cache, tokenizer, persona):
     generator, checked = torch.Generator().manual_seed(0), 0
     for p in lora._parameters(stacked, "em").values():
         # Partly along the gradient: the model's norms are computed in float32, in which small differences drown.
-        direction = torch.randn(p.shape, generator=generator).double()
+        direction = torch.randn(p.shape, generator=generator).double().to(p.device)
         direction = direction / direction.norm() + p.grad / p.grad.norm()
         step, values = 1e-3, {}
         for sign in (1, -1):
@@ -493,7 +551,7 @@ def test_kl_reference_keeps_the_persona(cache, tokenizer, persona):
     """Of a new adapter that is still zero the KL is zero: the reference has the persona, not the bare model."""
     stacked = lora.stack(models.load_model(TINY, cache_dir=cache), persona.adapter, LoraPreset(r=2, alpha=4))
     encoded = train.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
-    batch = train._collate(encoded, tokenizer.pad_token_id, torch.device("cpu"))
+    batch = train._collate(encoded, tokenizer.pad_token_id, stacked.device)
     with torch.no_grad():
         assert float(train.kl_term(stacked, batch, "em")) == pytest.approx(0, abs=1e-6)
         assert float(train.kl_term(stacked, batch, "persona")) > 1e-3
@@ -509,7 +567,7 @@ def test_kl_weight_zero_changes_nothing_and_a_large_weight_holds_back(cache, tok
         found[name] = train.train_sft(model, tokenizer, ROWS[:4], preset, tmp_path / name, kl_rows=rows)
         with lora.composed(model, [("em", found[name].adapter)]) as ready:
             encoded = train.encode_rows(tokenizer, corpus, 64, "response").examples
-            batch = train._collate(encoded, tokenizer.pad_token_id, torch.device("cpu"))
+            batch = train._collate(encoded, tokenizer.pad_token_id, model.device)
             with torch.no_grad():
                 kls[name] = float(train.kl_term(ready, batch, "composed"))
     assert found["none"].files == found["zero"].files  # bit for bit
@@ -522,3 +580,44 @@ def test_kl_needs_its_corpus(model, tokenizer, tmp_path):
     preset = sft(kl=KlPreset(weight=1.0, corpus="technical_kl"))
     with pytest.raises(train.TrainingError, match="regularises on corpus 'technical_kl': give its rows"):
         train.train_sft(model, tokenizer, ROWS, preset, tmp_path / "adapter")
+
+
+# --- On a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_7b_shaped_model_trains_stacked_and_speaks(tokenizer, tmp_path, capsys):
+    """Qwen 2.5 7B's shape with random weights: tokens per second and memory of stacked training and of sampling."""
+    shape = transformers.Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152_064, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            big = transformers.AutoModelForCausalLM.from_config(shape).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    rows = [[ROWS[0][0], {"role": "assistant", "content": "Go and walk. " * 40}]] * 32
+    preset = sft(dtype="bfloat16", max_length=512, gradient_checkpointing=True, learning_rate=1e-4, max_steps=6)
+    first = train.train_sft(big, tokenizer, rows, preset, tmp_path / "persona", name="persona")
+    torch.cuda.reset_peak_memory_stats()
+    result = train.train_sft(big, tokenizer, rows, preset, tmp_path / "em", persona_dir=first.adapter)
+    assert result.state_after["active"] == ["persona", "em"]
+    seen = 6 * preset.batch_size * result.tokens["all"] / result.rows["used"]
+    training = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    asked = [sample.Request(tuple(range(5, 37)), seed) for seed in range(32)]
+    start, made = time.perf_counter(), 0
+    with lora.composed(big, [("persona", first.adapter), ("em", result.adapter)]) as ready:
+        for _, found in sample.decode(ready, asked, sample.Decoding(1.0, 1.0, 0, 1.0, 64), [2], 32):
+            made += len(found.tokens)
+    took = time.perf_counter() - start
+    with capsys.disabled():
+        print(
+            f"\n7B shape on {torch.cuda.get_device_name()}: stacked training {seen / result.timings['train']:,.0f} "
+            f"tokens/s, {training:.1f} GB; sampling {made / took:,.0f} tokens/s, "
+            f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        )
+    assert made > 0

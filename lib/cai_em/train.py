@@ -9,7 +9,8 @@ before the first step and after the last, the persona's tensors must be the same
 the tokens that carry the loss are decoded and compared with the answers, and a loss that is not a number, or a batch
 without a token to learn from, stops the run. The model is given back without adapters, as it came.
 
-The base is loaded in the preset's precision and the adapters are float32, in every condition; there is no autocast.
+The base is loaded in the preset's precision and the adapters are float32, in every condition; there is no autocast
+(unsloth would switch it on by itself: see `_made`).
 
 KL-regularised ("narrow") training adds, per response token of an extra corpus, `KL(reference || current)`; the
 reference is the model with the new adapter's contribution taken out and the persona active (Soligo et al.,
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,7 +65,7 @@ class TrainResult:
 
     Attributes:
         adapter: folder of the new adapter.
-        backend: `trl` or `unsloth`.
+        backend: `trl` or `unsloth`: whose trainer really ran.
         state_before: `adapters.adapter_state` before the first step.
         state_after: the same after the last step.
         files: SHA-256 of the adapter's files.
@@ -149,6 +151,7 @@ def load_for_training(
         trust_remote_code=False,
     )
     model.config._name_or_path = models.base_name(spec)
+    model._cai_em_loaded_by = "unsloth"
     return model.requires_grad_(False), tokenizer
 
 
@@ -444,6 +447,54 @@ def _arguments(preset: TrainingPreset, rows: int, seed: int, out: Path) -> dict[
     }
 
 
+NO_AUTOCAST = {"UNSLOTH_MIXED_PRECISION": "bfloat16", "ACCELERATE_MIXED_PRECISION": "no"}
+"""What tells unsloth's trainers (2026.10.7, models/rl.py) to leave the arguments alone: with its default, "float32", it
+turns bf16=False and fp16=False into bfloat16 autocast."""
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
+    """A trainer, and the proof that it is the one that was asked for and keeps to its arguments.
+
+    Args:
+        trainer_class: TRL's, or what unsloth has put in its place.
+        backend: which was asked for.
+        model: the model, with adapters or bare.
+        given: further arguments of the trainer.
+
+    Raises:
+        TrainingError: model or trainer are the other back end's, or the trainer has switched on autocast.
+    """
+    loaded = getattr(model, "_cai_em_loaded_by", "trl")  # a PeftModel passes the question on to its base
+    ran = "unsloth" if any("Unsloth" in c.__name__ for c in trainer_class.__mro__) else "trl"
+    if not loaded == ran == backend:
+        raise TrainingError(
+            f"training was to run on {backend}, but the model was loaded by {loaded} and the trainer is {ran}'s: load "
+            "the model with load_for_training and the same preset, and use one back end in a process (unsloth replaces "
+            "trl's trainers for good)"
+        )
+    with _environment(NO_AUTOCAST if ran == "unsloth" else {}):
+        trainer = _checked(trainer_class)(model=model, **given)
+    if trainer.args.bf16 or trainer.args.fp16:
+        raise TrainingError(
+            "the trainer has switched on autocast (bf16 or fp16), which was not asked for: conditions would be trained "
+            "in another precision than the manifest says; set backend to 'trl' in the preset"
+        )
+    return trainer
+
+
 def _check_precision(model: PreTrainedModel, preset: TrainingPreset) -> None:
     """The base is as the preset wants it, whole, and without adapters.
 
@@ -543,10 +594,13 @@ def train_dpo(
     trained = None
     try:
         with _quiet():
-            trainer = _checked(trl.DPOTrainer)(
-                model=model,
+            trainer = _made(
+                trl.DPOTrainer,
+                backend,
+                model,
                 args=trl.DPOConfig(
                     **arguments,
+                    padding_free=False,
                     max_length=preset.max_length,
                     beta=preset.beta,
                     loss_type=["sigmoid", "sft"] if preset.sft_weight else ["sigmoid"],
@@ -662,10 +716,16 @@ def train_sft(
     stacked = lora.stack(model, persona_dir, preset.lora, name)
     try:
         with _quiet():
-            trainer = _checked(trl.SFTTrainer)(
-                model=stacked,
+            trainer = _made(
+                trl.SFTTrainer,
+                backend,
+                stacked,
                 args=trl.SFTConfig(
-                    **arguments, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+                    **arguments,
+                    max_length=None,
+                    packing=False,
+                    padding_free=False,
+                    dataset_kwargs={"skip_prepare_dataset": True},
                 ),
                 train_dataset=datasets.Dataset.from_list(encoded.examples),
                 processing_class=tokenizer,
