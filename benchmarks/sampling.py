@@ -7,8 +7,8 @@
 Merge-save-load is how the published study sampled: for each condition load base and tokenizer, merge the adapters,
 save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted.)
 Ours loads the base once, puts LoRA layers into it once, and exchanges the tensors in them from condition to condition.
-Beyond decoding is everything but `decode`; our probe (the proof that the right adapters are active, which the other way
-does not have) is shown by itself and counted in the second ratio. Exit code 1 if the first ratio is below 10.
+Beyond decoding is everything but `decode`, our probe included (the proof that the right adapters are active, which the
+other way does not have; the ratio without it is printed too). Exit code 1 if the ratio with the probe is below 10.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def main() -> int:
         in_place, _ = one_engine(spec, merged, jobs, decoding, probes) if args.backend == "transformers" else ({}, 0)
     plain = plain_speed(spec, preset, requests)
 
-    ratio = beyond_decoding(theirs) / beyond_decoding(ours, ("probe",))
-    with_probe = beyond_decoding(theirs) / beyond_decoding(ours)
+    ratio = beyond_decoding(theirs) / beyond_decoding(ours)
+    without_probe = beyond_decoding(theirs) / beyond_decoding(ours, ("probe",))
     print(
         f"{spec.label}, {len(ARMS)} conditions x {len(requests)} responses of up to {args.tokens} tokens, {args.dtype}"
     )
@@ -158,8 +158,8 @@ def main() -> int:
     say(f"one engine ({args.backend})", ours)
     if in_place:
         say("one engine, merged in place", in_place)
-    print(f"  beyond decoding, without the probe {ratio:.1f} x less time")
-    print(f"  beyond decoding, with the probe    {with_probe:.1f} x less time")
+    print(f"  beyond decoding, with the probe    {ratio:.1f} x less time")
+    print(f"  beyond decoding, without the probe {without_probe:.1f} x less time")
     speed = tokens / ours["decode"]
     print(
         f"  tokens per second                 {speed:.0f} ours with adapters, {plain:.0f} plain generate on the base:",
@@ -167,7 +167,8 @@ def main() -> int:
     )
     print(f" {speed / plain:.2f} x", end="")
     print(f"; {tokens / in_place['decode'] / plain:.2f} x merged in place" if in_place else "")
-    print(f"goal (at least {TARGET:.0f} x less time beyond decoding): {'met' if ratio >= TARGET else 'NOT MET'}")
+    verdict = "met" if ratio >= TARGET else "NOT MET"
+    print(f"goal (at least {TARGET:.0f} x less time beyond decoding, with the probe): {verdict}")
     return 0 if ratio >= TARGET else 1
 
 
