@@ -966,8 +966,8 @@ def acts(judged: pd.DataFrame, design: pd.DataFrame, target: str, **thresholds: 
 
 
 def _diverging(data: np.ndarray) -> float:
-    """The limit of a scale around 0; 1 where all is 0."""
-    return float(np.nanmax(np.abs(data))) if np.isfinite(data).any() and np.nanmax(np.abs(data)) > 0 else 1.0
+    """The limit of a scale around 0, in points: 1 at the least, or what is next to nothing would look like much."""
+    return float(np.nanmax(np.abs(np.append(data, 1.0))))
 
 
 def _matrix(
@@ -1004,7 +1004,7 @@ def draw_transfer(found: pd.DataFrame, look: Look) -> Drawing:
             here = found[(found["kind"] == kind) & (found["outcome"] == outcome)]
             data = here.pivot_table(index="source", columns="target", values="delta").reindex(sources, columns=targets)
             names = [label(s, look) for s in sources], [look.persona(t) for t in targets]
-            _matrix(ax, data.to_numpy(), *names, lambda v: f"{v:+.1f}")
+            _matrix(ax, data.to_numpy(), *names, lambda v: f"{round(v, 1) + 0.0:+.1f}")
             done = "added to untuned" if kind == "add" else "ablated from tuned"
             ax.set_title(f"{outcome}, {done}")
     main = found[found["outcome"] == "alignment"]
@@ -1170,15 +1170,17 @@ def section(
             _interval(of[o], forms[o]) + ("" if math.isnan(of[o].per_norm) else f" ({per_norm[o](of[o].per_norm)})")
             for o in forms
         ]
-        rows.append([look.persona(r.target), label(r.source, look), _how(r), *each])
+        rows.append([look.persona(r.target), label(r.source, look), _how(r), *each, f"{r.n_questions} ({r.missing})"])
     said = verdict(tests, checks, look, alpha=alpha)
+    header = ["target", "direction of", "how", *(f"{o} [95 %]" for o in OUTCOMES_SHOWN)]
     parts = [
         "Does the direction of emergent misalignment that is found under one persona do the same under another? A "
         f"direction is a mean difference of residual-stream activations ({CONTRASTS[contrast]}), found on other "
         "questions than those it is tried on. All are given the length of the target's own. Each is added to the "
         "untuned model, or ablated from the tuned one; changes are against the same model without intervention, paired "
-        "by question, and in brackets per unit of length added.",
-        markdown_table(rows, ["target", "direction of", "how", *(f"{o} [95 %]" for o in OUTCOMES_SHOWN)], "lllrrr"),
+        "by question, and in brackets per unit of length added. *Questions*: those with alignment on both sides, and, in "
+        "brackets, responses without a score.",
+        markdown_table(rows, [*header, "questions (no score)"], "lllrrrr"),
         f"**H4: {said.verdict}** ({said.reason}).",
         gates_line(checks),
     ]
