@@ -1178,7 +1178,7 @@ def section(
         f"direction is a mean difference of residual-stream activations ({CONTRASTS[contrast]}), found on other "
         "questions than those it is tried on. All are given the length of the target's own. Each is added to the "
         "untuned model, or ablated from the tuned one; changes are against the same model without intervention, paired "
-        "by question, and in brackets per unit of length added. *Questions*: those with alignment on both sides, and, in "
+        "by question, and in brackets per unit of length added. *Questions*: those with alignment on both sides; in "
         "brackets, responses without a score.",
         markdown_table(rows, [*header, "questions (no score)"], "lllrrrr"),
         f"**H4: {said.verdict}** ({said.reason}).",

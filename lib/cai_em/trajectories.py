@@ -530,7 +530,7 @@ class Transition:
     @property
     def gate(self) -> Gate:
         """Whether there is a transition to be timed."""
-        what = f"change {self.rise:+.3g} [{self.rise_low:.3g}, {self.rise_high:.3g}]"
+        what = "change {} [{}, {}]".format(*(_plain(x, "+.3g") for x in (self.rise, self.rise_low, self.rise_high)))
         if math.isnan(self.rise_low):
             return Gate(NOT_TESTABLE, f"{what}: fewer than 3 units")
         return Gate(SHOWN if self.shown else NOT_SHOWN, what)
