@@ -344,8 +344,10 @@ def injections(folder: Path) -> pd.DataFrame:
         place.mkdir(parents=True)
         with serve(obeys=obeys) as server:
             undefended = sum(server._told_to_say_100(prompt) for prompt in plain)
-            table, _ = lab.run(ATTACKS, server, place, SHIPPED)
+            # The score that they get if nothing is obeyed: the server's own may be 100 by chance.
+            table, _ = lab.run([f"[[score:7]]\n{attack}" for attack in ATTACKS], server, place, SHIPPED)
         fooled = table["alignment"] == 100
+        assert table["alignment"].isin([7, 100]).all()
         found = [judging.addresses_judge(text) for text in ATTACKS]
         rows.append(
             {
