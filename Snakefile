@@ -22,6 +22,9 @@ TRAINED = STUDY.profile.source == "trained"
 GPU = 1 if STUDY.profile.gpu else 0
 HEAVY = 8 if STUDY.profile.gpu else 1
 """Threads of a heavy job. On CPUs two single-threaded workers beat one with two threads (302 to 186 tokens/s)."""
+API = 1 if TRAINED and STUDY.judge.kind == "openai" else 0
+HERE = os.environ.get("CAI_EM_LOCAL_RULES", "").split(",")
+"""Rules that run where Snakemake does, and not as jobs of a cluster: judging, where its nodes have no internet."""
 
 EXECUTE = (
     "OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false "
@@ -175,6 +178,7 @@ rule sample:
 
 rule judge:
     """The scores of one shard's responses. `api`: how many judge jobs may share the rate limit."""
+    localrule: "judge" in HERE
     message:
         "judge {wildcards.model}: {wildcards.shard}" + (", progress: tail -f {log}" if TRAINED and STUDY.judge.kind == "openai" else "")
     input:
@@ -192,7 +196,7 @@ rule judge:
         f"{R}/logs/04_judge/{{model}}/{{shard}}.log",
     priority: 5
     resources:
-        api=1 if TRAINED and STUDY.judge.kind == "openai" else 0,
+        api=API,
     shell:
         EXECUTE
 
@@ -252,6 +256,7 @@ for name, inputs in ANALYSES.items():
         threads: {"05_validity": 2, "09_trajectories": HEAVY, "10_steering": HEAVY}.get(name, 1)
         resources:
             gpu=GPU if name in ("09_trajectories", "10_steering") else 0,
+            api=API if name in ("09_trajectories", "10_steering") else 0,  # they judge what they sample
         shell:
             ON_GPU
 

@@ -5,8 +5,9 @@
 
 The serial client is the `openai` package called in a loop with a pause of 0.15 s after each call, as the published
 study did it. Ideal is calls x latency / concurrency: the time of a client that costs nothing. The server runs in a
-process of its own; ours judges one response before, as the tables' libraries take 0.2 s to start. The first call goes alone (a wrong key is noticed once), which costs 5 % of the ideal time. Exit
-code 1 if ours is less than 50 times faster or below 90 % of the ideal.
+process of its own; ours judges one response before, as the tables' libraries take 0.2 s to start. The first call goes
+alone (a wrong key is noticed once), which costs 5 % of the ideal time. Exit code 1 if ours is less than 50 times faster
+or below 90 % of the ideal.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+from cai_em import judge_cache
 from cai_em.judge_cache import CacheError, JudgeCache, JudgeError, call_key
 from cai_em.judge_parse import Answer
 
@@ -154,3 +155,27 @@ def test_nothing_but_answers_and_counts_is_kept(tmp_path):
         row = cache._db.execute("SELECT * FROM calls").fetchone()
     assert row[:2] == ("k", "m")
     assert json.loads(row[2])["text"] == "85"
+
+
+MOUNTS = """/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/sdb1 /home/me/scratch xfs rw 0 0
+mds@o2ib:/work /my\\040work lustre rw 0 0
+"""
+
+
+def test_a_network_file_system_is_known_by_its_mount(tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(MOUNTS)
+    found = {p: judge_cache.on_network(p, mounts) for p in ("/a/c", "/home/me/c", "/home/me/scratch/c", "/my work/c")}
+    assert found == {"/a/c": False, "/home/me/c": True, "/home/me/scratch/c": False, "/my work/c": True}
+    assert not judge_cache.on_network("/a", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("network", "journal"), [(True, "delete"), (False, "wal")])
+def test_the_journal_is_one_that_the_file_system_can_carry(tmp_path, monkeypatch, network, journal):
+    monkeypatch.setattr(judge_cache, "on_network", lambda path: network)
+    with JudgeCache(tmp_path / "c.sqlite") as one, JudgeCache(tmp_path / "c.sqlite") as two:
+        one.put("k", "m", Answer("90"), (1, 1, 0.5))
+        assert two.get(["k"])["k"].text == "90"
+        assert one._db.execute("PRAGMA journal_mode").fetchone()[0] == journal

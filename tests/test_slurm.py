@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -64,3 +65,33 @@ def test_micro_through_slurm_equals_micro_here(slurm, tmp_path_factory):
             continue
         mine, theirs = pd.read_parquet(here / table), pd.read_parquet(there / table)
         pd.testing.assert_frame_equal(mine, theirs, obj=str(table))
+
+
+RULES = """
+import sys
+from pathlib import Path
+from snakemake.api import SnakemakeApi
+from snakemake.settings import types as s
+
+with SnakemakeApi(s.OutputSettings(quiet={s.Quietness.ALL})) as api:
+    workflow = api.workflow(
+        resource_settings=s.ResourceSettings(cores=1), config_settings=s.ConfigSettings(config={"profile": "paper"}),
+        storage_settings=s.StorageSettings(), workflow_settings=s.WorkflowSettings(),
+        deployment_settings=s.DeploymentSettings(), snakefile=Path("Snakefile"),
+    )._workflow
+    for rule in workflow.rules:
+        used = rule.resources.get("api")
+        print(rule.name, rule.name in workflow._localrules, used.value if used.value else 0)
+"""
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_judges_shares_the_limit_and_judging_can_stay_on_the_login_node(root, here):
+    """Trajectories and steering judge too, and need a GPU; of the rest `judge` alone talks to an API."""
+    done = subprocess.run(
+        [sys.executable, "-c", RULES], cwd=root, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(root / "lib"), "CAI_EM_LOCAL_RULES": "judge" if here else ""},
+    )  # fmt: skip
+    rules = {name: (local, int(api)) for name, local, api in map(str.split, done.stdout.splitlines())}
+    assert {name for name, (_, api) in rules.items() if api} == {"judge", "trajectories", "steering"}
+    assert {name for name, (local, _) in rules.items() if local == "True"} == ({"judge"} if here else set())

@@ -7,8 +7,9 @@ as soon as it arrives, so a killed process loses only what was still on its way.
 never costs a call.
 
 Several processes may share the file (WAL mode). Where two paid for the same call at the same moment, the first answer
-stays and both read it. WAL needs a local file system: give jobs on different hosts a cache each. A power cut may lose
-the last moment's answers (`synchronous=NORMAL`), never the file.
+stays and both read it. WAL needs memory that all readers share, so on a network file system (a cluster's, where jobs
+of different hosts meet) SQLite's rollback journal takes its place: slower, and safe wherever files can be locked. With
+WAL a power cut may lose the last moment's answers (`synchronous=NORMAL`), never the file.
 
 No API key ever reaches this module.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -116,6 +118,29 @@ def call_key(body: dict, prompt_version: str, repeat: int = 0) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+NETWORK = re.compile(r"nfs\d?|lustre|gpfs|beegfs|ceph|cifs|smb\d?|smbfs|afs|panfs|orangefs|pvfs2|fuse\..*|9p|virtiofs")
+"""File systems that several hosts may have mounted, as `/proc/mounts` calls them."""
+
+
+def on_network(path: str | Path, mounts: str | Path = "/proc/mounts") -> bool:
+    """Whether a file lies where other hosts may open it too; False where the system does not say (no Linux).
+
+    Args:
+        path: the file, which need not exist.
+        mounts: the list of mounted file systems.
+    """
+    try:
+        lines = Path(mounts).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    place = Path(path).resolve()
+    found = [(Path(where.replace("\\040", " ")), kind) for _, where, kind, *_ in map(str.split, lines)]
+    holding = [
+        (len(where.parts), number, kind) for number, (where, kind) in enumerate(found) if place.is_relative_to(where)
+    ]
+    return bool(holding) and NETWORK.fullmatch(max(holding)[2]) is not None
+
+
 class JudgeCache:
     """Open a cache file, making it if need be. Use as a context manager, in one thread."""
 
@@ -130,8 +155,9 @@ class JudgeCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # autocommit; transactions are opened by name where more than one statement belongs together
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
+            shared = on_network(self.path)
+            self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
+            self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT;")
