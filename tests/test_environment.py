@@ -382,3 +382,14 @@ def test_the_lock_resolves_by_metadata_and_is_complete(root, uv, name):
     if name == "cpu.lock":
         missing = {m for m in missing if not m.startswith(("nvidia-", "cuda-")) and m != "triton"}
     assert not missing
+
+
+# --- The code's own form -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(root, command):
+    """Library, tests, benchmarks and notebooks."""
+    ruff = Path(sys.executable).with_name("ruff")
+    done = subprocess.run([ruff, *command, "--no-cache", "--quiet", root], capture_output=True, text=True)
+    assert done.returncode == 0, f"ruff {' '.join(command)} (mend with: ruff {command[0]} .)\n{done.stdout[-3000:]}"

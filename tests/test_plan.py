@@ -172,3 +172,9 @@ def test_h3_and_h4_by_hand(paper):
 
 def test_the_plan_knows_how_many_adapters_an_engine_holds():
     assert plan.MOST_ADAPTERS == sample.VllmEngine.MOST_ADAPTERS
+
+
+def test_the_documented_downloads_are_the_models_of_the_study(root):
+    text = (root / "docs" / "full-study.md").read_text()
+    for spec in params.load("paper").models.values():
+        assert f"hf download {spec.hub_id} --revision {spec.revision}" in text
