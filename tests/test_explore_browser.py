@@ -139,10 +139,20 @@ def browser(tmp_path) -> Iterator[str]:
 
 
 async def visit(address: str, debugger: str, picture: Path) -> None:
-    """Open the notebook, run it, press cells of the heat map, search, open the table."""
+    """Connect to the browser, and look at the notebook in it."""
     from tornado.websocket import websocket_connect
 
-    page = Page(await websocket_connect(debugger, max_message_size=10**9))
+    connection = await websocket_connect(debugger, max_message_size=10**9)
+    try:
+        await look(Page(connection), address, picture)
+    finally:
+        connection.close()
+        while await connection.read_message() is not None:
+            pass  # what was still on its way; None: the browser has closed, too
+
+
+async def look(page: Page, address: str, picture: Path) -> None:
+    """Open the notebook, run it, press cells of the heat map, search, open the table."""
     await page.call("Page.enable")
     await page.call("Page.navigate", url=address)
     await page.until("!!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell'))", "the notebook")
@@ -184,7 +194,6 @@ async def visit(address: str, debugger: str, picture: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to show JupyterLab in")
-@pytest.mark.filterwarnings("ignore")  # tornado's own, when a socket is closed with the browser
 def test_the_explorer_in_a_real_browser(lab, browser, tmp_path):
     address, _ = lab
     picture = tmp_path / "explorer.png"

@@ -1321,7 +1321,7 @@ def _sources(numbers: Numbers) -> str:
     rows = [
         [f"[{name}]({TABLES_FOLDER}/{name})",
          f"`{os.path.relpath(file, numbers.repository)}`" + (f" and {more} more like it" if more else ""),
-         f"`{params.file_hash(file)[:12]}`"]
+         f"`{params.file_hash(file)[:8]}`"]
         for name, (file, _, more) in sorted(numbers.tables.items())
     ]  # fmt: skip
     caption = "The tables beside this page, the file that each was written from, and the beginning of its SHA-256."
