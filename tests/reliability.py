@@ -831,7 +831,8 @@ The writers alone, each in a process of its own, killed at its worst instant; wh
 
 {markdown(found["writers"])}
 
-Run again, each left the new one, whole.
+Run again, each left the new one, whole. (Between two renames an adapter's folder is absent, for microseconds; a stage without its
+manifest runs again in any case, and no other stage reads what has none.)
 
 ## A full disk
 
