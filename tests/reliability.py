@@ -811,7 +811,7 @@ The same measurements, shorter, are tests (`tests/test_kills.py`, `tests/test_od
 ## Kills
 
 A grid of {len(two["order"]) + 1} jobs takes a tiny random model through every stage. An HTTP server on loopback is its judge{" and its persona's teacher" if kills.teacher_calls else ""}, and
-counts: {" + ".join(map(str, kills.calls))} calls in {len(kills.calls)} runs from nothing{f", {kills.teacher_calls} of them to the teacher" if kills.teacher_calls else ""}. Each run was killed again and again; after each kill, the same
+counts: {" + ".join(map(str, kills.calls))} calls in {len(kills.calls)} run{"s" if len(kills.calls) > 1 else ""} from nothing{f", {kills.teacher_calls} of them to the teacher" if kills.teacher_calls else ""}. Each run was killed again and again; after each kill, the same
 command went on ({kills.seconds / 60:.0f} minutes in all).
 
 {markdown(kill_table(kills))}
@@ -867,7 +867,7 @@ Each kind in *every* attempt at some calls, among others that are answered: retr
 
 Faults that no retry mends, with 200 calls to make: the run stops, and says so.
 
-{markdown(found["stops"].assign(said=found["stops"]["said"].map(_short)))}
+{markdown(found["stops"].assign(said=found["stops"]["said"].map(lambda said: _short(said, 200))))}
 
 ## Prompt injection
 
