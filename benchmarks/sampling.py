@@ -167,8 +167,9 @@ def main() -> int:
     )
     print(f" {speed / plain:.2f} x", end="")
     print(f"; {tokens / in_place['decode'] / plain:.2f} x merged in place" if in_place else "")
-    verdict = "met" if ratio >= TARGET else "NOT MET"
-    print(f"goal (at least {TARGET:.0f} x less time beyond decoding, with the probe): {verdict}")
+    print(f"goal, at least {TARGET:.0f} x less time beyond decoding:")
+    for what, found in (("with the probe, which decides the exit code", ratio), ("without it", without_probe)):
+        print(f"  {what}: {'met' if found >= TARGET else 'NOT MET'}")
     return 0 if ratio >= TARGET else 1
 
 
