@@ -391,7 +391,7 @@ def _stages(family: Iterable[psutil.Process]) -> list[str]:
             line = " ".join(member.cmdline())
             if match := re.search(r"cai_em\.run execute notebooks/(\w+)", line):
                 found.add(match[1])
-            elif "cai_em.paper build" in line:
+            elif "cai_em.render build" in line:
                 found.add("paper")
     return sorted(found) or [BETWEEN]
 

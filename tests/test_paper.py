@@ -446,6 +446,11 @@ def test_before_quarto_the_wanted_profile_is_put_beside_the_prose(two, tmp_path)
     assert done.returncode == 1
     assert "no results of profile nosuch" in done.stderr
     assert "run ./run_all.sh nosuch first" in done.stderr
+    (paper_dir / "_generated" / "sources.json").write_text("no JSON")
+    done = run()
+    assert done.returncode == 0, "a fault of the script is no reason to have no page"
+    assert "_generated/ stays as it is" in done.stderr
+    two("demo")
     shutil.rmtree(tmp_path / "results")
     assert run().returncode == 0, "a paper that came with its numbers"
     shutil.rmtree(paper_dir / "_generated")

@@ -171,6 +171,13 @@ def test_an_edited_judge_reruns_judging_and_what_follows(micro):
     assert {"validity", "results", "claims", "report", "paper"} <= set(jobs)
 
 
+def test_an_edited_paragraph_renders_the_paper_again_and_nothing_else(micro):
+    with edited(micro / "paper/_results.qmd", "# Results", "# Results\n\nNew words.\n\n#"):
+        jobs = planned(micro)
+    assert jobs["paper"] == 1
+    assert {"persona", "finetune", "sample", "judge", "validity", "results", "claims", "report"}.isdisjoint(jobs)
+
+
 def test_a_changed_sampling_parameter_reruns_sampling_and_what_follows(micro):
     with edited(micro / "params/sampling.yaml", "max_new_tokens: 12", "max_new_tokens: 13"):
         jobs = planned(micro)
