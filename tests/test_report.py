@@ -344,7 +344,11 @@ def test_limits_count_what_the_gates_say():
             gate_row("poet", "good", "shown", "not shown", "not shown"),
         ]
     )
-    _, text = report.limits_section(gates, Look, judges={"m": "The judge is good."}, caveat="It is small.")
+    judged = pd.DataFrame({"model": ["m"] * 4 + ["x"], "coherence": [99.0, 50.0, None, 80.0, 1.0]})
+    _, text = report.limits_section(
+        gates, Look, judges={"m": "The judge is good."}, judged=judged, caveat="It is small."
+    )
+    assert "Of 3 responses rated for coherence the EM rate's filter (above 50) removes 1" in text
     assert "The judge is good." in text
     assert "Poet (AUC 0.91, shown)" in text
     assert "the persona is shown in 1 of 2 comparisons" in text

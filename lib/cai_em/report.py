@@ -593,7 +593,13 @@ def judge_sentence(manifests: Sequence[Mapping[str, Any]], *, minimum: float) ->
 
 
 def limits_section(
-    gates: pd.DataFrame, look: Labels, *, judges: Mapping[str, str], caveat: str = ""
+    gates: pd.DataFrame,
+    look: Labels,
+    *,
+    judges: Mapping[str, str],
+    judged: pd.DataFrame | None = None,
+    coherence_above: float = 50.0,
+    caveat: str = "",
 ) -> tuple[str, str]:
     """What the run cannot show, in one paragraph made from its gates.
 
@@ -602,6 +608,8 @@ def limits_section(
             `uptake_gate`, `auc_uptake`, `judge_gate` and `gate`.
         look: labels.
         judges: model -> what is known about its judge, a sentence.
+        judged: the score table (`model`, `coherence`): how much the EM rate's filter of coherence removes.
+        coherence_above: that filter.
         caveat: what the profile says of itself.
 
     Returns:
@@ -625,6 +633,13 @@ def limits_section(
             sizes = tuned.groupby("dataset", sort=False).size()
             uptake = "; ".join(f"{look.dataset(d)} in {n} of {sizes[d]}" for d, n in taken.items())
             lines.append(f"The fine-tuning itself is visible: {uptake}.")
+        if judged is not None:
+            rated = judged.loc[judged["model"] == model, "coherence"].dropna()
+            removed = int((rated <= coherence_above).sum())
+            lines.append(
+                f"Of {len(rated):,} responses rated for coherence the EM rate's filter (above {coherence_above:g}) "
+                f"removes {removed:,}; an incoherent answer that it lets pass counts by its words."
+            )
         open_ = int((rows["gate"] == "shown").sum())
         lines.append(
             f"All gates together are open for {open_} of {len(rows)} comparisons; the others may not be interpreted, "
