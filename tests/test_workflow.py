@@ -195,7 +195,8 @@ def test_a_changed_threshold_reruns_the_analysis_only(micro):
 def test_a_new_persona_runs_only_its_cells(micro):
     with edited(micro / "params/profiles/micro.yaml", "[baseline, sycophancy,", "[baseline, sycophancy, poeticism,"):
         jobs = planned(micro)
-    assert (jobs["persona"], jobs["finetune"], jobs["sample"], jobs["judge"]) == (1, 2, 1, 1)
+    # Judged twice: its own responses, and the baseline's, in which the judge looks for the new persona too.
+    assert (jobs["persona"], jobs["finetune"], jobs["sample"], jobs["judge"]) == (1, 2, 1, 2)
 
 
 def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
@@ -311,7 +312,7 @@ def test_bad_parameters_stop_before_any_work(micro):
 
 def test_the_messages_that_the_guide_quotes_are_those_that_are_printed(root):
     """docs/full-study.md, "When a stage fails": each quotation stands in the code; `…` stands for a value."""
-    guide = (root / "docs" / "full-study.md").read_text(encoding="utf-8").split("## When a stage fails")[1]
+    guide = (root / "docs" / "full-study.md").read_text(encoding="utf-8").split("## When a stage fails")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")][1:]
     quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) >= 7
