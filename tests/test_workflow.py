@@ -312,7 +312,8 @@ def test_bad_parameters_stop_before_any_work(micro):
 
 def test_the_messages_that_the_guide_quotes_are_those_that_are_printed(root):
     """docs/full-study.md, "When a stage fails": each quotation stands in the code; `…` stands for a value."""
-    guide = (root / "docs" / "full-study.md").read_text(encoding="utf-8").split("## When a stage fails")[1].split("\n## ")[0]
+    guide = (root / "docs" / "full-study.md").read_text(encoding="utf-8")
+    guide = guide.split("## When a stage fails")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")][1:]
     quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) >= 7
