@@ -21,6 +21,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 from cai_em import params
 
 ENVIRONMENT = Path(sys.executable).parents[1]
@@ -328,3 +329,38 @@ def test_an_unknown_profile_names_those_that_exist(micro):
     done = run_all(micro, "nosuch", check=False)
     assert done.returncode == 2
     assert "demo" in done.stderr
+
+
+@pytest.mark.slow
+def test_micro_through_vllm_equals_micro_through_transformers(root, tmp_path_factory, monkeypatch):
+    """Every stage, either back end (vLLM's CPU build will do), decoded greedily: equal responses, scores, results."""
+    pytest.importorskip("vllm")
+    for key, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}.items():
+        monkeypatch.setenv(key, value)
+    places = {}
+    for backend in ("transformers", "vllm"):
+        place = places[backend] = clone(root, tmp_path_factory.mktemp(backend))
+        sampling = place / "params" / "sampling.yaml"
+        presets = yaml.safe_load(sampling.read_text())
+        presets["micro"] |= {"temperature": 0.0, "backend": backend, "gpu_memory_utilization": 0.2}
+        sampling.write_text(yaml.safe_dump(presets, sort_keys=False))
+        profile = place / "params" / "profiles" / "micro.yaml"
+        settings = yaml.safe_load(profile.read_text())
+        for part in ("trajectory", "steering"):  # their hooks run on transformers alone
+            del settings[part]
+        profile.write_text(yaml.safe_dump(settings, sort_keys=False))
+        run_all(place, "micro")
+    here, there = places.values()
+    tables = [
+        p.relative_to(here) for p in sorted((here / "results/micro").rglob("*.parquet")) if "cells" not in p.parts
+    ]
+    assert len(tables) > 20
+    for table in tables:
+        if table.name == "log.parquet" or "glance" in table.parts:
+            continue
+        mine, theirs = (
+            pd.read_parquet(p / table).drop(columns=["sampler", "run_id"], errors="ignore") for p in (here, there)
+        )
+        pd.testing.assert_frame_equal(mine, theirs, obj=str(table))
+    samplers = {pd.read_parquet(p)["sampler"].iloc[0].split()[0] for p in there.rglob("03_sample/**/responses.parquet")}
+    assert samplers == {"vllm"}
