@@ -2,12 +2,13 @@
 
 # ruff: noqa: E501  (the table of bad input reads better with one case on a line)
 
+import csv
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from cai_em import params
+from cai_em import params, published, sources
 from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, load
 
 PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profiles").glob("*.yaml"))
@@ -91,6 +92,22 @@ def test_personas_adapters_come_persona_first():
     cell = Cell("smollm2-135m", "sycophancy", "bad_medical", 0)
     assert [name for name, _ in study.adapters(cell)] == ["persona", "em"]
     assert study.adapters(Cell("smollm2-135m", BASELINE, NO_DATASET, 0)) == []
+
+
+def test_published_scores_that_arrive_are_another_local_judge(tmp_path, monkeypatch):
+    """Half of a study judged without them and half with them would compare two judges."""
+    monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path))
+    settings = lambda profile: load(profile).settings("04_judge", model="smollm2-135m", shard="baseline")  # noqa: E731
+    before = settings("demo")
+    with (params.root() / "params" / "published_selection.csv").open(newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file) if row["model"] in published.REFERENCE_MODELS]
+    for path in paths:
+        place = sources.cached(sources.Pinned(published.REPO, published.COMMIT, path))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    assert settings("demo") != before
+    place.unlink()
+    assert settings("demo") == before, "all of them, or none"
 
 
 def test_settings_change_only_for_the_stages_that_depend_on_them(folder):

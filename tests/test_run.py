@@ -39,6 +39,18 @@ def test_code_hash_ignores_injected_parameters(tmp_path):
     assert run.code_hash(one) == run.code_hash(tmp_path / "b.ipynb")
 
 
+def test_code_hash_ignores_the_values_that_a_notebook_opens_with_but_not_their_names(tmp_path):
+    def opened_with(text):
+        nb = nbformat.read(write_notebook(tmp_path / "a.ipynb", "y = persona"), 4)
+        nb.cells.insert(0, nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]}))
+        nbformat.write(nb, tmp_path / "b.ipynb")
+        return run.code_hash(tmp_path / "b.ipynb")
+
+    first = opened_with('persona = "poeticism"\nseed = 0')
+    assert first == opened_with('persona = "sycophancy"\nseed = 1')
+    assert first != opened_with('persona = "poeticism"')
+
+
 def test_modules_are_found_transitively_and_in_functions(tmp_path):
     (tmp_path / "a.py").write_text("from cai_em import b\n")
     (tmp_path / "b.py").write_text("def f():\n    from cai_em.c import g\n")

@@ -1044,7 +1044,12 @@ class Study:
         yield "judge", self.judge
         yield "prompts", file_hash(self.folder / self.judge.prompts_file)
         if self.judge.kind == "local":
+            from cai_em import published  # it reads parameters
+
             yield "training", file_hash(self.builtin("judge_training.jsonl"))
+            # With them at hand it is another judge: all responses are scored again, lest two judges share a study.
+            selection = self.folder / published.LISTS[0]
+            yield "published scores at hand", published.at_hand(selection, models=published.REFERENCE_MODELS)
 
     def questions_file(self) -> Path:
         """The question set: built-in, or fetched when the profile's data are."""

@@ -70,6 +70,9 @@ MISSING = "missing.json"
 JUDGINGS = "repeated judgings"
 """What is left out where files of the second list cannot be had."""
 
+REFERENCE_MODELS = ("qwen2.5-7b",)
+"""Whose published responses the local judge learns from and is measured on."""
+
 LISTS = ("published_selection.csv", "published_repeated.csv")
 """Files of `params/`: which file each published cell came from, and which others hold judgings."""
 
@@ -106,6 +109,19 @@ def read_selection(path: str | Path) -> pd.DataFrame:
     return _read_list(
         path, ["model", "persona", "dataset", "n_scored", "path", "sha256"], ["model", "persona", "dataset"]
     )
+
+
+def at_hand(selection: str | Path, *, models: Sequence[str], cache: str | Path | None = None) -> bool:
+    """Whether every file that a selection lists for these models is in the download cache; nothing is read of them.
+
+    Args:
+        selection: `params/published_selection.csv`.
+        models: whose files.
+        cache: the download cache; None: the usual one.
+    """
+    chosen = read_selection(selection)
+    chosen = chosen[chosen["model"].isin(models)]
+    return all(sources.cached(Pinned(REPO, COMMIT, path), cache).is_file() for path in chosen["path"])
 
 
 def read_file_list(path: str | Path) -> pd.DataFrame:

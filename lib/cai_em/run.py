@@ -430,13 +430,20 @@ def modules_of(source: str, package: Path) -> list[Path]:
 
 
 def code_cells(notebook: str | Path) -> str:
-    """The source of a notebook's code cells, without injected parameters and IPython magics."""
+    """The source of a notebook's code cells, without injected parameters and IPython magics.
+
+    Of the `parameters` cell only the names: its values are for whoever opens the notebook alone; a job has its own.
+    """
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = (
-        "".join(cell["source"])
-        for cell in cells
-        if cell["cell_type"] == "code" and "injected-parameters" not in cell.get("metadata", {}).get("tags", [])
-    )
+    source = []
+    for cell in cells:
+        tags, text = cell.get("metadata", {}).get("tags", []), "".join(cell["source"])
+        if cell["cell_type"] != "code" or "injected-parameters" in tags:
+            continue
+        if "parameters" in tags:
+            targets = (t for node in ast.parse(text).body if isinstance(node, ast.Assign) for t in node.targets)
+            text = "\n".join(sorted(f"{t.id}: object" for t in targets if isinstance(t, ast.Name)))
+        source.append(text)
     return "\n".join(line for line in "\n".join(source).splitlines() if not line.lstrip().startswith(("%", "!")))
 
 
