@@ -1324,7 +1324,7 @@ def verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Look, *, alph
     blocked = {p: blocking(checks, p, BASELINE) for p in claimed["persona"].unique()}
     left = claimed[[not blocked[p] for p in claimed["persona"]]]
     failed = list(dict.fromkeys(name for names in blocked.values() for name in names))
-    without = f"; not interpretable, for it is not shown: {', '.join(failed)}" if failed else ""
+    without = f"; not interpretable, for it is not shown: {'; '.join(failed)}" if failed else ""
     told = [
         f"{look.persona(r.persona)}, {OUTCOMES[r.outcome]}: {r.difference:+.1f} steps"
         for r in (left if len(left) else claimed).itertuples()
@@ -1332,7 +1332,7 @@ def verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Look, *, alph
     ]
     if left.empty:
         why = "; ".join(told) or "no difference of transition points is told from chance"
-        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {', '.join(failed)}")
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {'; '.join(failed)}")
     if left["seeds"].min() < 2:
         why = "one training run per persona: what differs between two personas may differ between two runs of one"
         return Verdict("UNDECIDED", why + without)
