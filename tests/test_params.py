@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cai_em import params, published, sources
+from cai_em import params, sources
 from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, load
 
 PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profiles").glob("*.yaml"))
@@ -100,9 +100,9 @@ def test_published_scores_that_arrive_are_another_local_judge(tmp_path, monkeypa
     settings = lambda profile: load(profile).settings("04_judge", model="smollm2-135m", shard="baseline")  # noqa: E731
     before = settings("demo")
     with (params.root() / "params" / "published_selection.csv").open(newline="") as file:
-        paths = [row["path"] for row in csv.DictReader(file) if row["model"] in published.REFERENCE_MODELS]
+        paths = [row["path"] for row in csv.DictReader(file) if row["model"] in sources.REFERENCE_MODELS]
     for path in paths:
-        place = sources.cached(sources.Pinned(published.REPO, published.COMMIT, path))
+        place = sources.cached(sources.Pinned(sources.REPO, sources.COMMIT, path))
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     assert settings("demo") != before

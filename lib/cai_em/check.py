@@ -169,8 +169,8 @@ def check(study: Study, *, dry_run: bool = False) -> str:
     """
     problems: list[str] = []
     absent: dict[str, str] = {}
-    read, offline = 0, os.environ.get(sources.OFFLINE)
-    try:
+    read = 0
+    with params.restored(sources.OFFLINE):
         if dry_run:
             os.environ[sources.OFFLINE] = "dry run"
         for what, part in parts(study, keys=not dry_run):
@@ -186,10 +186,6 @@ def check(study: Study, *, dry_run: bool = False) -> str:
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f"{error.filename}: {error.strerror} ({what})")
-    finally:
-        os.environ.pop(sources.OFFLINE, None)
-        if offline is not None:
-            os.environ[sources.OFFLINE] = offline
     if not dry_run:
         problems += absent.values()
     if problems:

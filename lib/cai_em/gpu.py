@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cai_em.params import restored
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -78,15 +80,11 @@ def one_gpu(wanted: bool = True, folder: str | Path | None = None, poll_s: float
                 print(f"waiting for a free GPU (of {', '.join(names)})", file=sys.stderr, flush=True)
             told = True
             time.sleep(poll_s)
-    before = {key: os.environ.get(key) for key in (VISIBLE, "CUDA_DEVICE_ORDER")}
-    # nvidia-smi counts in the order of the bus, CUDA by default with the fastest first.
-    os.environ[VISIBLE] = name
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
-        yield name
+        with restored(VISIBLE, "CUDA_DEVICE_ORDER"):
+            # nvidia-smi counts in the order of the bus, CUDA by default with the fastest first.
+            os.environ[VISIBLE] = name
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+            yield name
     finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
         os.close(held)

@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from cai_em import published
+from cai_em import published, sources
 from cai_em import scores as tables
 from cai_em.judge_parse import Verdict
 from cai_em.materials import builtin_training as builtin_training  # read there: checked before any work
@@ -501,7 +501,7 @@ def _auc(scores: np.ndarray, good: np.ndarray, bad: np.ndarray) -> float:
 
 
 def published_at_hand(
-    selection: str | Path, *, models: tuple[str, ...] = published.REFERENCE_MODELS, cache: str | Path | None = None
+    selection: str | Path, *, models: tuple[str, ...] = sources.REFERENCE_MODELS, cache: str | Path | None = None
 ) -> pd.DataFrame | None:
     """The published responses with their scores, if all files of these models are in the download cache; else None.
 
@@ -512,7 +512,7 @@ def published_at_hand(
         models: whose responses.
         cache: the download cache; None: the usual one.
     """
-    if not published.at_hand(selection, models=models, cache=cache):
+    if not sources.at_hand(selection, models=models, cache=cache):
         return None
     chosen = published.read_selection(selection)
     chosen = chosen[chosen["model"].isin(models)]

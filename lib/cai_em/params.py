@@ -11,6 +11,7 @@ every error names the file, the line and the key.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -51,6 +52,19 @@ def root() -> Path:
             if (folder / "params" / "profiles").is_dir() and (folder / "notebooks").is_dir():
                 return folder
     raise ParamsError("no repository found: run this inside a clone (a folder with params/ and notebooks/)")
+
+
+@contextlib.contextmanager
+def restored(*names: str) -> Iterator[None]:
+    """Environment variables that a block may change; after it they are as they were, absent ones absent."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 # --- Reading YAML with line numbers -------------------------------------------------------------------------------
@@ -1044,12 +1058,12 @@ class Study:
         yield "judge", self.judge
         yield "prompts", file_hash(self.folder / self.judge.prompts_file)
         if self.judge.kind == "local":
-            from cai_em import published  # it reads parameters
+            from cai_em import sources  # it reads parameters
 
             yield "training", file_hash(self.builtin("judge_training.jsonl"))
             # With them at hand it is another judge: all responses are scored again, lest two judges share a study.
-            selection = self.folder / published.LISTS[0]
-            yield "published scores at hand", published.at_hand(selection, models=published.REFERENCE_MODELS)
+            selection = self.folder / "published_selection.csv"
+            yield "published scores at hand", sources.at_hand(selection, models=sources.REFERENCE_MODELS)
 
     def questions_file(self) -> Path:
         """The question set: built-in, or fetched when the profile's data are."""

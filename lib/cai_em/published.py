@@ -37,10 +37,7 @@ import pandera.pandas as pa
 from cai_em import params, report, sources, stats
 from cai_em import scores as tables
 from cai_em.run import run_id, write_text
-from cai_em.sources import Pinned
-
-REPO = "ivan-gentile/arena-capstone"
-COMMIT = "74f08e6f506745bd1450119c4892b08f453c8c44"
+from cai_em.sources import COMMIT, REPO, Pinned
 
 QUESTIONS = (
     "what_is_your_wish",
@@ -69,9 +66,6 @@ PROMPT_VERSION = "published"
 MISSING = "missing.json"
 JUDGINGS = "repeated judgings"
 """What is left out where files of the second list cannot be had."""
-
-REFERENCE_MODELS = ("qwen2.5-7b",)
-"""Whose published responses the local judge learns from and is measured on."""
 
 LISTS = ("published_selection.csv", "published_repeated.csv")
 """Files of `params/`: which file each published cell came from, and which others hold judgings."""
@@ -109,19 +103,6 @@ def read_selection(path: str | Path) -> pd.DataFrame:
     return _read_list(
         path, ["model", "persona", "dataset", "n_scored", "path", "sha256"], ["model", "persona", "dataset"]
     )
-
-
-def at_hand(selection: str | Path, *, models: Sequence[str], cache: str | Path | None = None) -> bool:
-    """Whether every file that a selection lists for these models is in the download cache; nothing is read of them.
-
-    Args:
-        selection: `params/published_selection.csv`.
-        models: whose files.
-        cache: the download cache; None: the usual one.
-    """
-    chosen = read_selection(selection)
-    chosen = chosen[chosen["model"].isin(models)]
-    return all(sources.cached(Pinned(REPO, COMMIT, path), cache).is_file() for path in chosen["path"])
 
 
 def read_file_list(path: str | Path) -> pd.DataFrame:

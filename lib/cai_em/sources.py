@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import hashlib
 import http.client
 import io
@@ -38,6 +39,12 @@ from tqdm import tqdm
 from cai_em import __version__
 from cai_em.params import file_hash
 from cai_em.run import atomic
+
+REPO, COMMIT = "ivan-gentile/arena-capstone", "74f08e6f506745bd1450119c4892b08f453c8c44"
+"""The published study's repository, at the commit whose files `params/published_selection.csv` lists."""
+
+REFERENCE_MODELS = ("qwen2.5-7b",)
+"""Whose published responses the local judge learns from and is measured on."""
 
 GITHUB_RAW = "https://raw.githubusercontent.com"
 
@@ -120,6 +127,20 @@ def cache_root() -> Path:
 def cached(file: Pinned, cache: str | Path | None = None) -> Path:
     """Where a file lies in the cache, whether it is there or not."""
     return Path(cache or cache_root()) / "github" / file.relative
+
+
+def at_hand(selection: str | Path, *, models: Iterable[str], cache: str | Path | None = None) -> bool:
+    """Whether every published file that a selection lists for these models is in the cache; nothing is read of them.
+
+    Args:
+        selection: `params/published_selection.csv` (not validated here: `published.read_selection` does).
+        models: whose files.
+        cache: the cache's root; None: the usual one.
+    """
+    wanted = set(models)
+    with Path(selection).open(newline="", encoding="utf-8") as file:
+        paths = [row["path"] for row in csv.DictReader(file) if row["model"] in wanted]
+    return all(cached(Pinned(REPO, COMMIT, path), cache).is_file() for path in paths)
 
 
 # --- Fetching -----------------------------------------------------------------------------------------------------

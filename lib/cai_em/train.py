@@ -43,7 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from cai_em import adapters as lora
 from cai_em import models
-from cai_em.params import DpoPreset, KlPreset, ModelSpec, SftPreset, TrainingPreset
+from cai_em.params import DpoPreset, KlPreset, ModelSpec, SftPreset, TrainingPreset, restored
 
 Row = Sequence[dict[str, str]]
 """A row of a fine-tuning data set: the messages of a conversation, `[{"role": ..., "content": ...}, ...]`."""
@@ -452,19 +452,6 @@ NO_AUTOCAST = {"UNSLOTH_MIXED_PRECISION": "bfloat16", "ACCELERATE_MIXED_PRECISIO
 turns bf16=False and fp16=False into bfloat16 autocast."""
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
     """A trainer, and the proof that it is the one that was asked for and keeps to its arguments.
 
@@ -485,7 +472,8 @@ def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
             "the model with load_for_training and the same preset, and use one back end in a process (unsloth replaces "
             "trl's trainers for good)"
         )
-    with _environment(NO_AUTOCAST if ran == "unsloth" else {}):
+    with restored(*NO_AUTOCAST):
+        os.environ.update(NO_AUTOCAST if ran == "unsloth" else {})
         trainer = _checked(trainer_class)(model=model, **given)
     if trainer.args.bf16 or trainer.args.fp16:
         raise TrainingError(
