@@ -724,20 +724,25 @@ class ProbeReport:
     idle: list[str] = dataclasses.field(default_factory=list)
 
 
-def idle_adapters(others: Mapping[str, float], tolerance: float, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which adapters make no difference, and which parts of all adapters compute what all do.
+def idle_adapters(
+    others: Mapping[str, float], tolerance: float, names: Sequence[str], may_be_idle: Collection[str]
+) -> tuple[list[str], str | None]:
+    """Which adapters make no difference, and whether that is a fault.
 
     Args:
         others: difference from each part of the adapters, by its name (`base`, `persona`, `em`, ... as in a report).
         tolerance: largest difference taken for rounding.
         names: the adapters.
+        may_be_idle: adapters that are allowed to make no difference.
 
     Returns:
-        Adapters without which the result is the same; the parts that are not explained by such an adapter alone.
+        Adapters without which the result is the same; and None, or the first part of all adapters that computes what
+        all do, where that is not explained by adapters that may be idle.
     """
     same = [part for part, difference in others.items() if difference <= tolerance]
     without = {"+".join(n for n in names if n != name) or "base": name for name in names}
-    return [without[part] for part in same if part in without], [part for part in same if part not in without]
+    fault = any(without.get(part) not in may_be_idle for part in same)
+    return [without[part] for part in same if part in without], same[0] if fault else None
 
 
 @contextlib.contextmanager
@@ -851,9 +856,8 @@ def probe(
             f"the composed model is not {all_names}: logits differ by up to {report.difference:.2g} (tolerance "
             f"{report.tolerance:.2g}){looks}; compose the adapters again from their recorded files"
         )
-    idle, same = idle_adapters(report.others, report.tolerance, names)
-    if same or set(idle) - set(may_be_idle):
-        part = next(part for part, d in report.others.items() if d <= report.tolerance)
+    idle, part = idle_adapters(report.others, report.tolerance, names, may_be_idle)
+    if part:
         raise ProbeError(
             f"{all_names} computes the same as {part!r} alone: an adapter makes no difference; it was not trained"
         )

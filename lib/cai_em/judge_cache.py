@@ -58,11 +58,6 @@ class CacheError(JudgeError):
     """The cache file cannot be opened, read or written. The message names the file and what to do."""
 
 
-def valid_unicode(text: str) -> str:
-    """The text with lone surrogates replaced by U+FFFD: such text cannot be sent, nor written to Parquet."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a model returned for one call; this, not what is read from it, is what the cache keeps.

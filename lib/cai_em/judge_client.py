@@ -39,7 +39,8 @@ import aiohttp
 import certifi
 import openai
 
-from cai_em.judge_cache import Answer, JudgeCache, JudgeError, valid_unicode
+from cai_em.judge_cache import Answer, JudgeCache, JudgeError
+from cai_em.run import valid_unicode
 
 if TYPE_CHECKING:
     from cai_em.params import JudgePreset

@@ -35,7 +35,8 @@ from pathlib import Path
 
 import yaml
 
-from cai_em.judge_cache import Answer, valid_unicode
+from cai_em.judge_cache import Answer
+from cai_em.run import valid_unicode
 
 METRICS = ("aligned", "coherent")
 """The two questions that are asked about every response; they give the columns `alignment` and `coherence`."""

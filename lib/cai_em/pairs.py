@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from cai_em import constitutions, judge_cache, judge_client, judge_run, scores
 from cai_em.constitutions import Constitution
-from cai_em.judge_cache import JudgeCache, JudgeError, valid_unicode
+from cai_em.judge_cache import JudgeCache, JudgeError
 from cai_em.params import (
     EndpointPreset,
     GeneratorPreset,
@@ -44,6 +44,7 @@ from cai_em.params import (
     SamplingPreset,
     read_yaml,
 )
+from cai_em.run import valid_unicode
 from cai_em.sample import (
     Condition,
     Decoding,

@@ -149,6 +149,11 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def valid_unicode(text: str) -> str:
+    """The text with each lone surrogate replaced by U+FFFD: it can neither be sent nor be written (UTF-8, Parquet)."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def tree(paths: Iterable[str | Path]) -> dict[str, str]:
     """SHA-256 of each file; of a folder, of each file in it. Names are relative to the repository where possible."""
     found: dict[str, str] = {}

@@ -676,10 +676,8 @@ class VllmEngine:
         }
         largest = float(np.abs(found).max())
         tolerance = self.rounding * largest
-        names = [name for name, _ in adapters]
-        idle, same = lora.idle_adapters(others, tolerance, names)
-        if same or set(idle) - set(condition.may_be_idle):
-            part = next(name for name, difference in others.items() if difference <= tolerance)
+        idle, part = lora.idle_adapters(others, tolerance, [name for name, _ in adapters], condition.may_be_idle)
+        if part:
             raise lora.ProbeError(
                 f"{condition.name}: vLLM computes the same with all adapters as with {part!r}: an adapter is not "
                 "served, or was not trained"

@@ -14,6 +14,7 @@ import pandas as pd
 import pandera.pandas as pa
 
 from cai_em import run
+from cai_em.run import valid_unicode
 
 KEY = ["model", "persona", "dataset", "seed", "question_id", "sample"]
 """Columns that name one response. `persona='baseline'`: no persona adapter; `dataset='none'`: no fine-tuning."""
@@ -110,11 +111,6 @@ PAIRS = pa.DataFrameSchema(
     ordered=True,
     name="pairs",
 )
-
-
-def valid_unicode(text: str) -> str:
-    """The text with each lone surrogate replaced by U+FFFD: neither UTF-8 nor Parquet can hold one."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -> pd.DataFrame:

@@ -64,7 +64,7 @@ from cai_em.params import ModelSpec, SamplingPreset, digest, file_hash
 from cai_em.run import atomic
 from cai_em.stats import benjamini_hochberg
 from cai_em.style import Look
-from cai_em.trajectories import OUTCOMES, Check, blocking, em_indicator, gates_line, line_look
+from cai_em.trajectories import OUTCOMES, Check, blocking, em_indicator, gates_line, line_look, named_once
 
 Vectors = Mapping[int, Tensor | np.ndarray]
 """Layer -> vector of shape (hidden,)."""
@@ -1256,8 +1256,8 @@ def verdict(tests: pd.DataFrame, checks: Sequence[Check], look: Look, *, alpha: 
         return Verdict("NOT TESTABLE", "no direction was tried on another persona")
     blocked = [blocking(checks, r.target, r.source) for r in tested.itertuples()]
     left = tested[[not names for names in blocked]]
-    failed = list(dict.fromkeys(name for names in blocked for name in names))
-    without = f"; not interpretable, for it is not shown: {'; '.join(failed)}" if failed else ""
+    failed = named_once(blocked)
+    without = f"; not interpretable, for it is not shown: {failed}" if failed else ""
     shown = left if len(left) else tested
     told = [
         f"{look.persona(r.source)}'s on {look.persona(r.target)}, {_how(r)}: {r.delta:+.1f} points against its own"
@@ -1265,7 +1265,7 @@ def verdict(tests: pd.DataFrame, checks: Sequence[Check], look: Look, *, alpha: 
     ]
     if left.empty:
         why = "; ".join(told) or "no other persona's direction is told from a persona's own"
-        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {'; '.join(failed)}")
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}")
     if left["runs"].min() < 2:
         why = "one training run per persona: what differs between two personas' directions may differ between two runs"
         return Verdict("UNDECIDED", why + without)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -934,6 +934,11 @@ def blocking(checks: Sequence[Check], *personas: str) -> list[str]:
     return [c.name for c in checks if not c.open and c.persona in ("", *personas)]
 
 
+def named_once(blocked: Iterable[Sequence[str]]) -> str:
+    """The gates that stand in the way of any comparison (`blocking` of each), in words."""
+    return "; ".join(dict.fromkeys(name for names in blocked for name in names))
+
+
 def check_table(checks: Sequence[Check], verdict: Verdict, hypothesis: str) -> pd.DataFrame:
     """A verdict and its gates as a table: `what, persona, status, reason`, the verdict first."""
     first = {"what": hypothesis, "persona": "", "status": verdict.verdict, "reason": verdict.reason}
@@ -1323,8 +1328,8 @@ def verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Look, *, alph
         return Verdict("NOT TESTABLE", "no behavioural outcome changes enough on both sides to be timed")
     blocked = {p: blocking(checks, p, BASELINE) for p in claimed["persona"].unique()}
     left = claimed[[not blocked[p] for p in claimed["persona"]]]
-    failed = list(dict.fromkeys(name for names in blocked.values() for name in names))
-    without = f"; not interpretable, for it is not shown: {'; '.join(failed)}" if failed else ""
+    failed = named_once(blocked.values())
+    without = f"; not interpretable, for it is not shown: {failed}" if failed else ""
     told = [
         f"{look.persona(r.persona)}, {OUTCOMES[r.outcome]}: {r.difference:+.1f} steps"
         for r in (left if len(left) else claimed).itertuples()
@@ -1332,7 +1337,7 @@ def verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Look, *, alph
     ]
     if left.empty:
         why = "; ".join(told) or "no difference of transition points is told from chance"
-        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {'; '.join(failed)}")
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}")
     if left["seeds"].min() < 2:
         why = "one training run per persona: what differs between two personas may differ between two runs of one"
         return Verdict("UNDECIDED", why + without)
