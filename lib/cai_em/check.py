@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cai_em import constitutions, judge_parse, materials, params, sources
-from cai_em.params import GeneratorPreset, JudgePreset, ParamsError, SftPreset, Study
+from cai_em.params import JudgePreset, ParamsError, SftPreset, Study
 
 Part = tuple[str, Callable[[], Any]]
 """What is read, in words, and the call that reads it."""
@@ -81,10 +81,10 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if judge.kind == "local":
         yield "the local judge's texts", lambda: materials.builtin_training(study.builtin("judge_training.jsonl"))
     elif keys:
-        yield "judge", lambda: _endpoint(judge, "judge")
+        yield "judge", lambda: _addressed(judge, "judge")
     taught = any(study.persona_way(*cell) == "train" for cell in study.persona_cells())
     if keys and taught and study.generator.teacher == "openai":
-        yield "teacher", lambda: _endpoint(study.generator, "teacher")
+        yield "teacher", lambda: _addressed(study.generator.endpoint(), "teacher")
     for model in study.models.values():
         yield f"model {model.key}", lambda m=model: _model(m)
 
@@ -129,22 +129,14 @@ def _introspection(study: Study) -> Any:
         raise CheckError(str(error)) from error
 
 
-def _endpoint(preset: JudgePreset | GeneratorPreset, role: str) -> None:
+def _addressed(preset: JudgePreset, role: str) -> None:
     """An endpoint's address and key, as its client will find them (a server on this machine needs no key)."""
     from cai_em import judge_client
 
     try:
-        judge_client.check(_as_judge(preset), role)
+        judge_client.check(preset, role)
     except judge_client.JudgeError as error:
         raise CheckError(str(error)) from error
-
-
-def _as_judge(preset: JudgePreset | GeneratorPreset) -> JudgePreset:
-    """An endpoint as its client takes it."""
-    if isinstance(preset, JudgePreset):
-        return preset
-    shared = preset.model_dump(include={"model", "base_url", "api_key_env", "base_url_env"})
-    return JudgePreset(kind="openai", name=preset.teacher_name, **shared)
 
 
 def _model(spec: params.ModelSpec) -> None:
@@ -217,7 +209,7 @@ def teacher_answers(study: Study) -> None:
     missing = [c for c in taught if not (study.persona_dir(*c) / "manifest.json").is_file()]
     if not missing or study.generator.teacher != "openai":
         return
-    url = judge_client.base_url(_as_judge(study.generator), "teacher")
+    url = judge_client.base_url(study.generator.endpoint(), "teacher")
     host, key = urlsplit(url).hostname, os.environ.get(study.generator.api_key_env, "").strip()
     handlers: list[Any] = [_NoRedirect()]
     if judge_client._is_loopback(url):

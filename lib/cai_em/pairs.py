@@ -36,10 +36,8 @@ from cai_em import constitutions, judge_cache, judge_client, judge_run, scores
 from cai_em.constitutions import Constitution
 from cai_em.judge_cache import JudgeCache, JudgeError
 from cai_em.params import (
-    EndpointPreset,
     GeneratorPreset,
     IntrospectionPreset,
-    JudgePreset,
     ModelSpec,
     SamplingPreset,
     read_yaml,
@@ -223,13 +221,7 @@ class EndpointGenerator:
     ) -> None:
         if not preset.model:
             raise PairsError("the generator's teacher is an endpoint: name its model (params/generators.yaml, `model`)")
-        shared = {"model", "base_url", "api_key_env", "temperature", "concurrency", *EndpointPreset.model_fields}
-        self._endpoint = JudgePreset(
-            kind="openai",
-            name=preset.teacher_name,
-            max_tokens=preset.max_new_tokens,
-            **preset.model_dump(include=shared),
-        )
+        self._endpoint = preset.endpoint()
         try:
             judge_client.check(self._endpoint, "teacher")
         except JudgeError as error:

@@ -470,6 +470,12 @@ class GeneratorPreset(EndpointPreset):
             raise ValueError("teacher 'openai' is an endpoint: name its model")
         return self
 
+    def endpoint(self) -> JudgePreset:
+        """The teacher's endpoint as the client that judges takes it (`judge_client`)."""
+        shared = {"model", "base_url", "api_key_env", "temperature", "concurrency", *EndpointPreset.model_fields}
+        given = self.model_dump(include=shared)
+        return JudgePreset(kind="openai", name=self.teacher_name, max_tokens=self.max_new_tokens, **given)
+
 
 class JudgePreset(EndpointPreset):
     """A judge: an OpenAI-compatible endpoint, or the local one of the demo."""
