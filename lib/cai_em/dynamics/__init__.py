@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "curves": ["CLAIMED", "behaviour_curves", "em_indicator", "loss_curves"],
+        "curves": ["CLAIMED", "behaviour_curves", "curve_table", "em_indicator", "loss_curves"],
         "directions": ["before", "cosine_table", "reached"],
         "h3": ["generality", "h3_table", "h3_verdict", "persona_gate", "preset_differences", "uptake_gate"],
         "h4": ["CONTRASTS", "acts", "effects", "em_present", "h4_table", "h4_verdict", "transfer_tests"],

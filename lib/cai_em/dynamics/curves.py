@@ -166,6 +166,24 @@ def loss_curves(measured: pd.DataFrame, preset: str) -> dict:
     }
 
 
+def curve_table(curves: Mapping[tuple[str, str], Curve], confidence: float = 0.95) -> pd.DataFrame:
+    """Curves as rows.
+
+    Args:
+        curves: (persona, outcome) -> curve, of `behaviour_curves` or `loss_curves`.
+        confidence: of the intervals.
+
+    Returns:
+        `persona, outcome, units, seeds` (how many) and the columns of `Curve.table`; without a mean where a curve is
+        empty.
+    """
+    parts = [
+        c.table(confidence).assign(persona=persona, outcome=outcome, units=c.y.shape[0], seeds=c.y.shape[1])
+        for (persona, outcome), c in curves.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
 def _thirds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of the first and of the last third of the checkpoints, (units, seeds) each."""
     third = max(1, y.shape[2] // 3)

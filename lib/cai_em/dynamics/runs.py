@@ -258,10 +258,11 @@ def geometry(products: np.ndarray, steps: Sequence[int]) -> pd.DataFrame:
         steps: the checkpoints' steps, ascending, step 0 included where the run starts from nothing.
 
     Returns:
-        One row per step: `norm` of the update; `moved`: length of the way since the step before; `rotation`: cosine
-        between the differences to the step before and to the step after (the local cosine similarity of Turner et
-        al. 2025; 1: straight on, 0: at a right angle, NaN at the ends and where nothing moved); `to_final`: cosine
-        with the last step's update. Cosines depend on the spacing: compare runs of one schedule.
+        One row per step: `norm` of the update, and `norm_share` of the largest; `moved`: length of the way since the
+        step before; `rotation`: cosine between the differences to the step before and to the step after (the local
+        cosine similarity of Turner et al. 2025; 1: straight on, 0: at a right angle, NaN at the ends and where nothing
+        moved); `to_final`: cosine with the last step's update. Cosines depend on the spacing: compare runs of one
+        schedule.
     """
     g, n = np.asarray(products, float), len(steps)
     if g.shape != (n, n):
@@ -277,6 +278,7 @@ def geometry(products: np.ndarray, steps: Sequence[int]) -> pd.DataFrame:
         {
             "step": list(steps),
             "norm": norm,
+            "norm_share": norm / (norm.max() or np.nan),
             "moved": np.concatenate([[np.nan], moved]),
             "rotation": ends,
             "to_final": np.where(np.isfinite(to_final), to_final, np.nan),

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from cai_em.records import files
-from cai_em.report.figures.parts import slug
+from cai_em.report.figure_files import slug
 from cai_em.report.style import Look
 
 

@@ -15,7 +15,6 @@ from cai_em.dynamics.curves import OUTCOMES
 from cai_em.dynamics.h3 import h3_verdict
 from cai_em.records.keys import BASELINE, COMPARISON, FLAGS, NO_DATASET
 from cai_em.records.numbers import p_value, percent, plain_number, points
-from cai_em.report.figures.dynamics import _names
 from cai_em.report.markdown import markdown_table
 from cai_em.report.style import Look
 
@@ -545,7 +544,7 @@ def h3_section(
         alpha: significance level.
         caveat: what this run cannot show.
     """
-    names = _names(titles)
+    names = OUTCOMES | {rows: f"loss, {title}" for rows, title in titles.items()}
     rows = [
         [
             look.persona(r.persona),
