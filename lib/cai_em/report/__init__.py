@@ -42,6 +42,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "verdict_sentence",
         ],
         "sections_h4": ["h4_section"],
-        "style": ["Look", "figure_size", "save_figure", "style_context"],
+        "style": ["Look", "figure_size", "picture", "style_context"],
     },
 )

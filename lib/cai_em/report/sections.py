@@ -16,7 +16,7 @@ from cai_em.dynamics.h3 import h3_verdict
 from cai_em.records.keys import BASELINE, COMPARISON, FLAGS, NO_DATASET
 from cai_em.records.numbers import p_value, percent, plain_number, points
 from cai_em.report.markdown import markdown_table
-from cai_em.report.style import Look
+from cai_em.study.labels import Labels
 
 # --- Words ---------------------------------------------------------------------------------------------------------
 
@@ -521,7 +521,7 @@ def h3_section(
     found: pd.DataFrame,
     compared: pd.DataFrame,
     checks: Sequence[Check],
-    look: Look,
+    look: Labels,
     *,
     titles: Mapping[str, str],
     presets: pd.DataFrame | None = None,

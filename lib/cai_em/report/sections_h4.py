@@ -14,7 +14,7 @@ from cai_em.dynamics.h4 import CONTRASTS, _how, h4_verdict
 from cai_em.records.numbers import p_value, points
 from cai_em.report.markdown import markdown_table
 from cai_em.report.sections import gates_line
-from cai_em.report.style import Look
+from cai_em.study.labels import Labels
 
 
 def _effect_interval(row: Any, form: Callable[[float], str]) -> str:
@@ -26,7 +26,7 @@ def h4_section(
     cosines: pd.DataFrame,
     tests: pd.DataFrame,
     checks: Sequence[Check],
-    look: Look,
+    look: Labels,
     *,
     contrast: str = "adapter",
     alpha: float = 0.05,
