@@ -41,6 +41,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "verdict_sentence",
         ],
         "sections_h4": ["h4_document"],
-        "style": ["Look", "figure_size", "save_figure", "style_context"],
+        "style": ["Look", "figure_size", "picture", "style_context"],
     },
 )

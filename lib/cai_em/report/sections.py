@@ -17,7 +17,7 @@ from cai_em.records.numbers import p_value, percent, plain_number, points
 from cai_em.report.figures.parts import View
 from cai_em.report.figures.training import loss_name
 from cai_em.report.markdown import markdown_table
-from cai_em.report.style import Look
+from cai_em.study.labels import Labels
 
 # --- Words ---------------------------------------------------------------------------------------------------------
 
@@ -527,7 +527,7 @@ def h3_section(
     found: pd.DataFrame,
     compared: pd.DataFrame,
     verdicts: pd.DataFrame,
-    look: Look,
+    look: Labels,
     *,
     titles: Mapping[str, str],
     general: pd.DataFrame | None = None,
@@ -622,7 +622,7 @@ def h3_document(stage: Path, view: View, *, persona: str, caveat: str = "") -> s
     return by_model(read["h3"], view.look, text)
 
 
-def by_model(table: pd.DataFrame, look: Look, text: Callable[[str], str]) -> str:
+def by_model(table: pd.DataFrame, look: Labels, text: Callable[[str], str]) -> str:
     """A text for each model of a table, under its name where there are several."""
     models = list(dict.fromkeys(table["model"]))
     parts = [f"### {look.model(m)}\n\n{text(m)}" if len(models) > 1 else text(m) for m in models]

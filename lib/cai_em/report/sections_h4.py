@@ -14,7 +14,7 @@ from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records.numbers import p_value, points
 from cai_em.report.markdown import markdown_table
 from cai_em.report.sections import by_model, verdict_lines
-from cai_em.report.style import Look
+from cai_em.study.labels import Labels
 
 
 def _effect_interval(row: Any, form: Callable[[float], str]) -> str:
@@ -26,7 +26,7 @@ def h4_section(
     cosines: pd.DataFrame,
     tests: pd.DataFrame,
     verdicts: pd.DataFrame,
-    look: Look,
+    look: Labels,
     *,
     contrast: str = "adapter",
     caveat: str = "",
@@ -114,7 +114,7 @@ OUTCOMES_SHOWN = ("alignment", "EM rate", "coherence")
 """Headings of the transfer's outcomes, in the order of the table."""
 
 
-def h4_document(stage: Path, look: Look, *, caveat: str = "") -> str:
+def h4_document(stage: Path, look: Labels, *, caveat: str = "") -> str:
     """`h4_section` of every model, from the tables that `10_steering` left in its folder."""
     found, cosines, tests, verdicts = (
         pd.read_parquet(stage / f"{t}.parquet") for t in ("transfer", "cosines", "tests", "h4")
