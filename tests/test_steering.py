@@ -15,7 +15,7 @@ from cai_em.dynamics import curves, directions, h4, interventions
 from cai_em.dynamics.interventions import Intervention
 from cai_em.model import activations, adapters, load, probing, stacking
 from cai_em.model.activations import SteeringError
-from cai_em.report import sections_h4, style
+from cai_em.report import sections, style
 from cai_em.report.figures import dynamics
 from cai_em.report.style import Look
 from cai_em.sample import conditions as sample_conditions
@@ -655,13 +655,13 @@ def test_figures_and_verdict(look):
     assert "own -" in drawings[0].caption
     assert "layer 1" in drawings[1].caption
     good, bad = [Check("judge", Gate("shown", "yes"))], [Check("judge", Gate("not shown", "weak"))]
-    text = sections_h4.h4_section(found, cosines, tests, good, look)
+    text = sections.h4_section(found, cosines, tests, good, look)
     assert "**H4: SUPPORTED**" in text
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
     assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \| 8 \(0\) \|$", own), own
-    assert "**H4: NOT INTERPRETABLE**" in sections_h4.h4_section(found, cosines, tests, bad, look)
+    assert "**H4: NOT INTERPRETABLE**" in sections.h4_section(found, cosines, tests, bad, look)
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in sections_h4.h4_section(found, cosines, level, good, look)
-    assert "**H4: UNDECIDED**" in sections_h4.h4_section(found, cosines, level.assign(p_equivalence=0.5), good, look)
+    assert "**H4: EQUIVALENT**" in sections.h4_section(found, cosines, level, good, look)
+    assert "**H4: UNDECIDED**" in sections.h4_section(found, cosines, level.assign(p_equivalence=0.5), good, look)

@@ -19,6 +19,7 @@ from cai_em.model.adapters import AdapterFiles, scaling
 from cai_em.report import sections, style
 from cai_em.report.figures import dynamics
 from cai_em.report.style import Look
+from cai_em.report.words import Words
 from cai_em.sample import sampling
 from cai_em.study.entries import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
 from peft import LoraConfig
@@ -295,7 +296,10 @@ def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
     found = timing.compare_transitions(late, early, STEPS)
     assert 17 < found["difference"] <= 18.5  # 24 - 6: not 200 - 6, nor the edge of the fit's grid
     row = pd.DataFrame([timing.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
-    assert sections._steps(row) == "> 24 [24, > 24]"
+    step = Words(Look([], [])).macro("h3.md.j2", "step")
+    assert f"{step(row.step, row.last, '.1f')} [{step(row.low, row.last, 'g')}, {step(row.high, row.last, 'g')}]" == (
+        "> 24 [24, > 24]"
+    )
 
 
 def test_p_agrees_with_the_interval():

@@ -17,9 +17,7 @@ from cai_em.report.figure_files import slug
 from cai_em.study.labels import Labels
 
 
-def markdown_table(
-    rows: Iterable[Sequence[str]], header: Sequence[str], align: str, *, wide: bool = False
-) -> str:
+def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str], align: str, *, wide: bool = False) -> str:
     """A pipe table: the one place that writes them. Cells are Markdown (`cell`, `escape`).
 
     Args:
