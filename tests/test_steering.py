@@ -16,7 +16,9 @@ from cai_em.dynamics.interventions import Intervention
 from cai_em.model import activations, adapters, load, probing, stacking
 from cai_em.model.activations import SteeringError
 from cai_em.report import sections_h4, style
-from cai_em.report.figures import dynamics
+from cai_em.report.drawing import FIGURES
+from cai_em.report.figures import steering_transfer
+from cai_em.report.figures.parts import View
 from cai_em.report.style import Look
 from cai_em.sample import conditions as sample_conditions
 from cai_em.sample import sampling
@@ -532,16 +534,16 @@ def test_only_pairs_that_say_something_are_compared():
 
 
 def test_next_to_nothing_is_not_painted_like_much():
-    assert dynamics._diverging(np.array([[0.02, -0.01]])) == 1
-    assert dynamics._diverging(np.array([[math.nan, -7.0]])) == 7
-    assert dynamics._diverging(np.array([[math.nan]])) == 1
+    assert steering_transfer._diverging(np.array([[0.02, -0.01]])) == 1
+    assert steering_transfer._diverging(np.array([[math.nan, -7.0]])) == 7
+    assert steering_transfer._diverging(np.array([[math.nan]])) == 1
 
 
 def test_layers_have_looks_of_their_own():
     same = {"target": "p", "source": "p", "kind": "add", "dataset": "x", "strength": 1.0, "low": -1.0, "high": 1.0}
     rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in curves.OUTCOMES]
     with style.style_context():
-        drawing = dynamics.draw_sweep(pd.DataFrame(rows), 9)
+        drawing = FIGURES["steering-sweep"].draw(View(Look([], [])), pd.DataFrame(rows).assign(layers=9))
         lines = [c.lines[0] for c in drawing.fig.axes[0].containers]
         assert len({(x.get_color(), x.get_marker()) for x in lines}) == 5
         plt.close(drawing.fig)
@@ -643,11 +645,11 @@ def test_figures_and_verdict(look):
     cosines = pd.concat(
         [directions.cosine_table({p: synthetic(rng) for p in "pq"}, 0, draws=50).assign(layer=i) for i in (0, 3)]
     )
+    own = found[(found["target"] == "p") & (found["source"] == "p")]
     with style.style_context():
         drawings = [
-            dynamics.draw_transfer(found, look),
-            dynamics.draw_sweep(found[(found["target"] == "p") & (found["source"] == "p")], 2),
-            dynamics.draw_cosines(cosines, look),
+            FIGURES[f"steering-{name}"].draw(View(look), table)
+            for name, table in (("transfer", found), ("sweep", own.assign(layers=2)), ("cosines", cosines))
         ]
         for drawing in drawings:
             drawing.fig.canvas.draw()

@@ -17,7 +17,9 @@ from cai_em.dynamics import runs as dynamics_runs
 from cai_em.dynamics.runs import TrajectoryError
 from cai_em.model.adapters import AdapterFiles, scaling
 from cai_em.report import sections, style
-from cai_em.report.figures import dynamics
+from cai_em.report.drawing import FIGURES
+from cai_em.report.figures import training
+from cai_em.report.figures.parts import View
 from cai_em.report.style import Look
 from cai_em.sample import sampling
 from cai_em.study.entries import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
@@ -489,9 +491,15 @@ def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
     assert "**H3: NOT TESTABLE**" in text
     assert "8 (8 left out; " in text
     with style.style_context():
-        for drawing in (dynamics.draw_outcomes(curves, found, look), dynamics.draw_transitions(found, look, {})):
+        table = dynamics_curves.curve_table(curves).assign(main=True)
+        for drawing in (drawn("outcomes", look, table, found), drawn("transitions", look, found)):
             drawing.fig.canvas.draw()
             plt.close(drawing.fig)
+
+
+def drawn(name, look, *tables):
+    """A figure of H3."""
+    return FIGURES[f"trajectories-{name}"].draw(View(look, trained="bad"), *tables)
 
 
 def example():
@@ -516,7 +524,7 @@ def look():
 
 def test_figures_draw_and_their_words_have_the_numbers(look):
     made, found, _ = example()
-    behaviour = {k: c for k, c in made.items() if k[1] in dynamics_curves.OUTCOMES}
+    table = dynamics_curves.curve_table(made).assign(main=True)
     runs = [
         dynamics_runs.geometry(np.outer(STEPS, STEPS), STEPS).assign(preset="p", persona="baseline", seed=s)
         for s in (0, 1)
@@ -524,20 +532,18 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
     general = h3.generality({"plain": made["baseline", "held out"]}, {"plain": made["baseline", "em"]})
     with style.style_context():
         drawings = [
-            dynamics.draw_outcomes(behaviour, found, look),
-            dynamics.draw_losses(
-                {("baseline", "held out"): made["baseline", "held out"]}, look, {"held out": "Bad, held out"}
-            ),
-            dynamics.draw_geometry(pd.concat(runs), look),
-            dynamics.draw_transitions(found, look, {"held out": "Bad, held out"}),
-            dynamics.draw_generality({"alignment": general, "em": general}, {}),
+            drawn("outcomes", look, table, found),
+            drawn("losses", look, table),
+            drawn("geometry", look, pd.concat(runs)),
+            drawn("transitions", look, found),
+            drawn("generality", look, pd.concat([general.assign(measure=o) for o in ("alignment", "em")])),
         ]
         for drawing in drawings:
             drawing.fig.canvas.draw()
             plt.close(drawing.fig)
     assert "(4 of 4)" in drawings[0].caption
     assert "6 of 6 curves" in drawings[3].caption
-    assert "loss, Bad, held out: step" in drawings[3].alt
+    assert "loss, bad, held out: step" in drawings[3].alt
 
 
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
@@ -591,7 +597,8 @@ def test_no_preset_is_left_out_of_the_figure():
     names = [f"p{i}" for i in range(5)]
     table = h3.generality(dict.fromkeys(names, flat), dict.fromkeys(names, flat))
     with style.style_context():
-        drawing = dynamics.draw_generality({"alignment": table, "em": table}, {})
+        both = pd.concat([table.assign(measure=o) for o in ("alignment", "em")])
+        drawing = drawn("generality", Look([], []), both)
         assert [len(ax.containers) for ax in drawing.fig.axes] == [5, 5]
         plt.close(drawing.fig)
 
@@ -619,7 +626,7 @@ def test_names_of_many_checkpoints_do_not_run_into_each_other():
     with style.style_context():
         fig, axes = plt.subplots(1, 3, figsize=style.figure_size(2.6))
         for ax in axes:
-            dynamics._step_axis(ax, steps)
+            training.step_axis(ax, steps)
         fig.canvas.draw()
         labels = [x for x in axes[2].get_xticklabels() if x.get_text()]
         boxes = [x.get_window_extent() for x in labels]
