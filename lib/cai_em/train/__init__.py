@@ -10,9 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "answers": ["EndpointGenerator", "EngineGenerator", "LocalGenerator"],
+        "grid": ["Failed", "Task", "train_persona", "train_tasks"],
         "introspection": ["conversations", "introspect", "introspection_prompt", "read_introspection"],
         "pairs": ["Filters", "counts", "make_pairs", "side_by_side", "teacher_of"],
         "train": ["train_dpo", "train_sft"],
-        "trainer": ["load_for_training", "split_rows"],
+        "trainer": ["TrainingError", "load_for_training", "split_rows"],
     },
 )
