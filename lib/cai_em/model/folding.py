@@ -136,7 +136,7 @@ def fold(
     active = load_adapter(model, persona_dir, PERSONA).eval()
     wanted = logits()  # the layers of the adapter stand in the model itself
     active.unload()
-    del model.peft_config
+    vars(model).pop("peft_config", None)  # left behind by peft, it would make the next adapter look like a second one
     add_to_weights(model, read_adapter(persona_dir))
     summed = logits()
     model.to(getattr(torch, dtype))

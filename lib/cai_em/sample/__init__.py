@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "conditions": ["Condition", "Decoding", "Job", "Request", "render"],
         "sampling": ["beside", "engine_name", "lengths", "open_engine", "probe_table", "sample"],
+        "torch_engine": ["TransformersEngine"],
     },
 )

@@ -209,14 +209,20 @@ class TransformersEngine:
 
     With `preset.merge` the composed adapter is added to copies of the weights for the length of a condition: fewer
     products per token, the sum rounded to the type of numbers once; the base weights come back as they were.
+
+    Args:
+        spec: which model.
+        preset: type of numbers, batch size, whether to merge.
+        loaded: the model, bare, and its tokenizer, where the caller has them in memory.
     """
 
-    def __init__(self, spec: ModelSpec, preset: SamplingPreset) -> None:
+    def __init__(self, spec: ModelSpec, preset: SamplingPreset, loaded: Sequence[Any] = ()) -> None:
         self.preset = preset
         self.timings: dict[str, float] = {}
         with _timed(self.timings, "load"):
-            self.model = load.load_model(spec, dtype=preset.dtype)
-            self.tokenizer = load.load_tokenizer(spec)
+            if not loaded:
+                loaded = load.load_model(spec, dtype=preset.dtype), load.load_tokenizer(spec)
+            self.model, self.tokenizer = loaded
         self.slots = probing.Slots(self.model)
         self.ends = end_tokens(self.model.generation_config, self.tokenizer)
 
@@ -274,7 +280,8 @@ class TransformersEngine:
         return found
 
     def close(self) -> None:
-        """Give the model's memory back (as it is: the LoRA layers go with it)."""
+        """Give the model's memory back; a model that the caller has lent is as it came."""
+        self.slots.close()
         del self.model, self.slots
 
 

@@ -14,17 +14,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cai_em.model.adapters import WEIGHTS
+from cai_em.records.files import atomic
+from cai_em.records.manifest import MANIFEST, read_manifest, write_manifest
 from cai_em.study.entries import DpoPreset, ModelSpec, SftPreset
 from cai_em.train import apart
 from cai_em.train.train import train_dpo, train_sft
-from cai_em.train.trainer import Row, TrainResult, backend_of, load_for_training
+from cai_em.train.trainer import Row, TrainResult, backend_of, load_for_training, precision
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-"""A base model, bare and in the preset's precision, and its tokenizer."""
+Loaded = Sequence[PreTrainedModel | PreTrainedTokenizerBase]
+"""A base model, bare, and its tokenizer; empty where none is loaded."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,15 @@ def train_persona(
         preset: how to train.
         pairs: preference pairs.
         out: folder of the adapter.
-        loaded: the base, where the caller has it in the preset's precision; it is given back as it came. Not used by
-            Unsloth, which loads its own.
+        loaded: the base, where the caller has it: taken where its precision is the preset's, and given back as it
+            came. Unsloth loads its own.
         cache_dir: of converted models.
     """
     if backend_of(preset) == "unsloth":
         (result,) = apart.stream(_persona, spec, preset, pairs, out, cache_dir)
         return result
+    if loaded and precision(loaded[0]) != [preset.dtype]:
+        loaded = None
     model, tokenizer = loaded or load_for_training(spec, preset, cache_dir)
     return train_dpo(model, tokenizer, pairs, preset, out)
 
@@ -135,3 +141,52 @@ def _persona(
 ) -> Iterator[TrainResult]:
     model, tokenizer = load_for_training(spec, preset, cache_dir)
     yield train_dpo(model, tokenizer, pairs, preset, out)
+
+
+def is_finished(folder: str | Path, made_from: dict[str, Any]) -> bool:
+    """Whether a cell's adapter is there, made from the same settings, code and persona.
+
+    Args:
+        folder: the cell's, with its manifest.
+        made_from: what its manifest must say of that.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file() or not (folder / "adapter" / WEIGHTS).is_file():
+        return False
+    return read_manifest(folder).get("made_from") == made_from
+
+
+def keep(
+    folder: str | Path,
+    result: TrainResult,
+    *,
+    inputs: Sequence[str | Path],
+    params: dict[str, Any],
+    seed: int,
+    made_from: dict[str, Any],
+) -> None:
+    """Commit a finished cell: its log, and, last of all, its manifest.
+
+    Args:
+        folder: the cell's, in which the adapter lies already.
+        result: what training it did.
+        inputs: files and folders that it was made of.
+        params: presets, written out.
+        seed: of the training.
+        made_from: by which a later run knows that it need not be made again (`is_finished`).
+    """
+    folder = Path(folder)
+    with atomic(folder / "log.parquet") as unfinished:
+        result.log.to_parquet(unfinished, index=False)
+    write_manifest(
+        folder,
+        stage="02_finetune",
+        inputs=inputs,
+        outputs=[result.adapter, folder / "log.parquet", *(path for _, path in result.checkpoints)],
+        params=params,
+        seeds={"training": seed},
+        adapter_state=result.adapter_state,
+        timings=result.timings,
+        made_from=made_from,
+        summary=result.summary(),
+    )

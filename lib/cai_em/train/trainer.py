@@ -486,13 +486,18 @@ def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
     return trainer
 
 
+def precision(model: torch.nn.Module) -> list[str]:
+    """The precisions of a model's parameters: one, unless it is a mixture."""
+    return sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+
+
 def _check_precision(model: PreTrainedModel, preset: TrainingPreset) -> None:
     """The base is as the preset wants it, whole, and without adapters.
 
     Raises:
         TrainingError: another precision, a mixture, or adapters.
     """
-    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+    found = precision(model)
     if found != [preset.dtype]:
         raise TrainingError(
             f"the preset trains on a base in {preset.dtype}, the model given is in {' and '.join(found)}"
