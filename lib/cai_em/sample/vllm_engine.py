@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,8 @@ class VllmEngine:
         ranks = [sum(LoraConfig.from_pretrained(path).r for path in job.condition.paths) for job in jobs]
         different = len({job.condition.adapters for job in jobs if job.condition.adapters})
         with _timed(self.timings, "load"):
+            # By default vLLM forks unless something has initialised CUDA before, and a forked CUDA context is dead.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
             import vllm
 
             options: dict[str, Any] = {}

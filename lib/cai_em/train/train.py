@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import file_hash
 from cai_em.study.entries import DpoPreset, SftPreset
-from cai_em.train import fused
+from cai_em.train import fused, lean
 from cai_em.train.trainer import (
     Row,
     TrainingError,
@@ -145,6 +145,7 @@ def train_dpo(
             if len(trainer.train_dataset) != len(examples):
                 raise TrainingError(f"TRL kept {len(trainer.train_dataset)} of {len(examples)} pairs")
             _check_pairs(tokenizer, trainer, examples)
+            trainer.lean = backend == "trl" and lean.applies(trained, trainer)
             prepared = time.perf_counter()
             log = _train(trainer, watch)
         done = time.perf_counter()
@@ -260,6 +261,7 @@ def train_sft(
             if preset.kl:
                 corpus = encode_rows(tokenizer, kl_rows or [], preset.max_length, "response")
                 trainer.regulariser = _Regulariser(preset.kl, corpus.examples, tokenizer.pad_token_id, here, seed)
+            trainer.lean = backend == "trl" and lean.applies(stacked, trainer)
             held_out = {}
             if held_rows:
                 held_out = {"rows": len(held_rows), "before": _held_out(stacked, tokenizer, held_rows, preset)}

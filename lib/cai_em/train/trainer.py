@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import restored
 from cai_em.study.entries import KlPreset, ModelSpec, SftPreset, TrainingPreset
-from cai_em.train import fused
+from cai_em.train import fused, lean
 
 Row = Sequence[dict[str, str]]
 """A row of a fine-tuning data set: the messages of a conversation, `[{"role": ..., "content": ...}, ...]`."""
@@ -361,6 +361,7 @@ def _checked(trainer_class: type) -> type:
 
     class Checked(trainer_class):
         regulariser: _Regulariser | None = None
+        lean = False
 
         def __init__(self, *args: Any, **given: Any) -> None:
             super().__init__(*args, **given)
@@ -379,8 +380,11 @@ def _checked(trainer_class: type) -> type:
             self.data_collator = collated
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = found[0] if return_outputs else found
+            if self.lean and "labels" in inputs and not return_outputs:
+                found = loss = lean.response_loss(model, inputs, num_items_in_batch)
+            else:
+                found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                loss = found[0] if return_outputs else found
             if self.regulariser and self.regulariser.preset.weight and model.training:
                 kl = self.regulariser.loss(model)
                 self._metrics["train"]["kl"].append(kl.detach())
@@ -388,6 +392,14 @@ def _checked(trainer_class: type) -> type:
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 loss = loss + self.regulariser.preset.weight * kl / steps
             return (loss, found[1]) if return_outputs else loss
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            if not self.lean or return_outputs:
+                return super()._compute_loss(model, inputs, return_outputs)
+            loss, logged = lean.preference_loss(model, self, inputs)
+            for key, value in logged.items():
+                self._metrics["train"][key].append(float(value))
+            return loss
 
     Checked.__name__ = trainer_class.__name__
     return Checked
