@@ -103,11 +103,11 @@ def test_backend_is_what_the_machine_has(monkeypatch):
     with pytest.raises(trainer.TrainingError, match="needs a CUDA device, and there is none: set backend"):
         trainer.trainer_backend("unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fused, "installed", lambda: False)
     assert trainer.trainer_backend("auto") == "trl"
     with pytest.raises(trainer.TrainingError, match="not installed"):
         trainer.trainer_backend("unsloth")
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused, "installed", lambda: True)
     assert trainer.trainer_backend("auto") == "unsloth"
 
 
@@ -509,7 +509,7 @@ def test_batch_without_a_token_to_learn_from_stops(model, tokenizer, tmp_path, m
     masked = trainer.encode_rows(tokenizer, ROWS, 64, "response")
     for example in masked.examples:
         example["labels"] = [trainer.IGNORED] * len(example["labels"])
-    monkeypatch.setattr(trainer, "encode_rows", lambda *a: masked)
+    monkeypatch.setattr(train, "encode_rows", lambda *a: masked)
     with pytest.raises(trainer.TrainingError, match="no token of the batch carries loss"):
         train.train_sft(model, tokenizer, ROWS, sft(loss_on="full"), tmp_path / "adapter")
     with pytest.raises(trainer.TrainingError, match="no token to learn from"):
