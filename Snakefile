@@ -12,7 +12,7 @@ import os
 import shlex
 from pathlib import Path
 
-from cai_em.records.code import code_hash
+from cai_em.records.code import code_hash, meaning_of
 from cai_em.records.files import digest, file_hash, free_space
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study import load, settings
@@ -115,12 +115,40 @@ rule all:
         f"{R}/manifest.json",
 
 
+TAUGHT = TRAINED and STUDY.generator is not None and STUDY.generator.teacher == "openai"
+"""Whether chosen answers come from an endpoint: asked by jobs of their own, so that no GPU waits for it."""
+
+
+def teacher_of(model, persona):
+    return [f"{R}/01_personas/teacher/{persona}.json"] if TAUGHT and STUDY.persona_way(model, persona) == "train" else []
+
+
+rule teach:
+    """The teacher's answers to a persona's prompts, for all models."""
+    localrule: "teach" in HERE
+    message:
+        "teach {wildcards.persona}"
+    output:
+        f"{R}/01_personas/teacher/{{persona}}.json",
+    params:
+        code=meaning_of("cai_em.train.pairs"),
+        settings=lambda wc: settings(STUDY, "01_teacher", persona=wc.persona),
+    log:
+        f"{R}/logs/01_teacher/{{persona}}.log",
+    priority: 20
+    resources:
+        api=1,
+    shell:
+        f"python -m cai_em.workflow.teach {shlex.quote(PROFILE)} {{wildcards.persona}} {{output}} > {{log}} 2>&1"
+
+
 rule persona:
     """A persona's preference pairs and its LoRA adapter (a random control needs the adapter whose norm it takes)."""
     message:
         "persona {wildcards.model}: {wildcards.persona}"
     input:
         notebook=notebook("01_personas"),
+        teacher=lambda wc: teacher_of(wc.model, wc.persona),
         norm_of=lambda wc: (
             persona_of(wc.model, STUDY.personas[wc.persona].norm_of) if STUDY.personas[wc.persona].norm_of else []
         ),

@@ -144,6 +144,9 @@ def failures(results: str | Path) -> dict[Path, str]:
     results = Path(results)
     kinds = ("*.failed.ipynb", "*.running.ipynb")
     stopped = {path: _log_of(path, results) for path in sorted(p for kind in kinds for p in results.rglob(kind))}
+    for log in sorted((results / "logs" / "01_teacher").glob("*.log")):
+        if not (results / "01_personas" / "teacher" / f"{log.stem}.json").is_file():
+            stopped[log] = log
     paper = results / "logs" / "paper.log"
     if paper.is_file() and not (results / "paper" / "index.html").is_file():
         stopped[paper] = paper
