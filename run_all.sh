@@ -11,7 +11,7 @@
 #   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
-# Options after the profile: --dry-run (jobs with reasons, and what they cost), --jobs N, --profile slurm, and any of Snakemake's.
+# Options after the profile: --dry-run (jobs with reasons, and what they cost; --from RESULTS: as measured there), --jobs N, --profile slurm, and any of Snakemake's.
 # CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
@@ -130,11 +130,13 @@ setup "$WHAT" "$@"
 WHERE=local
 ARGS=()
 DRY=
+FROM=
 JOBS=
 while [ $# -gt 0 ]; do
   case "$1" in
     --profile) WHERE=${2:?--profile needs a name: local or slurm}; shift ;;
     --jobs) JOBS=${2:?--jobs needs a number}; shift ;;
+    --from) FROM=${2:?--from needs results/<profile>, or the JSON file of tests/gpu/check.sh}; shift ;;
     --dry-run|-n) DRY=1; ARGS+=(--dry-run) ;;
     *) ARGS+=("$1") ;;
   esac
@@ -151,7 +153,7 @@ MISSING=$RESULTS/07_published/missing.json # what the last run had to go without
 if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
   "${SNAKEMAKE[@]}" "${ARGS[@]}"
-  python -m cai_em.workflow.plan "$WHAT"
+  python -m cai_em.workflow.plan "$WHAT" ${FROM:+--from "$FROM"}
   exit
 fi
 
