@@ -65,13 +65,13 @@ def test_a_visible_list_is_kept_to_and_slurms_one_is_left_alone(two_gpus, monkey
 @pytest.mark.parametrize(("built", "said"), [("None", "built without CUDA"), ("13.0", "570.1, a card")])
 def test_a_job_that_was_given_a_gpu_and_sees_none_stops(two_gpus, monkeypatch, built, said):
     (two_gpus / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 570.1, a card\n")
-    monkeypatch.setattr(gpu, "LOOK", f"print('False', {built!r})")
+    monkeypatch.setattr(gpu, "ASKED_OF_TORCH", f"print('False', {built!r})")
     source = write_notebook(two_gpus / "n.ipynb", "print('trained')")
     monkeypatch.setenv("CAI_EM_JOB_GPUS", "1")
     with pytest.raises(gpu.NoGpu, match=f"sees none, so it stops before it trains on the CPU.*{said}"):
         run.execute(source, two_gpus / "out" / "n.ipynb", {})
     assert not list((two_gpus / "out").glob("n*.ipynb"))
-    monkeypatch.setattr(gpu, "LOOK", "print(True, '13.0')")
+    monkeypatch.setattr(gpu, "ASKED_OF_TORCH", "print(True, '13.0')")
     run.execute(source, two_gpus / "out" / "n.ipynb", {})
 
 
@@ -86,7 +86,7 @@ def test_nothing_happens_without_a_gpu_or_a_wish(two_gpus, monkeypatch):
 
 def test_a_notebooks_kernel_sees_one_gpu_where_its_rule_asks_for_one(two_gpus, monkeypatch):
     source = write_notebook(two_gpus / "n.ipynb", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))")
-    monkeypatch.setattr(gpu, "LOOK", "print(True, '13.0')")
+    monkeypatch.setattr(gpu, "ASKED_OF_TORCH", "print(True, '13.0')")
     said = {}
     for wish in ("0", "1"):
         monkeypatch.setenv("CAI_EM_JOB_GPUS", wish)

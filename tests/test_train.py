@@ -131,7 +131,7 @@ def _peft_in_unsloths_place(model, lora, seed, *, checkpointing):
 @pytest.fixture
 def as_unsloth(model, monkeypatch):
     """A machine on which unsloth runs."""
-    monkeypatch.setattr(train, "backend_of", lambda preset: "unsloth")
+    monkeypatch.setattr(train, "training_backend", lambda preset: "unsloth")
     monkeypatch.setattr(fused, "new_adapter", _peft_in_unsloths_place)
     monkeypatch.setattr(trl, "SFTTrainer", UnslothSFTTrainer)
     monkeypatch.delenv("UNSLOTH_MIXED_PRECISION", raising=False)
@@ -154,10 +154,10 @@ def test_a_base_without_the_persona_in_it_is_not_trained_for_one(as_unsloth, tok
 def test_kl_is_left_to_trl(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fused, "installed", lambda: True)
-    assert trainer.backend_of(sft(backend="auto")) == "unsloth"
-    assert trainer.backend_of(sft(backend="auto", kl=KlPreset(weight=1.0, corpus="c"))) == "trl"
+    assert trainer.training_backend(sft(backend="auto")) == "unsloth"
+    assert trainer.training_backend(sft(backend="auto", kl=KlPreset(weight=1.0, corpus="c"))) == "trl"
     with pytest.raises(trainer.TrainingError, match="cannot regularise by KL"):
-        trainer.backend_of(sft(backend="unsloth", kl=KlPreset(weight=1.0, corpus="c")))
+        trainer.training_backend(sft(backend="unsloth", kl=KlPreset(weight=1.0, corpus="c")))
 
 
 def test_a_trainer_that_switches_autocast_on_all_the_same_stops(as_unsloth, tokenizer, tmp_path, monkeypatch):

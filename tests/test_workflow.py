@@ -213,7 +213,9 @@ def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
     said = done.stdout + done.stderr
     assert "baseline/job1.failed.ipynb" in said
     assert "finetune tiny: baseline, part 1" in said, "the screen names the cell of a job"
-    assert re.search(r"failed\.ipynb\n +\w+Error: .*bad_medical, seed 0: \w+Error: .*seed0", said), "the error itself is on the terminal"
+    assert re.search(r"failed\.ipynb\n +\w+Error: .*bad_medical, seed 0: \w+Error: .*seed0", said), (
+        "the error itself is on the terminal"
+    )
     finished = place / "results/micro/02_finetune/tiny/baseline"
     assert (finished / "good_medical/seed0/manifest.json").is_file()
     assert not (finished / "bad_medical/seed0/manifest.json").exists()

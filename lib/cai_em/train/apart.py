@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class ChildDied(RuntimeError):
     """The process that did the work ended without a word, for example for want of memory."""
 
 
-def stream(function: Callable[..., Iterator[T]], *given: Any, **named: Any) -> Iterator[T]:
+def stream(function: Callable[..., Iterator[_T]], *given: Any, **named: Any) -> Iterator[_T]:
     """What a generator function yields, from a new process, as it comes.
 
     Args:

@@ -62,7 +62,7 @@ def _language_models() -> Any:
     return FastLanguageModel
 
 
-def load_model(
+def load_with_unsloth(
     spec: ModelSpec, preset: TrainingPreset, cache_dir: str | Path | None, persona_dir: str | Path | None
 ) -> PreTrainedModel:
     """The base, or the base with a persona folded into it, as Unsloth loads it; frozen.

@@ -25,7 +25,7 @@ from cai_em.records.manifest import MANIFEST, read_manifest, write_manifest
 from cai_em.study.entries import DpoPreset, ModelSpec, SftPreset
 from cai_em.train import apart
 from cai_em.train.train import train_dpo, train_sft
-from cai_em.train.trainer import Row, TrainResult, backend_of, load_for_training, precision
+from cai_em.train.trainer import Row, TrainResult, load_for_training, precision, training_backend
 
 Loaded = Sequence[PreTrainedModel | PreTrainedTokenizerBase]
 """A base model, bare, and its tokenizer; empty where none is loaded."""
@@ -77,7 +77,7 @@ def train_tasks(
     if not tasks:
         return
     given = (spec, preset, list(tasks), persona_dir, cache_dir)
-    yield from apart.stream(_each, *given) if backend_of(preset) == "unsloth" else _each(*given)
+    yield from apart.stream(_each, *given) if training_backend(preset) == "unsloth" else _each(*given)
 
 
 def _each(
@@ -127,7 +127,7 @@ def train_persona(
             came. Unsloth loads its own.
         cache_dir: of converted models.
     """
-    if backend_of(preset) == "unsloth":
+    if training_backend(preset) == "unsloth":
         (result,) = apart.stream(_persona, spec, preset, pairs, out, cache_dir)
         return result
     if loaded and precision(loaded[0]) != [preset.dtype]:

@@ -46,11 +46,11 @@ from cai_em.train.trainer import (
     _Regulariser,
     _train,
     _Watch,
-    backend_of,
     check_response_mask,
     encode_rows,
     mean_loss,
     split_rows,
+    training_backend,
 )
 
 DPO_ADAPTER = fused.ADAPTER
@@ -86,7 +86,7 @@ def train_dpo(
         TrainingError: nothing to train on, or a loss that is not a number.
         adapters.AdapterStateError: the adapter was not trained as it must be.
     """
-    backend = backend_of(preset)
+    backend = training_backend(preset)
     import trl  # after unsloth, which rewrites it
 
     started = time.perf_counter()
@@ -217,7 +217,7 @@ def train_sft(
         adapters.AdapterStateError: the adapters were not active or trained as they must be.
         adapters.AdapterError: the persona's adapter is not whole or belongs to another model.
     """
-    backend = backend_of(preset)
+    backend = training_backend(preset)
     import trl  # after unsloth, which rewrites it
 
     started = time.perf_counter()

@@ -106,7 +106,7 @@ def trainer_backend(choice: Literal["auto", "trl", "unsloth"] = "auto") -> Liter
     return "unsloth" if choice == "unsloth" or (choice == "auto" and cuda and installed) else "trl"
 
 
-def backend_of(preset: TrainingPreset) -> Literal["trl", "unsloth"]:
+def training_backend(preset: TrainingPreset) -> Literal["trl", "unsloth"]:
     """Which trainer a preset runs on here. One that regularises by KL needs logits with and without the new adapter in
     the midst of a step, which Unsloth's fused loss does not give: `auto` takes `trl` for it.
 
@@ -135,9 +135,9 @@ def load_for_training(
             adapter, is given a base with the persona folded in; with trl the persona is stacked later (`train_sft`).
     """
     tokenizer = load.load_tokenizer(spec, cache_dir)
-    if backend_of(preset) == "trl":
+    if training_backend(preset) == "trl":
         return load.load_model(spec, preset.dtype, cache_dir), tokenizer
-    return fused.load_model(spec, preset, cache_dir, persona_dir), tokenizer
+    return fused.load_with_unsloth(spec, preset, cache_dir, persona_dir), tokenizer
 
 
 # --- Rows as tokens ------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class NoGpu(RuntimeError):
     """A job was given a GPU and sees none. The message says what was found, and what to do."""
 
 
-LOOK = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
+ASKED_OF_TORCH = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
 """What a process of this environment is asked before a GPU job starts."""
 
 
@@ -107,7 +107,7 @@ def check_usable() -> None:
     Raises:
         NoGpu: it cannot.
     """
-    said = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
+    said = subprocess.run([sys.executable, "-c", ASKED_OF_TORCH], capture_output=True, text=True, check=False)
     usable, _, built = said.stdout.strip().partition(" ")
     if usable == "True":
         return
