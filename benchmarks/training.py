@@ -6,7 +6,7 @@
 Measured in one run, for each model: DPO's step and SFT's step with TRL's own losses and with ours (`train.lean`), in
 tokens per second of processor time, so that other work on the machine does not count; and, for the profile's model,
 the time that two cells take beyond their steps: two processes, each of which imports, loads, trains, loads again and
-answers a question with a probe, against one process that imports and loads once. Exit code 1 if ours is not faster in all.
+answers a question with a probe, against one process that imports and loads once. Exit code 1 if ours is not faster.
 """
 
 from __future__ import annotations
