@@ -25,7 +25,7 @@ from cai_em.records.manifest import MANIFEST, read_manifest, write_manifest
 from cai_em.study.entries import DpoPreset, ModelSpec, SftPreset
 from cai_em.train import apart
 from cai_em.train.train import train_dpo, train_sft
-from cai_em.train.trainer import Row, TrainResult, load_for_training, precision, training_backend
+from cai_em.train.trainer import Row, TrainingError, TrainResult, load_for_training, precision, training_backend
 
 Loaded = Sequence[PreTrainedModel | PreTrainedTokenizerBase]
 """A base model, bare, and its tokenizer; empty where none is loaded."""
@@ -141,6 +141,16 @@ def _persona(
 ) -> Iterator[TrainResult]:
     model, tokenizer = load_for_training(spec, preset, cache_dir)
     yield train_dpo(model, tokenizer, pairs, preset, out)
+
+
+def raise_failed(failed: Sequence[str], number: int) -> None:
+    """At the end of a job: say which of its trainings failed, if any did.
+
+    Raises:
+        TrainingError: each that failed, with its error.
+    """
+    if failed:
+        raise TrainingError(f"{len(failed)} of {number} trainings failed: {'; '.join(failed)}")
 
 
 def is_finished(folder: str | Path, made_from: dict[str, Any]) -> bool:
