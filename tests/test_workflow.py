@@ -320,7 +320,7 @@ def test_the_messages_that_the_guide_quotes_are_those_that_are_printed(root):
     rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")][1:]
     quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) >= 7
-    sources = [root / "run_all.sh", *(root / "lib" / "cai_em").glob("*.py")]
+    sources = [root / "run_all.sh", *(root / "lib" / "cai_em").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources) + os.strerror(errno.ENOSPC)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message over several lines
     pieces = [piece for text in quoted for piece in text.split("…") if piece.strip()]
