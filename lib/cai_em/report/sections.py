@@ -51,9 +51,8 @@ def stages(
     def dynamics(stage: str, verdicts: str, text: Callable[[Mapping[str, pd.DataFrame]], str]) -> SimpleNamespace:
         tables = read_stage(results / stage)
         models = list(dict.fromkeys(tables[verdicts]["model"]))
-        texts = {
-            m: Markup(text({n: where(t, model=m) if "model" in t else t for n, t in tables.items()})) for m in models
-        }
+        of = {m: {n: where(t, model=m) if "model" in t else t for n, t in tables.items()} for m in models}
+        texts = {m: Markup(text(mine)) for m, mine in of.items()}
         return SimpleNamespace(texts=texts, figures=[f for f in figures if f.stage == stage])
 
     def h3(t: Mapping[str, pd.DataFrame]) -> str:
