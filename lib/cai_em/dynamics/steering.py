@@ -38,7 +38,7 @@ from cai_em.sample.conditions import Condition
 from cai_em.study.entries import ModelSpec, SamplingPreset
 from cai_em.study.study import Cell
 
-NONE = Intervention("none")
+UNTOUCHED = Intervention("none")
 PLACE = ["model", "target", "dataset"]
 """What names a steered condition in a design, and in what was found for it."""
 
@@ -191,13 +191,13 @@ def find_directions(
     tables, contrasts, depth, probes = [], {}, {}, {}
     for m, spec in models.items():
         model, tokenizer = load_model(spec, dtype=preset.dtype), load_tokenizer(spec)
-        jobs = [(c, [NONE]) for p, before in arms.untuned[m].items() for c in (before, *arms.tuned[m][p])]
+        jobs = [(c, [UNTOUCHED]) for p, before in arms.untuned[m].items() for c in (before, *arms.tuned[m][p])]
         found = sample_steered(spec, model, tokenizer, jobs, questions, preset, probe_prompts, cells_dir)
         mine = found.responses[found.responses["response"].str.strip().ne("")].reset_index(drop=True)
         mine["misaligned"] = False
         if contrast == "responses" and misaligned is not None:
             mine["misaligned"] = misaligned(mine.drop(columns="misaligned")).astype(bool)
-        mine["dataset"] = mine["dataset"].str.removesuffix(f"+{NONE.name}")
+        mine["dataset"] = mine["dataset"].str.removesuffix(f"+{UNTOUCHED.name}")
         contrasts[m] = contrasts_of(model, tokenizer, arms.untuned[m], arms.tuned[m], mine, contrast, cells_dir)
         probes |= {f"{m} {name}": probe for name, probe in found.probes.items()}
         depth[m] = len(decoder_layers(model))
@@ -245,7 +245,7 @@ def plan_interventions(
     jobs: dict[tuple[str, str, str], list[Intervention]] = {}
     parts = []
     for m, of in arms.untuned.items():
-        jobs |= {(m, p, d): [NONE] for p in of for d in (NO_DATASET, arms.dataset)}
+        jobs |= {(m, p, d): [UNTOUCHED] for p in of for d in (NO_DATASET, arms.dataset)}
         first = next(iter(of))
         swept = sweep(found.vectors[m][first], first, found.layers(m, layers), strengths)
         wanted = [("sweep", first, act, act.strength > 0) for act in swept]
