@@ -442,10 +442,10 @@ WARM = SftPreset(
 
 def test_a_run_begins_its_snapshots_when_it_learns_and_takes_back_only_what_is_whole(tmp_path, monkeypatch):
     this, trained = dynamics_runs.Run("tiny", "warm", "baseline", 0), []
-    from cai_em.train import train
+    from cai_em.train import grid
 
-    real = train.train_sft
-    monkeypatch.setattr(train, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
+    real = grid.train_sft
+    monkeypatch.setattr(grid, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
     run = lambda **more: dynamics_runs.train_run(  # noqa: E731
         this, TINY, WARM.model_copy(update=more), ROWS, tmp_path, persona_dir=None
     )

@@ -27,6 +27,7 @@ from cai_em.sample.conditions import Condition
 from cai_em.sample.sampling import sample
 from cai_em.study.entries import ModelSpec, SamplingPreset, SftPreset
 from cai_em.study.materials import Messages
+from cai_em.train import grid
 
 Personas = Mapping[tuple[str, str], Sequence[tuple[str, Path]]]
 """(model, persona) -> its adapters, `[("persona", folder)]`, or `[]` for the baseline."""
@@ -165,30 +166,17 @@ def train_run(
     wanted = [s for s in preset.checkpoints or dense_early(steps, 8, first_trained(preset, steps)) if s <= steps]
     preset = preset.model_copy(update={"held_out": 0.0, "checkpoints": sorted({*wanted, steps})})
     persona = file_hash(Path(persona_dir) / "adapter_model.safetensors") if persona_dir else None
-    code = meaning_of("cai_em.train.train")
+    code = meaning_of("cai_em.train.grid")
     made_from = digest([asdict(this), spec, preset, list(rows), list(kl_rows or []), persona, code])
     if (folder / "manifest.json").is_file() and (found := read_manifest(folder)).get("made_from") == made_from:
         snapshots = [folder / f"step{step:05d}" / WEIGHTS for step in found["summary"]["checkpoints"]]
         if all(path.is_file() for path in snapshots):
             return found
     shutil.rmtree(folder, ignore_errors=True)
-    from cai_em.train import (
-        train,
-        trainer,  # here: with unsloth, it rewrites transformers as it is imported
-    )
-
-    model, tokenizer = trainer.load_for_training(spec, preset)
-    result = train.train_sft(
-        model,
-        tokenizer,
-        rows,
-        preset,
-        folder / "adapter",
-        persona_dir=persona_dir,
-        seed=this.seed,
-        kl_rows=kl_rows,
-        checkpoints_dir=folder,
-    )
+    task = grid.Task(rows, folder / "adapter", this.seed, kl_rows, checkpoints_dir=folder)
+    ((_, result),) = grid.train_tasks(spec, preset, [task], persona_dir=persona_dir)
+    if isinstance(result, grid.Failed):
+        raise TrajectoryError(f"{this}: {result.error}\n{result.trace}")
     result.log.to_parquet(folder / "log.parquet", index=False)
     write_manifest(
         folder,

@@ -39,7 +39,10 @@ def _settings(
     p = study.profile
     if p.data == "fetched":
         yield "fetched", file_hash(study.folder / "fetched.yaml")
-    if stage == "01_personas":
+    if stage == "01_teacher":
+        yield "presets", [study.generator, p.data]
+        yield "constitution", file_hash(study.constitution_file(persona))
+    elif stage == "01_personas":
         way = study.persona_way(model, persona)
         yield "presets", [study.generator, study.persona_training, p.data, way]
         if way == "hub":
