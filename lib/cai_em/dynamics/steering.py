@@ -75,7 +75,7 @@ def before_and_after(
         adapters: where a cell's adapters lie (`Study.adapters`).
         models, personas, dataset, seeds: which cells.
     """
-    made = lambda *cell: Condition(*cell, tuple(adapters(Cell(*cell))))  # noqa: E731
+    made = lambda m, p, d, s: Condition(m, p, d, s, tuple(adapters(Cell(m, p, d, s))))  # noqa: E731
     return Arms(
         dataset,
         {m: {p: made(m, p, NO_DATASET, 0) for p in personas} for m in models},
@@ -188,7 +188,8 @@ def find_directions(
         contrast: `adapter` or `responses` (`contrasts_of`).
         misaligned: which of the responses are, in order; for `responses` alone.
     """
-    tables, contrasts, depth, probes = [], {}, {}, {}
+    tables, contrasts, depth = [], {}, {}
+    probes: dict[str, dict[str, Any]] = {}
     for m, spec in models.items():
         model, tokenizer = load_model(spec, dtype=preset.dtype), load_tokenizer(spec)
         jobs = [(c, [UNTOUCHED]) for p, before in arms.untuned[m].items() for c in (before, *arms.tuned[m][p])]
@@ -270,7 +271,8 @@ def steer(
     cells_dir: Path,
 ) -> Steered:
     """`sample_steered` of all models; what the probe measured, by `<model> <condition>`."""
-    responses, designs, probes = [], [], {}
+    responses, designs = [], []
+    probes: dict[str, dict[str, Any]] = {}
     for m, spec in models.items():
         model, tokenizer = load_model(spec, dtype=preset.dtype), load_tokenizer(spec)
         jobs = [(arms.condition(*of), acts) for of, acts in planned.jobs.items() if of[0] == m]

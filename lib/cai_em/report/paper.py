@@ -63,7 +63,7 @@ from cai_em.study import published
 from cai_em.study import study as study_study
 
 VARIABLES = "_variables.yml"
-LISTING = "sources.json"
+SOURCES_LISTING = "sources.json"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
         "used": sorted(numbers.used),
         "numbers": {name: asdict(n) for name, n in numbers.all.items()},
     }
-    (folder / LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SOURCES_LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return dict(numbers.all)
 
 
