@@ -152,7 +152,7 @@ COLOUR = re.compile(r"#(?:[0-9a-fA-F]{3}){1,2}")
 
 
 def test_a_colour_concerns_the_stage_that_draws_and_no_other(root):
-    """Neither the palette's code nor a persona's colour makes a stage stale that trains, samples, judges or computes."""
+    """Neither the palette's code nor a persona's colour makes a stage stale that trains, judges or computes."""
     stages = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     drawing = {n.stem for n in stages if any(f.name == "style.py" for f in used_by(n))}
     assert drawing == {"00_explore", "11_report"}
