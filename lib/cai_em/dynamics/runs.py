@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import shutil
@@ -13,15 +14,22 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from cai_em.model.activations import mean_logprobs
 from cai_em.model.adapters import WEIGHTS, AdapterFiles, read_adapter
+from cai_em.model.load import load_model, load_tokenizer
+from cai_em.model.probing import Slots
 from cai_em.records.code import meaning_of
 from cai_em.records.files import digest, file_hash
 from cai_em.records.manifest import read_manifest, write_manifest
 from cai_em.sample.conditions import Condition
-from cai_em.study.entries import ModelSpec, SftPreset
+from cai_em.sample.sampling import sample
+from cai_em.study.entries import ModelSpec, SamplingPreset, SftPreset
 from cai_em.study.materials import Messages
+
+Personas = Mapping[tuple[str, str], Sequence[tuple[str, Path]]]
+"""(model, persona) -> its adapters, `[("persona", folder)]`, or `[]` for the baseline."""
 
 
 class TrajectoryError(ValueError):
@@ -197,12 +205,108 @@ def train_run(
     return read_manifest(folder)
 
 
-def run_geometry(this: Run, stage: Path, part: Literal["update", "B"] = "update") -> pd.DataFrame:
-    """`geometry` of a run's snapshots, from no update at step 0 on, with the run's names as columns."""
-    paths = sorted(this.folder(stage).glob("step*"))
-    steps = [0, *(int(path.name.removeprefix("step")) for path in paths)]
-    table = geometry(gram([None, *(read_adapter(path) for path in paths)], part), steps)
-    return table.assign(**asdict(this), part=part)
+def train_runs(
+    runs: Sequence[Run],
+    models: Mapping[str, ModelSpec],
+    presets: Mapping[str, SftPreset],
+    rows: Sequence[Messages],
+    stage: Path,
+    *,
+    personas: Personas,
+    corpora: Mapping[str, Sequence[Messages]],
+) -> pd.DataFrame:
+    """`train_run` of every run.
+
+    Args:
+        runs: which.
+        models: their models, by key.
+        presets: how to train, by name.
+        rows: the training rows.
+        stage: the stage's folder.
+        personas: (model, persona) -> its adapters.
+        corpora: preset -> the extra corpus, where it is KL-regularised.
+
+    Returns:
+        `model, preset, persona, seed, steps, first_loss, last_loss`.
+    """
+    found = []
+    for this in tqdm(runs, desc="runs"):
+        persona = personas[this.model, this.persona]
+        made = train_run(
+            this,
+            models[this.model],
+            presets[this.preset],
+            rows,
+            stage,
+            persona_dir=persona[0][1] if persona else None,
+            kl_rows=corpora.get(this.preset),
+        )
+        gc.collect()
+        found.append(asdict(this) | {k: made["summary"][k] for k in ("steps", "first_loss", "last_loss")})
+    return pd.DataFrame(found)
+
+
+def run_geometries(runs: Sequence[Run], presets: Mapping[str, SftPreset], stage: Path) -> pd.DataFrame:
+    """`geometry` of all runs' snapshots, from no update at step 0 on, with the runs' names as columns.
+
+    Of a rank-1 adapter it is that of B alone, the vector that is written into the residual stream.
+    """
+    tables = []
+    for this in runs:
+        part: Literal["update", "B"] = "B" if presets[this.preset].lora.r == 1 else "update"
+        paths = sorted(this.folder(stage).glob("step*"))
+        steps = [0, *(int(path.name.removeprefix("step")) for path in paths)]
+        found = geometry(gram([None, *(read_adapter(path) for path in paths)], part), steps)
+        tables.append(found.assign(**asdict(this), part=part))
+    return pd.concat(tables, ignore_index=True)
+
+
+# --- Snapshots -----------------------------------------------------------------------------------------------------
+
+
+def snapshots(runs: Sequence[Run], dataset: str, personas: Personas, stage: Path) -> list[Condition]:
+    """The conditions of all runs' snapshots, each once: the model before training is the same for every seed."""
+    found = [c for this in runs for c in this.conditions(dataset, personas[this.model, this.persona], stage)]
+    first = {this.model: this.seed for this in reversed(runs)}
+    return [c for c in found if not c.dataset.endswith("@0") or c.seed == first[c.model]]
+
+
+def sample_snapshots(
+    models: Mapping[str, ModelSpec],
+    conditions: Sequence[Condition],
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    cells_dir: Path,
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Every condition's responses, model by model, and what the probe measured, by `<model> <condition>`."""
+    tables, probes = [], {}
+    for model, spec in models.items():
+        mine = [c for c in conditions if c.model == model]
+        found = sample(spec, mine, questions, preset, probe_prompts, cells_dir, progress=True)
+        tables.append(found.responses)
+        probes |= {f"{model} {name}": probe for name, probe in found.probes.items()}
+    return pd.concat(tables, ignore_index=True), probes
+
+
+def measure_losses(
+    models: Mapping[str, ModelSpec],
+    conditions: Sequence[Condition],
+    sets: Mapping[str, Sequence[Messages]],
+    dtype: Literal["float32", "bfloat16"],
+) -> pd.DataFrame:
+    """`losses` of every condition: `set, row, loss, model, persona, dataset, seed, preset, step`."""
+    tables = []
+    for model, spec in models.items():
+        base, tokenizer = load_model(spec, dtype=dtype), load_tokenizer(spec)
+        slots = Slots(base)
+        for c in tqdm([c for c in conditions if c.model == model], desc="losses"):
+            with slots.composed(c.adapters):
+                found = losses(base, tokenizer, sets)
+            tables.append(found.assign(model=model, persona=c.persona, dataset=c.dataset, seed=c.seed))
+        del base, slots
+        gc.collect()
+    return with_steps(pd.concat(tables, ignore_index=True))
 
 
 # --- What a checkpoint's adapter is ---------------------------------------------------------------------------------

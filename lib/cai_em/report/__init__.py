@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "explore": ["CSS", "Explorer", "cards", "heading", "select"],
-        "drawing": ["draw_all"],
+        "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
         "markdown": ["escape"],
         "paper": ["generate"],
@@ -30,9 +30,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "sections": [
             "audit",
             "claims_sections",
-            "final_row",
             "gate_sections",
-            "h3_section",
+            "h3_document",
             "outcome_sections",
             "pooled_section",
             "power_section",
@@ -41,7 +40,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "verdict_section",
             "verdict_sentence",
         ],
-        "sections_h4": ["h4_section"],
+        "sections_h4": ["h4_document"],
         "style": ["Look", "figure_size", "picture", "style_context"],
     },
 )

@@ -45,18 +45,25 @@ def draw_all(results: Path, out_dir: Path, view: View) -> list[FigureRecord]:
         A record per figure that was drawn: model by model, those of several models last.
     """
     models = list(view.look.sort_models(m.key for m in view.look.models))
-    records = []
-    with style.style_context():
-        for figure in FIGURES.values():
-            files = [table_file(results, name) for name in figure.tables]
-            if all(file.is_file() for file in files):
-                for (model, *names), tables in _groups(figure, list(map(pd.read_parquet, files)), view.look):
-                    drawing = figure.draw(view, *tables)
-                    if drawing is not None:
-                        records.append(record_figure(drawing, out_dir, view.look, figure, model, *names))
+    records = [
+        record_figure(drawing, out_dir, view.look, figure, model, *names)
+        for figure, (model, *names), drawing in drawings(results, view)
+    ]
     records.sort(key=lambda r: models.index(r.model) if r.model in models else len(models) + (not r.model))
     write_records(records, out_dir)
     return records
+
+
+def drawings(results: Path, view: View, stage: str = "") -> Iterator[tuple[Figure, tuple[str, ...], Drawing]]:
+    """Every figure that a run's tables (or those of one stage) allow, with its model and what else it is drawn per."""
+    with style.style_context():
+        for figure in FIGURES.values():
+            files = [table_file(results, name) for name in figure.tables]
+            if figure.stage.startswith(stage) and all(file.is_file() for file in files):
+                for group, tables in _groups(figure, list(map(pd.read_parquet, files)), view.look):
+                    drawing = figure.draw(view, *tables)
+                    if drawing is not None:
+                        yield figure, group, drawing
 
 
 def _groups(

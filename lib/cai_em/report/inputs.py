@@ -128,10 +128,10 @@ TABLES = {
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
     "claims": Expected(("08_claims",), "claims audit (cai_em.report.sections.audit), a row per claim"),
     "trajectories": Expected(("09_trajectories",), "H3 (cai_em.dynamics.h3.h3_table)"),
-    "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.analysis.gates.check_table)"),
+    "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.analysis.gates.gated_verdict)"),
     "beside": Expected(("09_trajectories",), "presets beside the main one (cai_em.dynamics.h3.preset_differences)"),
     "steering": Expected(("10_steering",), "H4, transfer between personas (cai_em.dynamics.h4.h4_table)"),
-    "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.analysis.gates.check_table)"),
+    "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.analysis.gates.gated_verdict)"),
 }
 """Tables that the paper shows where a run has them, by file stem."""
 

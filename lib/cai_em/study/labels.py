@@ -10,7 +10,7 @@ ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "non
 """The markers of a data set's roles (`cai_em.report.style.ROLE_MARKER`) as text."""
 
 
-class Named(Protocol):
+class Labelled(Protocol):
     """An entry with a key, a label and a place in the order."""
 
     key: str
@@ -32,7 +32,7 @@ class Labels:
 
     personas: Sequence[Any]
     datasets: Sequence[Any]
-    models: Sequence[Named] = ()
+    models: Sequence[Labelled] = ()
     _personas: dict[str, Any] = field(init=False, repr=False)
     _datasets: dict[str, Any] = field(init=False, repr=False)
     _models: dict[str, Any] = field(init=False, repr=False)
