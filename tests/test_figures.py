@@ -370,7 +370,7 @@ def test_a_figure_whose_table_is_not_there_is_absent(whole_run, tmp_path):
 def test_the_register_has_every_file_of_figures():
     """A figure's file is all that it takes to be registered; keys and places are nobody else's."""
     files = {f.stem for f in FOLDER.glob("*.py")} - {"__init__", "parts", "training"}
-    assert {f.draw.__module__.rsplit(".")[-1] for f in FIGURES.values()} == files
+    assert {f.draw.__module__.split(".")[-1] for f in FIGURES.values()} == files
     assert len({f.order for f in FIGURES.values()}) == len(FIGURES)
 
 

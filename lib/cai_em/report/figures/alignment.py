@@ -12,8 +12,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, interval_key, intervals, legend_below, name_rows, span
 
 
-@figure("Alignment by persona", "06_results/means_by_persona", "05_validity/pooled", order=1)
-def alignment(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing:
+@figure("alignment", "Alignment by persona", "06_results/means_by_persona", "05_validity/pooled", order=1)
+def _draw(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing:
     """Mean alignment of each persona over its data sets, as published and like for like."""
     look, table, fair = view.look, means.set_index("persona"), pooled.set_index("persona")
     personas = look.sort_personas(table.index)
