@@ -633,8 +633,8 @@ def rng_vector(seed):
 def test_figures_and_verdict(look):
     rng = np.random.default_rng(5)
     rows = [
-        {"model": "m", "target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1, "strength": 1.0,
-         "norm": 2.0 if k == "add" else math.nan}
+        {"model": "m", "target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1,
+         "strength": 1.0, "norm": 2.0 if k == "add" else math.nan}
         for t in "pq" for s in ("p", "p@seed1", "q", "q@seed1", "random") for k in ("add", "ablate")
     ]  # fmt: skip
     rows += [{**rows[0], "target": t, "dataset": "e+none", "kind": "none", "source": ""} for t in "pq"]

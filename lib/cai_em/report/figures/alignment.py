@@ -18,7 +18,7 @@ def _draw(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing:
     look, table, fair = view.look, means.set_index("persona"), pooled.set_index("persona")
     personas = look.sort_personas(table.index)
     fair = fair.reindex(personas)
-    shared = next((sets.split(",") for sets in fair["common_datasets"].dropna() if sets), [])
+    shared: list[str] = next((sets.split(",") for sets in fair["common_datasets"].dropna() if sets), [])
     uneven = fair["n_datasets"].nunique() > 1 and bool(shared)
     fig, ax = plt.subplots(figsize=style.figure_size(0.95 + 0.24 * len(personas)))
     for y, persona in enumerate(personas):
