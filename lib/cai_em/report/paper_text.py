@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +27,10 @@ from cai_em.report.markdown import (
     listed,
     pipe_table,
     plain,
+    read_result_table,
 )
 from cai_em.report.style import Look
+from cai_em.report.words import Words
 from cai_em.study import study as study_study
 
 # --- What this run is ---------------------------------------------------------------------------------------------
@@ -615,12 +618,13 @@ def _power(x: Inputs, numbers: Numbers) -> dict[str, str]:
 
 
 def _sentences(x: Inputs) -> str:
-    """What the audit says of the hypotheses, one sentence each; those about single comparisons are in the file."""
-    table = x.table("claims")
-    if table is None or table.empty:
+    """What the audit says of the hypotheses, one sentence each; those about single comparisons are in the tables."""
+    claims = x.tables.get("claims")
+    audited = claims and claims.with_name("verdicts.parquet")
+    if not audited or not audited.is_file():
         return ""
-    labels = {h.label for h in x.hypotheses}
-    lines = [f"- {plain(row.sentence)}" for row in table.itertuples() if row.claim in labels]
+    said = Words(x.look).macro("sentences.md.j2", "verdict")
+    lines = [f"- {plain(html.unescape(said(row)))}" for row in read_result_table(audited).itertuples()]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
