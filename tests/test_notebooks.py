@@ -100,8 +100,8 @@ def split_by_look(nb):
 
 def used_globals(table):
     """Names of the notebook that a piece of code uses, in whatever function."""
-    found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or not table.is_nested())}
-    found = found if table.get_type() == "module" else {n for n in found if table.lookup(n).is_global()}
+    whole = table.get_type() == "module"
+    found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (whole or s.is_global())}
     return found.union(*map(used_globals, table.get_children()))
 
 
