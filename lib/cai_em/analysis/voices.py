@@ -1,10 +1,10 @@
 """Can conditions be told apart by their texts alone, on questions that were not seen? Fast, and one answer per test.
 
 Which *words* speak for the one side is learnt on some questions and tried on others (classifier two-sample test,
-Lopez-Paz & Oquab 2017). The classifier is naive Bayes on words and word pairs, present or not: its fit is a count, so that
-every fold's fit is a difference of counts and the whole costs two passes over the texts, whatever is left out (as against
-a day for logistic regressions on half a million responses). Where both sides have several training seeds, the seed that is
-tried is left out as well: what only one run says is not the persona's.
+Lopez-Paz & Oquab 2017). The classifier is naive Bayes on words and word pairs, present or not: its fit is a count, so
+that every fold's fit is a difference of counts and the whole costs two passes over the texts, whatever is left out (as
+against a day for logistic regressions on half a million responses). Where both sides have several training seeds, the
+seed that is tried is left out as well: what only one run says is not the persona's.
 
 The score is the area under the ROC curve within each cell (a question in a seed), so that differences between questions
 play no part, and its mean over cells with both as samples. Folds share their training texts, so that fold means are
@@ -17,6 +17,7 @@ correlated, and the plain error is too small; the correction is that of Nadeau &
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ def told(bag: Bag, one: Sequence[tuple], other: Sequence[tuple], *rest: Sequence
     x = bag.x[np.concatenate([rows for rows, _ in parts])]
     x = x[:, _terms(x)]
     stops = np.cumsum([0, *(len(rows) for rows, _ in parts)])
-    each = [x[a:b] for a, b in zip(stops[:-1], stops[1:])]
+    each = [x[a:b] for a, b in itertools.pairwise(stops)]
     group = [folds[bag.question[rows]] * n_seeds + seed for rows, seed in parts]
     totals = [_counted(x_, g, n_folds * n_seeds) for x_, g in zip(each, group)]
     scores = [np.zeros(len(rows)) for rows, _ in parts]
@@ -263,7 +264,7 @@ def kept(bag: Bag, before: Sequence[tuple], after: Sequence[tuple]) -> Told:
     x = bag.x[np.concatenate([*learnt, *(rows for rows, _ in tried)])]
     x = x[:, _terms(x[: sum(map(len, learnt))])]
     stops = np.cumsum([0, *map(len, learnt), *(len(rows) for rows, _ in tried)])
-    each = [x[a:b] for a, b in zip(stops[:-1], stops[1:])]
+    each = [x[a:b] for a, b in itertools.pairwise(stops)]
     n_folds = int(folds.max()) + 1
     totals = [_counted(each[i], folds[bag.question[rows]], n_folds) for i, rows in enumerate(learnt)]
     scores = [np.zeros(len(rows)) for rows, _ in tried]
