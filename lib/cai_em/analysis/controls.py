@@ -10,13 +10,14 @@ Negative controls fail at p < 0.01, for they are seen in every run; a control th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cai_em.analysis.contrasts import POOLED, Contrast, Cube, estimate, find
-from cai_em.analysis.manipulation import ABSENT, PRESENT, learned_gate, uptake
+from cai_em.analysis.manipulation import ABSENT, PRESENT, learned_gate
 from cai_em.inference import BASELINE
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -41,7 +42,7 @@ def controls(
     datasets: Iterable[Any],
     *,
     random: Collection[str] = (),
-    expression: pd.DataFrame | None = None,
+    moved: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     level: float = LEVEL,
 ) -> pd.DataFrame:
     """Every control that the data allow.
@@ -49,7 +50,7 @@ def controls(
     Args:
         scores: score table of one judge. contrasts: from `contrast_table`.
         random: personas that are control adapters.
-        expression: judged answers in the data sets' own domains.
+        moved: from `manipulation.uptakes`.
 
     Returns:
         `CONTROL_COLUMNS`, by model.
@@ -68,7 +69,7 @@ def controls(
             mine = mine.sort_values("estimand", key=lambda e: e != "susceptibility", kind="stable")
             found = mine.iloc[0].to_dict() if len(mine) else {}
             rows.append({"model": model, "control": "random adapter", "about": name, **_nothing(found, level)})
-        rows.append({"model": model, "control": "uptake", "about": BASELINE, **_learned(expression, model, em)})
+        rows.append({"model": model, "control": "uptake", "about": BASELINE, **_learned(moved or {}, model, em)})
     return pd.DataFrame(rows, columns=CONTROL_COLUMNS)
 
 
@@ -92,9 +93,8 @@ def _nothing(found: dict[str, Any], level: float) -> dict[str, Any]:
     return kept | {"status": FAILED if found["p"] < level else PASSED, "reason": said}
 
 
-def _learned(expression: pd.DataFrame | None, model: str, em: list[Any]) -> dict[str, Any]:
-    parts = [] if expression is None else [uptake(expression, model, BASELINE, d.key) for d in em]
-    parts = [x for x in parts if x is not None]
+def _learned(moved: Mapping[tuple[str, str, str], np.ndarray], model: str, em: list[Any]) -> dict[str, Any]:
+    parts = [moved[model, BASELINE, d.key] for d in em if (model, BASELINE, d.key) in moved]
     if not parts:
         return {"status": NOT_RUN, "reason": "no answers in the data sets' own domains"}
     gate = learned_gate(parts, BASELINE)

@@ -163,23 +163,28 @@ def voices(
 # --- Fine-tuning ---------------------------------------------------------------------------------------------------
 
 
-def uptake(expression: pd.DataFrame, model: str, persona: str, dataset: str) -> np.ndarray | None:
-    """(questions, seeds) by how much answers in a data set's own domain moved towards its rows, 0 to 100.
+def uptakes(expression: pd.DataFrame | None) -> dict[tuple[str, str, str], np.ndarray]:
+    """By how much answers in each data set's own domain moved towards its rows, 0 to 100.
 
     Args:
-        expression: judged manipulation checks with metric `uptake` (`judge.EXPRESSION`).
+        expression: judged manipulation checks with metric `uptake` (`judge.EXPRESSION`), or None.
 
     Returns:
-        None where the condition, or its untuned partner, was not asked.
+        (model, persona, data set) -> (questions, seeds); without the conditions that were not asked before and after.
     """
-    rows = expression[(expression["metric"] == "uptake") & (expression["target"] == dataset)]
-    rows = rows[(rows["model"] == model) & (rows["persona"] == persona) & rows["score"].notna()]
-    means = rows.groupby(["question_id", "dataset", "seed"])["score"].mean()
-    after = means[means.index.get_level_values("dataset") == dataset].unstack(["dataset", "seed"])
-    before = means[means.index.get_level_values("dataset") == NO_DATASET].groupby("question_id").mean()
-    if after.empty or before.empty:
-        return None
-    return after.sub(before, axis=0).dropna().to_numpy()
+    if expression is None or expression.empty:
+        return {}
+    rows = expression[(expression["metric"] == "uptake") & expression["score"].notna()]
+    found = {}
+    for (model, persona, target), part in rows.groupby(["model", "persona", "target"], sort=False):
+        means = part.groupby(["question_id", "dataset", "seed"])["score"].mean().unstack(["dataset", "seed"])
+        sets = means.columns.get_level_values("dataset")
+        after, before = means.loc[:, sets == target], means.loc[:, sets == NO_DATASET].mean(axis=1)
+        if after.shape[1] and (sets == NO_DATASET).any():
+            moved = after.sub(before, axis=0).dropna()
+            if len(moved):
+                found[model, persona, target] = moved.to_numpy()
+    return found
 
 
 def learned_gate(
@@ -188,7 +193,7 @@ def learned_gate(
     """Did fine-tuning move answers in the data sets' own domains? One test over data sets, questions and seeds.
 
     Args:
-        parts: from `uptake`, one per data set; each has questions of its own.
+        parts: from `uptakes`, one per data set; each has questions of its own.
     """
     found = [estimate([x]) for x in parts if len(x)]
     if not found:
@@ -312,7 +317,7 @@ def gate_table(
     judge: Mapping[str, Mapping[str, Gate]],
     design: Mapping[tuple[str, str, str], Gate] | None = None,
     proved: Collection[tuple[str, str, str]] = (),
-    expression: pd.DataFrame | None = None,
+    moved: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     controls: Collection[str] = (),
     margin: float = 5.0,
     alpha: float = 0.05,
@@ -328,13 +333,13 @@ def gate_table(
         judge: model -> persona -> gate, from `judge_gates`.
         design: condition -> gate; a condition that is not named is as it should be.
         proved: conditions whose adapters were recorded and are those that the arm needs.
-        expression: judged answers in the data sets' own domains, where they were asked.
+        moved: from `uptakes`: answers in the data sets' own domains, where they were asked.
         controls: personas that are control adapters; they have rows, and are no persona that must be expressed.
 
     Returns:
         `GATE_COLUMNS`. `gate`: all but `em` together, which only a claim of protection needs.
     """
-    datasets, design, proved = list(datasets), dict(design or {}), set(proved)
+    datasets, design, proved, moved = list(datasets), dict(design or {}), set(proved), dict(moved or {})
     roles = {d.key: d.role for d in datasets}
     em = [d.key for d in datasets if d.role == "em"]
     how = {"alpha": alpha, "matters": matters}
@@ -357,11 +362,9 @@ def gate_table(
         sets = [d for d in sets if d != NO_DATASET]
         if not sets:
             return Gate(PRESENT, "no fine-tuning")
-        if expression is not None and len(expression):
-            parts = [uptake(expression, model, persona, d) for d in sets]
-            parts = [x for x in parts if x is not None]
-            if parts:
-                return learned_gate(parts, persona, alpha=alpha, matters=learned_matters)
+        parts = [moved[model, persona, d] for d in sets if (model, persona, d) in moved]
+        if parts:
+            return learned_gate(parts, persona, alpha=alpha, matters=learned_matters)
         outside = together(
             [found["training", model, persona, d] for d in sets if ("training", model, persona, d) in found]
         )
