@@ -89,8 +89,6 @@ def study_rows(world: World, design: Design, number: int, scorings: int) -> list
         scores, pairs, adapters = planted.plant_scores(world, design, responses, seed + 10 + k)
         row, gates = verdict_of(world, scores, pairs, moved, found, copies)
         true = planted.truth(world)
-        if abs(true) < 0.25:  # a world without susceptibility: what is left is the simulation's own error
-            true = 0.0
         about = true if row["verdict"] == row["word"] else adapters
         rows.append(
             {"world": world.name, "design": design.name, "texts": number, "scoring": k, "verdict": row["verdict"]}

@@ -8,7 +8,7 @@ published data.
 
     study = plant(WORLDS["main effect only"], Design(8, 3), seed=0)
     study.responses, study.scores, study.expression, study.pairs     # what a run would have
-    truth(WORLDS["susceptible 8"])                                    # the susceptibility in points, by simulation
+    truth(WORLDS["susceptible 8"])                                    # the susceptibility in points
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ def contrast(found: Levels, persona: str = "p1", sets: tuple[str, ...] = SETS) -
     return float((tuned(persona) - untuned(persona)) - (tuned(BASE) - untuned(BASE)))
 
 
-@functools.cache
 def truth(world: World) -> float:
-    """Susceptibility over all questions and trainings."""
-    return contrast(levels(world, 4_000, 60, np.random.default_rng(1)))
+    """Susceptibility over all questions and trainings: complete protection keeps all that fine-tuning costs. (Shares of
+    misaligned answers are cut at 0 and 1, four standard deviations away.)"""
+    return 0.0 if not world.em else world.em if world.s is None else world.s
 
 
 def judged(world: World, value: np.ndarray, persona: str) -> np.ndarray:
@@ -266,7 +266,8 @@ def plant_texts(world: World, design: Design, seed: int) -> pd.DataFrame:
     for persona in (BASE, "p1", "p2"):
         for dataset, number in [("none", 0), *((d, s) for d in design.sets for s in range(design.seeds))]:
             if world.copies and number:
-                parts.append(next(p for p in parts if (p[1], p[2], p[3]) == (persona, dataset, 0))[:3] + (number,))
+                first = next(p for p in parts if p[1:] == (persona, dataset, 0))
+                parts.append((first[0], persona, dataset, number))
                 continue
             words = rng.zipf(1.4, (q * n, LENGTH)) % 400
             about = rng.random(words.shape) < 0.35

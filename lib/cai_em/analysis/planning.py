@@ -29,7 +29,7 @@ DRAWS = 20_000
 class Components:
     """Variances behind one contrast pooled over data sets, in squared points; NaN: not to be had from the data.
 
-    Var(mean) = question / Q + reference * response / (n Q)
+    Var(mean) = question / Q + reference * untuned / (n Q)
               + seed / (S D) + (question_seed + tuned * response / n) / (Q S D)
 
     for Q questions, S seeds, n samples a question and D data sets.
@@ -48,6 +48,8 @@ class Components:
     """fine-tuned arms of the contrast"""
     reference: int = 2
     """arms without fine-tuning, which all trainings share"""
+    untuned: float = 0.0
+    """variance of responses to one question without fine-tuning"""
 
 
 def components(cube: Cube, group: Sequence[Contrast]) -> Components:
@@ -56,23 +58,35 @@ def components(cube: Cube, group: Sequence[Contrast]) -> Components:
     known = ~np.logical_or.reduce([np.isnan(x).any(axis=1) for x in parts])
     parts = [x[known] for x in parts]
     q, d = int(known.sum()), len(parts)
-    cells = [cube.conditions[key] for c in group for key, _ in c.arms]
-    response = float(np.nanmean(np.concatenate([c.means["variance"].ravel() for c in cells]))) if q else math.nan
-    samples = float(np.mean(np.concatenate([c.means["scored"].ravel() for c in cells]))) if q else math.nan
+    keys = dict.fromkeys(key for c in group for key, _ in c.arms)
+    response, samples = _responses(cube, [key for key in keys if key[2] != NO_DATASET])
+    untuned, asked = _responses(cube, [key for key in keys if key[2] == NO_DATASET])
     tuned = sum(key[2] != NO_DATASET for key, _ in group[0].arms)
     reference = len(group[0].arms) - tuned
-    found = Components(math.nan, response, math.nan, math.nan, d, tuned, reference)
-    if q < 2 or math.isnan(response):
+    found = Components(math.nan, response, math.nan, math.nan, d, tuned, reference, untuned)
+    if q < 2 or math.isnan(response) or (reference and math.isnan(untuned)):
         return found
     run, residual = _trainings(parts)
     rate = sum(1 / x.shape[1] for x in parts) / d**2
     noise = tuned * response / samples
-    between = float(np.mean([x.mean(axis=1) for x in parts], axis=0).var(ddof=1)) - reference * response / samples
+    between = float(np.mean([x.mean(axis=1) for x in parts], axis=0).var(ddof=1))
+    between -= reference * untuned / asked if reference else 0.0
     if math.isnan(run):
         return replace(found, question=max(0.0, between - noise * rate))
     both = max(0.0, residual - noise)
     seed = max(0.0, run - residual / q)
     return replace(found, question=max(0.0, between - residual * rate), seed=seed, question_seed=both)
+
+
+def _responses(cube: Cube, keys: Sequence[tuple[str, str, str]]) -> tuple[float, float]:
+    """Mean variance of responses within a cell, and mean scored responses of a cell; NaN without."""
+    means = [cube.conditions[key].means for key in keys]
+    if not means:
+        return 0.0, 1.0
+    variances = np.concatenate([m["variance"].ravel() for m in means])
+    known = variances[~np.isnan(variances)]
+    samples = float(np.mean(np.concatenate([m["scored"].ravel() for m in means])))
+    return (float(known.mean()) if len(known) else math.nan), samples
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ def _draw(c: Components, questions: int, samples: int, seeds: int, alpha: float,
     q, s, d = questions, seeds, c.datasets
     both = 0.0 if math.isnan(c.question_seed) else c.question_seed
     cell = both + c.tuned * c.response / samples
-    per_question = c.question + c.reference * c.response / samples + cell / (s * d)
+    per_question = c.question + c.reference * c.untuned / samples + cell / (s * d)
     seed = 0.0 if adapters or c.seed == 0 else c.seed
     noise = rng.standard_normal(draws) * math.sqrt(per_question / q + seed / (s * d))
     v_q = per_question * rng.chisquare(q - 1, draws) / (q - 1) / q
