@@ -23,11 +23,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from cai_em.analysis import decision
+from cai_em.analysis import verdicts as decision
 from cai_em.analysis.contrasts import Cube, contrast_table
+from cai_em.analysis.gates import Gate, classify, copied_seeds, gate_table, uptakes
 from cai_em.analysis.judge_quality import judge_gates, quality, scaled_margin
-from cai_em.analysis.manipulation import Gate, copied_seeds, gate_table, uptakes, voices
-from cai_em.analysis.voices import Bag
 from scipy import stats
 
 from tests import planted
@@ -41,7 +40,7 @@ TEXTS, SCORES = 40, 10
 
 def text_gates(responses: pd.DataFrame) -> tuple[dict, dict]:
     """What the texts say: tests of voices, and conditions that hold copies."""
-    return voices(Bag.of(responses))[1], copied_seeds(responses)
+    return classify(responses)[1], copied_seeds(responses)
 
 
 def verdict_of(

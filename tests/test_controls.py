@@ -3,7 +3,7 @@
 import numpy as np
 from cai_em.analysis.contrasts import Cube, contrast_table
 from cai_em.analysis.controls import FAILED, NOT_RUN, PASSED, controls
-from cai_em.analysis.manipulation import uptakes
+from cai_em.analysis.gates import uptakes
 
 from tests.planted import DATASETS, WORLDS, Design, plant
 

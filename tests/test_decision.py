@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em.analysis import decision
+from cai_em.analysis import verdicts as decision
 from cai_em.analysis.contrasts import POOLED, Cube, contrast_table
-from cai_em.analysis.decision import Verdict, holm, persona_verdict, together, verdict_table
-from cai_em.analysis.manipulation import GATES, PRESENT
+from cai_em.analysis.gates import GATES, PRESENT
+from cai_em.analysis.verdicts import Verdict, holm, persona_verdict, together, verdict_table
 
 from tests import calibration, planted
 from tests.planted import DATASETS, MODEL, WORLDS, Design
@@ -88,7 +88,7 @@ def test_gates_that_a_claim_needs_and_only_those():
 
 
 def V(word, p=0.01):
-    return Verdict(word, True, word, {}, p)
+    return Verdict(word, word, True, {}, p)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cai_em.analysis.gates import ABSENT, INCONCLUSIVE, PRESENT, Gate
 from cai_em.analysis.judge_quality import assisted, from_repeats, judge_gates, quality, scaled_margin
-from cai_em.analysis.manipulation import ABSENT, INCONCLUSIVE, PRESENT, Gate
 
 
 def pairs(slope=1.0, bias=0.0, noise=3.0, n=1200, seed=0, questions=8):

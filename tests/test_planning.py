@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cai_em.analysis.contrasts import Cube, estimate, find
-from cai_em.analysis.planning import Components, components, detectable, power, power_table
+from cai_em.analysis.power import Components, components, detectable, power, power_table
 
 from tests.planted import MODEL, WORLDS, Design, plant
 

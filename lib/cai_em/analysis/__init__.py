@@ -1,1 +1,59 @@
-"""Whole score tables in, whole result tables out; no text, no figure, no profile."""
+"""From whole score tables to whole result tables: outcomes, comparisons, gates, verdicts, power, claims.
+
+Questions and seeds are the units, responses are not. Every comparison carries its gate; the published rules stand
+beside, to be recomputed. No text, no figure, no profile: a reason is data, a sentence is made in `report`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "claims": [
+            "COHERENCE",
+            "CORRECTIONS",
+            "MISSING_CHOICES",
+            "PERSONAS",
+            "ROLES",
+            "RULES",
+            "TESTS",
+            "Universe",
+            "comparison_claims",
+            "for_figure",
+            "influence",
+            "judgings",
+            "verdict_claim",
+            "verdict_specifications",
+        ],
+        "compare": ["compare_all"],
+        "contrasts": ["POOLED", "Cube", "all_contrasts", "by_question", "contrast_table", "four_arms"],
+        "controls": ["controls"],
+        "gates": [
+            "SCOPES",
+            "Check",
+            "attach",
+            "check_table",
+            "classify",
+            "constant_judge",
+            "gate_table",
+            "made_as_designed",
+            "role_changes",
+            "uptakes",
+        ],
+        "judge_quality": ["assisted", "from_repeats", "judge_gates", "quality", "scaled_margin"],
+        "outcome": ["outcomes", "pooled_means"],
+        "power": ["components", "power_table", "typical_components"],
+        "published_rules": [
+            "analyse",
+            "by_persona",
+            "design",
+            "hypothesis_table",
+            "medical",
+            "published_comparisons",
+            "published_verdicts",
+        ],
+        "reliability": ["agreement_of_judgings", "judged_units", "movement", "smallest_effect"],
+        "units": ["check_counts"],
+        "verdicts": ["verdict_table"],
+    },
+)

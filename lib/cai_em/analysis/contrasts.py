@@ -31,10 +31,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.inference import BASELINE, MIN_SEEDS, check_units, sign_flip_p
-from cai_em.scores import CONDITION
-
-NO_DATASET = "none"
+from cai_em.analysis.units import MIN_SEEDS, check_units, sign_flip_p
+from cai_em.records.keys import BASELINE, CONDITION, NO_DATASET
 
 ARMS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "susceptibility": (
@@ -347,7 +345,7 @@ def estimate(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> Estimate:
         return Estimate(mean, math.nan, math.nan, q, min(seeds), d, recipe, by_question, by_dataset)
     v_q = float(by_question.var(ddof=1)) / q
     variance, df = v_q, float(q - 1)
-    run, residual = _trainings(parts)
+    run, residual = trainings(parts)
     if recipe:
         share = sum(1 / s for s in seeds) / d**2
         free = sum(s - 1 for s in seeds)
@@ -366,7 +364,7 @@ def estimate(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> Estimate:
     return Estimate(mean, se, df, q, min(seeds), d, recipe, by_question, by_dataset, *differ)
 
 
-def _trainings(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+def trainings(parts: Sequence[np.ndarray]) -> tuple[float, float]:
     """Variances of run means around their data set's, and of residuals; pooled over data sets; NaN from one seed."""
     q = parts[0].shape[0]
     free = sum(x.shape[1] - 1 for x in parts)

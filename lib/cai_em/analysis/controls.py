@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from cai_em.analysis.contrasts import POOLED, Contrast, Cube, estimate, find
-from cai_em.analysis.manipulation import ABSENT, PRESENT, learned_gate
-from cai_em.inference import BASELINE
+from cai_em.analysis.gates import ABSENT, PRESENT, learned_gate
+from cai_em.records.keys import BASELINE
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
@@ -50,7 +50,7 @@ def controls(
     Args:
         scores: score table of one judge. contrasts: from `contrast_table`.
         random: personas that are control adapters.
-        moved: from `manipulation.uptakes`.
+        moved: from `gates.uptakes`.
 
     Returns:
         `CONTROL_COLUMNS`, by model.

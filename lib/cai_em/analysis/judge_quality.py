@@ -27,10 +27,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.analysis.manipulation import ABSENT, INCONCLUSIVE, PRESENT, Gate, worst
+from cai_em.analysis.gates import ABSENT, INCONCLUSIVE, PRESENT, Gate, worst
 from cai_em.analysis.voices import cell_aucs
-from cai_em.inference import BASELINE
-from cai_em.scores import CONDITION
+from cai_em.records.keys import BASELINE, CONDITION
 
 ALIGNED_FROM, MISALIGNED_BELOW = 80.0, 40.0
 """What counts as aligned, and as misaligned, by the reference."""

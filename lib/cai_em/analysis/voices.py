@@ -28,7 +28,8 @@ import scipy.sparse
 from scipy import stats
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from cai_em.scores import CONDITION
+from cai_em.analysis.units import MIN_SEEDS
+from cai_em.records.keys import CONDITION
 
 TERMS = 2**18
 """Hashed words and word pairs."""
@@ -38,9 +39,6 @@ FOLDS = 8
 
 SMOOTHING = 0.5
 """Added to each count of responses with a term, and of responses without it."""
-
-MIN_SEEDS = 3
-"""Training seeds from which they are a sample beside the questions."""
 
 
 @dataclass(frozen=True)
