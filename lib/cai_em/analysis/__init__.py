@@ -42,7 +42,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "judge_quality": ["assisted", "from_repeats", "judge_gates", "quality", "scaled_margin"],
         "outcome": ["outcomes", "pooled_means"],
-        "power": ["components", "power_table", "typical_components"],
+        "power": ["claimed_groups", "components", "power_table", "typical_components"],
         "published_rules": [
             "analyse",
             "by_persona",

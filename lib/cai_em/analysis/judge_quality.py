@@ -159,9 +159,8 @@ def judge_gates(
     rows = {(r.measure, r.persona): r for r in measured.itertuples()}
     common = [_least(rows.get(("agreement", "")), auc_min, "the judge's agreement: AUC")]
     common.append(_least(rows.get(("slope", "")), slope_min, "the judge's slope:"))
-    if itself:
-        return dict.fromkeys(personas, _all(common))
-    return {p: _all([*common, _unbiased(rows.get(("bias", p)), p, bias_max)]) for p in personas}
+    fair = lambda p: [] if itself or p == BASELINE else [_unbiased(rows.get(("bias", p)), p, bias_max)]  # noqa: E731
+    return {p: _all([*common, *fair(p)]) for p in personas}
 
 
 def _all(gates: list[Gate]) -> Gate:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.analysis.contrasts import Contrast, Cube, trainings
-from cai_em.analysis.units import MIN_SEEDS
+from cai_em.analysis.contrasts import Contrast, Cube, find, identification, trainings
+from cai_em.analysis.units import MIN_SEEDS, DesignError
 from cai_em.records.keys import NO_DATASET
 
 DRAWS = 20_000
@@ -77,6 +78,47 @@ def components(cube: Cube, group: Sequence[Contrast]) -> Components:
     both = max(0.0, residual - noise)
     seed = max(0.0, run - residual / q)
     return replace(found, question=max(0.0, between - residual * rate), seed=seed, question_seed=both)
+
+
+def claimed_groups(cube: Cube, hypotheses: Iterable[Any], datasets: Iterable[Any]) -> list[list[Contrast]]:
+    """The contrasts behind each persona of each hypothesis, for planning: its own estimand where the data identify it,
+    else what they have (`after`)."""
+    datasets, groups = list(datasets), []
+    for model in dict.fromkeys(m for m, _, _ in cube.conditions):
+        for h in hypotheses:
+            for persona in h.personas:
+                for estimand in (h.estimand, "after"):
+                    reference, _ = identification(cube, estimand, model, persona, datasets)
+                    if reference is not None:
+                        found = [
+                            find(
+                                cube,
+                                estimand,
+                                model,
+                                persona,
+                                d.key,
+                                reference or "none",
+                                getattr(d, "twin", None) or "",
+                            )
+                            for d in datasets
+                            if d.role == "em"
+                        ]
+                        groups.append([c for c in found if isinstance(c, Contrast)])
+                        break
+    return [g for g in groups if g]
+
+
+def typical_components(cube: Cube, groups: Sequence[Sequence[Contrast]]) -> Components:
+    """The mean of the components of several personas' contrasts, each over those that have it; NaN where none has.
+
+    Raises:
+        DesignError: no contrast to take them from.
+    """
+    if not groups:
+        raise DesignError("no contrast to take variance components from")
+    table = pd.DataFrame([vars(components(cube, g)) for g in groups])
+    mean = table.mean().to_dict()
+    return Components(**{k: round(v) if k in ("datasets", "tuned", "reference") else v for k, v in mean.items()})
 
 
 def _responses(cube: Cube, keys: Sequence[tuple[str, str, str]]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "agreement": ["LIKENESS_AUC_MIN", "choose_judge", "fit_likeness", "published_at_hand"],
+        "agreement": ["LIKENESS_AUC_MIN", "choose_judge", "fit_likeness", "measured_quality", "published_at_hand"],
         "judging": ["EXPRESSION", "estimate", "estimate_likeness", "judge", "rate_likeness"],
         "local": ["fit_local"],
         "prompts": ["JudgePrompts", "addresses_judge", "load_prompts"],

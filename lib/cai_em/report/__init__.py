@@ -40,6 +40,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "sections": [
             "audit",
             "claims_sections",
+            "contrast_section",
+            "control_section",
+            "failed_controls",
             "final_row",
             "gate_sections",
             "h3_section",

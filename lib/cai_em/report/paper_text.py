@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from cai_em.analysis.units import MIN_SEEDS
 from cai_em.records import manifest as records_manifest
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_percent, typeset_points, typeset_range
@@ -400,9 +401,9 @@ def _comparisons_text(x: Inputs, numbers: Numbers, table: pd.DataFrame, source: 
         said = cite("significant", significant, f"of these, with `p_adjusted` below {alpha:g}")
         text += f", {said} {'is' if significant == 1 else 'are'} significant after correction when paired by question"
     if "gate" in mine:
-        shown = int((mine["gate"] == "shown").sum())
-        said = cite("interpretable", shown, "of these, with `gate` = shown")
-        text += f", and {said} {'has' if shown == 1 else 'have'} a manipulation that is shown"
+        shown = int((mine["gate"] == "present").sum())
+        said = cite("interpretable", shown, "of these, with `gate` = present")
+        text += f", and {said} {'has' if shown == 1 else 'have'} a manipulation that took place"
     return text + ".\n"
 
 
@@ -426,8 +427,8 @@ def _gates(x: Inputs, numbers: Numbers) -> dict[str, str]:
             )  # fmt: skip
     caption = (
         "Can a classifier name the persona of a response to a question that it has not seen? Accuracy over all "
-        "personas of a data set with its bootstrap interval and permutation p, and the range of the AUC of single "
-        "personas against the baseline."
+        "personas of a data set (the baseline left out) with its 90 % interval and p, and the range of the AUC of "
+        "single personas against the baseline."
     )
     header = ["Data set", "Accuracy", "Chance", x.confidence, "p", "AUC against baseline"]
     content, caption = by_model(look, rows, header, "lrrrrr", caption)
@@ -602,9 +603,7 @@ def _power(x: Inputs, numbers: Numbers) -> dict[str, str]:
     if table is None or table.empty:
         return {"power": absent("tbl-power", caption.rstrip("."), "05_validity")}
     samples = sorted(table["samples"].unique())
-    cells = {
-        (r.questions, r.seeds, r.samples): f"{fixed(r.detectable)} ({fixed(r.power, 2)})" for r in table.itertuples()
-    }
+    cells = {(r.questions, r.seeds, r.samples): _seen(r) for r in table.itertuples()}
     rows = [
         [questions, seeds, *(cells.get((questions, seeds, s), "–") for s in samples)]
         for questions, seeds in sorted({(q, s) for q, s, _ in cells})
@@ -612,6 +611,12 @@ def _power(x: Inputs, numbers: Numbers) -> dict[str, str]:
     header = ["Questions", "Seeds", *(count_of(int(s), "sample") for s in samples)]
     content = pipe_table(rows, header, "r" * len(header))
     return {"power": floating("tbl-power", content, caption + numbers.trace(x.tables["power"]))}
+
+
+def _seen(r: Any) -> str:
+    """What a design sees: of the recipe, or with few seeds of these adapters."""
+    power, smallest = (r.power_adapters, r.detectable_adapters) if r.seeds < MIN_SEEDS else (r.power, r.detectable)
+    return "not known" if pd.isna(power) else f"{fixed(smallest)} ({fixed(power, 2)})"
 
 
 def _sentences(x: Inputs) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cai_em.analysis.contrasts import POOLED
 from cai_em.records.files import write_text
 from cai_em.records.keys import NO_DATASET
 from cai_em.records.numbers import (
@@ -79,7 +80,7 @@ def hypothesis_section(
         verdict: its row of `stats.verdicts`.
         look: labels.
         gated: verdict and reason from the stage that tests manipulations.
-        gates: gates of the model's comparisons (`cai_em.analysis.gates.comparison_gates`); each row's is named.
+        gates: gates of the model's comparisons (`cai_em.analysis.gates.gate_table`); each row's is named.
     """
     lines = [f"#### {hypothesis.label}: {hypothesis.title}", ""]
     lines += [f"**Overall verdict: {verdict.verdict}** ({verdict.supporting}/{verdict.datasets} datasets)", ""]
@@ -105,7 +106,7 @@ def hypothesis_section(
 
 
 def gated_verdicts(verdicts: pd.DataFrame | None) -> dict[tuple[str, str], tuple[str, str]]:
-    """(model, hypothesis) -> verdict and reason about the hypothesis as a whole, from `inference.verdict_table`."""
+    """(model, hypothesis) -> verdict and reason about the hypothesis as a whole, from `analysis.verdict_table`."""
     if verdicts is None:
         return {}
     whole = verdicts[verdicts["persona"].isna()]
@@ -126,11 +127,11 @@ def gates_of(table: pd.DataFrame, gates: pd.DataFrame | None, look: Labels) -> s
     names = list(zip(table["persona"], table["dataset"]))
     one = len({persona for persona, _ in names}) == 1
     label = (lambda p, d: look.dataset(d)) if one else (lambda p, d: f"{look.persona(p)} on {look.dataset(d)}")
-    shown = [label(*name) for name in names if known.get(name) == "shown"]
+    shown = [label(*name) for name in names if known.get(name) == "present"]
     which = f" ({', '.join(shown)})" if shown else ""
     left = "The others may not be interpreted." if shown else "None of them may be interpreted."
     rest = f" {left}" if len(shown) < len(names) else ""
-    return f"\n\n> **Manipulation shown in {len(shown)} of {len(names)} rows**{which}.{rest}"
+    return f"\n\n> **Manipulation present in {len(shown)} of {len(names)} rows**{which}.{rest}"
 
 
 def significant_section(
@@ -484,8 +485,8 @@ def limits_section(
     """What the run cannot show, in one paragraph made from its gates.
 
     Args:
-        gates: `cai_em.analysis.gates.comparison_gates`: a row per comparison, with `persona_gate`, `auc_baseline`,
-            `uptake_gate`, `auc_uptake`, `judge_gate` and `gate`.
+        gates: `cai_em.analysis.gates.gate_table`: a row per comparison, with `persona_gate`, `auc_baseline`,
+            `learned_gate`, `persona_kept`, `judge_gate` and `gate`.
         look: labels.
         judges: model -> what is known about its judge, a sentence.
         judged: the score table (`model`, `coherence`): how much the EM rate's filter of coherence removes.
@@ -497,6 +498,7 @@ def limits_section(
     """
     parts = []
     for model, rows in gates.groupby("model", sort=False):
+        rows = rows[rows["dataset"] != POOLED]
         tuned = rows[rows["dataset"] != NO_DATASET]
         before = rows[rows["dataset"] == NO_DATASET]
         lines = [f"**{look.model(model)}.** {judges.get(model, 'Nothing is known about the judge.')}"]
@@ -507,12 +509,15 @@ def limits_section(
             ]
             lines.append(f"Before fine-tuning, the responses tell from the baseline's: {'; '.join(visible)}.")
         if len(tuned):
-            kept = int((tuned["persona_gate"] == "shown").sum())
-            lines.append(f"After it, the persona is shown in {kept} of {len(tuned)} comparisons.")
-            taken = tuned.groupby("dataset", sort=False)["uptake_gate"].agg(lambda g: (g == "shown").sum())
+            shown, lost = ((tuned["persona_kept"] == word).sum() for word in ("kept", "lost"))
+            if tuned["persona_kept"].ne("").any():
+                lines.append(
+                    f"After it, its voice is kept in {int(shown)} and lost in {int(lost)} of {len(tuned)} comparisons."
+                )
+            taken = tuned.groupby("dataset", sort=False)["learned_gate"].agg(lambda g: (g == "present").sum())
             sizes = tuned.groupby("dataset", sort=False).size()
             uptake = "; ".join(f"{look.dataset(d)} in {n} of {sizes[d]}" for d, n in taken.items())
-            lines.append(f"The fine-tuning itself is visible: {uptake}.")
+            lines.append(f"The fine-tuning itself took hold: {uptake}.")
         if judged is not None:
             rated = judged.loc[judged["model"] == model, "coherence"].dropna()
             removed = int((rated <= coherence_above).sum())
@@ -520,7 +525,7 @@ def limits_section(
                 f"Of {len(rated):,} responses rated for coherence the EM rate's filter (above {coherence_above:g}) "
                 f"removes {removed:,}; an incoherent answer that it lets pass counts by its words."
             )
-        open_ = int((rows["gate"] == "shown").sum())
+        open_ = int((rows["gate"] == "present").sum())
         lines.append(
             f"All gates together are open for {open_} of {len(rows)} comparisons; the others may not be interpreted, "
             "whatever their p values."
@@ -567,7 +572,7 @@ def results_document(
         confidence: of the intervals in the tables.
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
-        gates: the gate of every comparison (`analysis.comparison_gates`), named under the published tables.
+        gates: the gate of every comparison (`analysis.gate_table`), named under the published tables.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
         missing: model, or whatever else is left out -> why; stands at the top too.

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from cai_em.analysis.compare import MIN_SEEDS
+from cai_em.analysis.contrasts import POOLED
+from cai_em.analysis.controls import FAILED
 from cai_em.analysis.gates import Check
-from cai_em.analysis.power import VarianceComponents
+from cai_em.analysis.power import Components
+from cai_em.analysis.units import MIN_SEEDS
 from cai_em.dynamics.curves import OUTCOMES
 from cai_em.dynamics.h3 import h3_verdict
 from cai_em.records.keys import BASELINE, COMPARISON, FLAGS, NO_DATASET
@@ -27,19 +29,19 @@ def comparison_sentence(claim: Mapping[str, Any], gate: Mapping[str, Any]) -> st
 
     Args:
         claim: a row of `comparison_claims`.
-        gate: its row of `gates.comparison_gates`.
+        gate: its row of `analysis.gate_table`.
     """
     found = f"{points(claim['delta'], True)}, adjusted p {p_value(claim['p_published'])}"
     name = f"{claim['persona']} × {claim['dataset']} ({found})"
-    stands = f"stands in {claim['stands']} of {claim['analyses']} analyses"
-    questions = f"{100 * claim['share_questions']:.0f} % of those with the question as the unit"
-    if gate["gate"] == "shown":
-        about = "its manipulation is shown"
+    stands = f"stands in {100 * claim['share_questions']:.0f} % of the specifications with the question as the unit"
+    every = f"in {claim['stands']} of all {claim['analyses']}"
+    if gate["gate"] == "present":
+        about = "its manipulation took place"
         if not gate["counts"]:
             about += f", but {claim['dataset']} is a {str(gate['role']).replace('_', ' ')} set, not an EM one"
     else:
         about = f"its manipulation is {gate['gate']} ({gate['gate_reason']}), so it says nothing about the persona"
-    return f"{name} {stands}, {questions}; {about}."
+    return f"{name} {stands}, {every}; {about}."
 
 
 def verdict_sentence(claim: Mapping[str, Any], honest: str, reason: str) -> str:
@@ -47,15 +49,15 @@ def verdict_sentence(claim: Mapping[str, Any], honest: str, reason: str) -> str:
 
     Args:
         claim: from `verdict_claim`.
-        honest: the verdict that `inference.honest_verdict` gives.
+        honest: the verdict of `analysis.verdict_table`.
         reason: its reason.
     """
     low, high = points(claim["estimate_low"], True), points(claim["estimate_high"], True)
     return (
         f"By the published rules {claim['hypothesis'].upper()} is {claim['published']}; "
-        f"{100 * claim['share']:.0f} % of {claim['analyses']} defensible analyses say the same "
-        f"({claim['verdicts']}; estimates from {low} to {high} points). "
-        f"With the design respected it is {honest}: {reason}."
+        f"{100 * claim['share_questions']:.0f} % of the specifications with the question as the unit say the same, "
+        f"{100 * claim['share']:.0f} % of all {claim['analyses']} ({claim['verdicts']}; estimates from {low} to {high} "
+        f"points). Asked what fine-tuning changed, it is {honest}: {reason}."
     )
 
 
@@ -95,6 +97,7 @@ def claims_sections(verdicts: pd.DataFrame, comparisons: pd.DataFrame) -> list[t
                 r.model,
                 r.hypothesis.upper(),
                 r.published,
+                f"{100 * r.share_questions:.0f} %",
                 f"{100 * r.share:.0f} %",
                 r.analyses,
                 r.verdicts,
@@ -106,21 +109,22 @@ def claims_sections(verdicts: pd.DataFrame, comparisons: pd.DataFrame) -> list[t
             "model",
             "hypothesis",
             "published rules",
-            "same verdict in",
-            "analyses",
+            "same, by question",
+            "same, all",
+            "specifications",
             "all verdicts",
             "verdict here",
         ]
-        text = markdown_table(rows, header, "lllrrll") + "\n\n" + "\n".join(f"- {s}" for s in verdicts["sentence"])
+        text = markdown_table(rows, header, "lllrrrll") + "\n\n" + "\n".join(f"- {s}" for s in verdicts["sentence"])
         sections.append(("Claims audit: verdicts", text))
     if len(comparisons):
-        shown = comparisons["gate"] == "shown"
+        shown = comparisons["gate"] == "present"
         counting = shown & comparisons["counts"]
         half, questions = int((comparisons["share"] > 0.5).sum()), int((comparisons["share_questions"] > 0.5).sum())
         lead = (
-            f"Of {len(comparisons)} comparisons that the published rules call significant, {half} stand in more than "
-            f"half of the analyses, {questions} in more than half of those with the question as the unit; the "
-            f"manipulation is shown in {int(shown.sum())}, on an EM data set in {int(counting.sum())}."
+            f"Of {len(comparisons)} comparisons that the published rules call significant, {questions} stand in more "
+            f"than half of the specifications with the question as the unit, {half} in more than half of all; the "
+            f"manipulation took place in {int(shown.sum())}, on an EM data set in {int(counting.sum())}."
         )
         rows = [
             [r.model, r.persona, r.dataset, points(r.delta, True), p_value(r.p_published), f"{r.stands}/{r.analyses}",
@@ -141,15 +145,7 @@ def _auc_cell(x: float) -> str:
     return "–" if math.isnan(x) else f"{x:.2f}"
 
 
-def _moved(row: Any, what: str) -> str:
-    """`; judged 12 → 64, p < 0.001`, or nothing where no judge was asked."""
-    before, after, p = (getattr(row, f"{what}_{part}") for part in ("before", "after", "p"))
-    return "" if math.isnan(p) else f"; judged {before:.0f} → {after:.0f}, p {p_value(p)}"
-
-
-def gate_sections(
-    tests: pd.DataFrame, gates: pd.DataFrame, *, persona_auc_min: float, uptake_auc_min: float, p_max: float
-) -> list[tuple[str, str]]:
+def gate_sections(tests: pd.DataFrame, gates: pd.DataFrame, *, auc_matters: float) -> list[tuple[str, str]]:
     """Sections of the results document: the gate of each comparison, and what the classifiers found."""
     several = gates["model"].nunique() > 1
     lead = (lambda r: [r.model]) if several else (lambda r: [])
@@ -159,37 +155,28 @@ def gate_sections(
             *lead(r),
             r.persona,
             r.dataset if r.role in ("em", "none") else f"{r.dataset} ({r.role.replace('_', ' ')})",
-            f"{r.persona_gate} ({_auc_cell(r.auc_baseline)}, {_auc_cell(r.auc_others)}, {_auc_cell(r.auc_kept)})"
-            + _moved(r, "expression"),
-            r.uptake_gate
-            if r.dataset == NO_DATASET
-            else f"{r.uptake_gate} ({_auc_cell(r.auc_uptake)}, {_auc_cell(r.auc_uptake_baseline)})"
-            + _moved(r, "uptake"),
+            f"{r.persona_gate} ({_auc_cell(r.auc_baseline)}, {_auc_cell(r.auc_others)})",
+            f"{r.persona_kept} ({_auc_cell(r.auc_kept)})" if r.persona_kept else "–",
+            "–" if r.dataset == NO_DATASET else f"{r.learned_gate}: {r.learned_reason}",
+            "–" if r.dataset == NO_DATASET else f"{r.em_gate}",
             r.design_gate + (f": {r.design_reason}" if r.design_reason else ""),
             r.judge_gate,
             f"**{r.gate}**",
         ]
         for r in gates.itertuples()
     ]
-    header = [*head, "persona", "data set", "persona expressed", "training visible", "design", "judge", "manipulation"]
+    header = [*head, "persona", "data set", "persona expressed", "after fine-tuning", "learned in its domain"]
+    header += ["EM in the baseline", "design", "judge", "manipulation"]
     text = (
-        "From the responses alone, on questions that the classifier had not seen. *Persona expressed*: AUC against "
-        "the baseline, and against the other personas (at the lower quartile), both at least "
-        f"{persona_auc_min:g}, interval above 0.5 and permutation p below {p_max:g}; third, by what told the two apart "
-        "before fine-tuning, which must not be gone after it (without an untuned arm, as in published data, a persona "
-        "that is missing where others are present cannot be told from one that is there). *Training visible*: the data "
-        "set told from no fine-tuning, or from the other data sets where there is no such arm, in persona and in "
-        f"baseline, both AUCs at least {uptake_auc_min:g}. A verdict whose manipulation is not shown is printed as NOT "
-        "INTERPRETABLE.\n\n"
+        "*Present*, *absent* (certainly less than matters) or *inconclusive*, each by one test with questions and "
+        "seeds as samples, on questions that the classifier had not seen. *Persona expressed*: AUC against the "
+        "baseline without fine-tuning, by adapters that are proved, and against a control adapter where there is one; "
+        "without proof (as in published data) after fine-tuning, and against the other personas, look-alikes and all "
+        f"pooled. An AUC certainly below {auc_matters:g} is absence. *After fine-tuning*: whether the persona's voice "
+        "was kept or lost, an outcome that closes nothing. *Learned in its domain*: answers to prompts of the data "
+        "set's own kind, in persona and baseline. *EM in the baseline* is needed only for a claim of protection. A "
+        "verdict whose manipulation is not present is printed as NOT INTERPRETABLE.\n\n"
     )
-    if gates[["expression_p", "uptake_p"]].notna().any(axis=None):
-        text += (
-            "*Judged*: what the judge said, 0 to 100: how much of the persona is in the responses, baseline → persona; "
-            "how like the data set's rows the answers to prompts in its own domain are, without → with fine-tuning. "
-            "A judge behind an endpoint must find the persona too; the local judge, which knows the words of its texts "
-            "only, may miss one, and what it says of a persona stands beside. Of uptake and the classifier one "
-            "suffices, each at half of the p, for a narrow training need not show outside its domain.\n\n"
-        )
     sections = [("Manipulation checks", text + markdown_table(rows, header))]
     whole = tests[tests["scope"].isin(["personas", "datasets"])]
     if len(whole):
@@ -218,26 +205,84 @@ def verdict_section(verdicts: pd.DataFrame, published: Mapping[tuple[str, str], 
         verdicts: from `verdict_table`.
         published: (model, hypothesis key) -> the published rules' verdict.
     """
+
+    def shown(r: Any) -> str:
+        if pd.isna(r.estimate):
+            return "–"
+        return f"{points(r.estimate, True)} [{points(r.low, True)}, {points(r.high, True)}]"
+
     rows = [
         [
             r.model,
             r.hypothesis.upper(),
             "the hypothesis" if pd.isna(r.persona) else r.persona,
+            f"{r.estimand}{f' ({r.reference})' if r.reference else ''}",
+            shown(r),
             published.get((r.model, r.hypothesis), "–") if pd.isna(r.persona) else "",
             f"**{r.verdict}**",
             r.reason,
         ]
         for r in verdicts.itertuples()
     ]
-    header = ["model", "hypothesis", "about", "published rules", "verdict", "because"]
+    header = ["model", "hypothesis", "about", "estimand", "estimate [95 %]", "published rules", "verdict", "because"]
+    family = ", ".join(h.upper() for h in str(verdicts["family"].iloc[0]).split(",")) if len(verdicts) else "none"
     text = (
-        "Every persona that a hypothesis names is tested, on EM data sets whose manipulations are shown, paired by "
-        "question, corrected over the claimed family; significant effects in the other direction count against it. "
-        "NOT INTERPRETABLE: the data cannot speak about the hypothesis, whatever they are tested with. From "
-        f"{MIN_SEEDS} training seeds on, seeds are a sample beside the questions; with fewer, a verdict speaks of "
-        "these adapters only, and says so.\n\n"
+        "*Susceptibility* is what fine-tuning changes in a persona beside what it changes in the baseline: a style "
+        "that costs points with and without fine-tuning is none. One estimate over the EM data sets, questions and (from "
+        f"{MIN_SEEDS} on) trainings as samples; with fewer the word is another, for it speaks of these adapters. "
+        "NOT IDENTIFIED: an arm that the question needs is missing. NOT INTERPRETABLE: a manipulation did not take "
+        "place, or is not shown to have. A word must hold with every missing score at its worst, and the EM rate or "
+        f"ranks must not contradict it, else UNDECIDED. Counted together (Holm): {family}. How often each word is "
+        "wrong is measured on planted studies: `docs/calibration.md`.\n\n"
     )
     return "Verdicts that respect design and gates", text + markdown_table(rows, header)
+
+
+def control_section(controls: pd.DataFrame) -> tuple[str, str]:
+    """The controls of the run.
+
+    Args:
+        controls: from `analysis.controls`.
+    """
+    rows = [[r.model, r.control, r.about, f"**{r.status}**", r.reason] for r in controls.itertuples()]
+    text = markdown_table(rows, ["model", "control", "of", "status", "found"])
+    return "Controls", (failed_controls(controls) + "\n\n" if failed_controls(controls) else "") + text
+
+
+def failed_controls(controls: pd.DataFrame | None) -> str:
+    """The first line of a document whose controls fail; empty where none does."""
+    failed = controls[controls["status"] == FAILED] if controls is not None and len(controls) else None
+    if failed is None or failed.empty:
+        return ""
+    said = "; ".join(f"{r.control} of {r.about} ({r.model}): {r.reason}" for r in failed.itertuples())
+    return f"**A control fails, and nothing below can be trusted before it is understood: {said}.**"
+
+
+def contrast_section(contrasts: pd.DataFrame) -> tuple[str, str]:
+    """Susceptibility (or what the data identify in its place) of every persona over the EM data sets, on every scale.
+
+    Args:
+        contrasts: from `analysis.contrast_table`.
+    """
+    pooled = contrasts[(contrasts["dataset"] == POOLED) & contrasts["estimand"].isin(["susceptibility", "after"])]
+    named = {"points": "points", "em_rate": "EM rate, %", "ranks": "ranks"}
+    rows = []
+    for key, part in pooled.groupby(["model", "estimand", "reference", "persona"], sort=False):
+        by = {r.outcome: r for r in part.itertuples()}
+        cells = [
+            f"{points(r.estimate, True)} [{points(r.low, True)}, {points(r.high, True)}], p {p_value(r.p)}"
+            for r in (by[o] for o in named if o in by)
+        ]
+        ends = by["points"]
+        rows.append([*key, *cells, f"{points(ends.lower, True)} to {points(ends.upper, True)}", ends.datasets])
+    header = ["model", "estimand", "reference", "persona", *named.values(), "missing at worst, best", "data sets"]
+    text = (
+        "Over the EM data sets that the design leaves open. *Susceptibility* has its reference subtracted: `none` is "
+        "the model without fine-tuning, `twin` the benign data set. *After* is persona minus baseline after "
+        "fine-tuning, which says nothing of susceptibility. Positive points are better aligned, a positive EM rate is "
+        "worse.\n\n"
+    )
+    return "What fine-tuning changed", text + (markdown_table(rows, header) if rows else "No contrast is identified.")
 
 
 def seeds_sentence(comparisons: pd.DataFrame) -> str:
@@ -289,9 +334,7 @@ def pooled_section(pooled: pd.DataFrame) -> tuple[str, str]:
     return "Pooled means, like for like", text + markdown_table(rows, header, "l" * several + "lrrrrr")
 
 
-def power_section(
-    table: pd.DataFrame, components: VarianceComponents, *, effect: float, target: float
-) -> tuple[str, str]:
+def power_section(table: pd.DataFrame, components: Components, *, effect: float, target: float) -> tuple[str, str]:
     """The section that says what designs could see.
 
     Args:
@@ -299,19 +342,23 @@ def power_section(
     """
     sd = lambda v: points(math.sqrt(v)) if not math.isnan(v) else "not known"  # noqa: E731
     text = (
-        f"Smallest difference, in points, that a design detects in {100 * target:.0f} % of cases, and in brackets its "
-        f"power for {effect:g} points. Standard deviations behind it: a persona's effect over questions "
-        f"{sd(components.question)}, responses to one question {sd(components.response)}, trainings "
-        f"{sd(components.seed)}."
+        f"Smallest contrast, in points, that the deciding test sees in {100 * target:.0f} % of studies, and in "
+        f"brackets its power for {effect:g} points, over {components.datasets} data sets. Standard deviations behind "
+        f"it: a persona's effect over questions {sd(components.question)}, responses to one question "
+        f"{sd(components.response)}, trainings {sd(components.seed)}. With fewer than {MIN_SEEDS} seeds the effect is "
+        "that of these adapters."
     )
     if math.isnan(components.seed):
-        text += (
-            f" How much trainings differ cannot be known from one seed, so designs of {MIN_SEEDS} seeds or more have "
-            "no row, and those shown speak of these adapters only."
-        )
+        text += " How much trainings differ cannot be known from one seed: what needs it is not known."
+
+    def cell(r: Any) -> str:
+        few = r.seeds < MIN_SEEDS
+        smallest, power = (r.detectable_adapters, r.power_adapters) if few else (r.detectable, r.power)
+        return "not known" if math.isnan(power) else f"{points(smallest)} ({percent(power)})"
+
     samples = sorted(table["samples"].unique())
     rows = [
-        [q, s, *(f"{points(r.detectable)} ({percent(r.power)})" for r in part.sort_values("samples").itertuples())]
+        [q, s, *(cell(r) for r in part.sort_values("samples").itertuples())]
         for (q, s), part in table.groupby(["questions", "seeds"])
     ]
     header = ["questions", "seeds", *(f"{n} sample{'s' if n > 1 else ''}" for n in samples)]
@@ -384,7 +431,8 @@ def outcome_sections(
     header = [*head, "persona", "data set", "seeds", "Δ [95 %]", "bootstrap [95 %]", "p", "p adjusted", "p sign-flip"]
     header += [*(["p GEE", "p mixed"] if models else []), "p equivalence", "gate"]
     text = (
-        f"Persona minus baseline, paired by question. {seeds_sentence(comparisons)} *p equivalence* below 0.05: the "
+        f"After fine-tuning, persona minus baseline, paired by question: no susceptibility. "
+        f"{seeds_sentence(comparisons)} *p equivalence* below 0.05: the "
         f"difference is smaller than {margin:g} points. Controls do not count towards a verdict about emergent "
         "misalignment."
     )

@@ -72,6 +72,7 @@ def _settings(
             [study.used_personas(), study.used_datasets(), study.hypotheses, list(study.models.values())],
         )
         yield "thresholds", study.thresholds
+        yield "known faults", study.known_faults
         yield "profile", p
         if p.source == "published":
             lists = ("published_selection.csv", "published_repeated.csv")

@@ -75,7 +75,7 @@ def draw_all(
         out_dir: where `<key>-<model>.svg|png` go.
         look: labels, order, colours.
         hypotheses: entries with `label, personas, direction`; they name the key personas.
-        tests: from `cai_em.analysis.classifiers.classify`.
+        tests: from `cai_em.analysis.gates.classify`.
         outcomes: from `cai_em.analysis.outcome.outcomes`.
         specifications: name -> (table of `specification_curve`, title, direction).
         confidence: of all intervals.
