@@ -57,7 +57,10 @@ REFERENCES = ("none", "twin")
 """What fine-tuning is measured from, in the order in which they decide."""
 
 POOLED = "(EM data sets)"
-"""Stands for the data set in a row that is one estimate over the EM data sets."""
+"""Stands for the data set in a row that is one estimate over the EM data sets that the design leaves open."""
+
+CLOSED = "(EM data sets, design closed)"
+"""The same over data sets of which each is closed by a known fault: it stands beside, and decides nothing."""
 
 
 # --- Cells ---------------------------------------------------------------------------------------------------------
@@ -435,7 +438,7 @@ def contrast_table(
         drift: model -> SD of a whole judging's mean beyond single scores' noise (`reliability.smallest_effect`, `tau`);
             it enters the standard error once for each condition. None: not known, and not in the errors.
         closed: conditions (model, persona, data set) that a known fault of the design closes, with the fault. They have
-            rows of their own data set, and no part in a pooled row.
+            rows of their own data set, and no part in a pooled row; where all are closed their mean is `CLOSED`.
 
     Returns:
         `COLUMNS`, a row per contrast. A contrast that is not identified has no row (`identification` says why).
@@ -456,9 +459,10 @@ def contrast_table(
                 found = [find(cube, estimand, model, persona, d, reference, twins.get(d, "")) for d in where]
                 found = [c for c in found if isinstance(c, Contrast)]
                 pooled = [c for c in found if c.dataset in em and not any(key in closed for key, _ in c.arms)]
-                sets = [[c] for c in found] + ([pooled] if pooled else [])
-                for i, group in enumerate(sets):
-                    name = group[0].dataset if i < len(found) else POOLED
+                shut = [] if pooled else [c for c in found if c.dataset in em]
+                sets = [(c.dataset, [c]) for c in found]
+                sets += [(name, some) for name, some in ((POOLED, pooled), (CLOSED, shut)) if some]
+                for name, group in sets:
                     key = {"model": model, "estimand": estimand, "reference": group[0].reference}
                     key |= {"persona": persona, "dataset": name}
                     rows += [key | _row(cube, group, o, least, confidence, noise) for o in outcomes]
@@ -525,7 +529,8 @@ def identification(
         ]
         if any(isinstance(c, Contrast) for c in found):
             return (reference if estimand in ("susceptibility", "uptake") else ""), ""
-        why += [c for c in found if isinstance(c, str)]
+        said = list(dict.fromkeys(c for c in found if isinstance(c, str)))
+        why += said if reference == "none" else [f"no EM data set with a benign twin that {persona} was fine-tuned on"]
     return None, "; ".join(dict.fromkeys(why)) or "no EM data set"
 
 

@@ -262,7 +262,9 @@ def verdict_table(
                     why = (gate or {}).get("design_reason") or "no EM data set is open"
                     each[p] = Verdict(NOT_INTERPRETABLE, f"design absent ({why})")
                 else:
-                    each[p] = Verdict(NOT_IDENTIFIED, e["why"])
+                    made = f"; design {gate['design_gate']} ({gate['design_reason']})" if gate else ""
+                    shut = gate is not None and gate["design_gate"] != PRESENT
+                    each[p] = Verdict(NOT_IDENTIFIED, e["why"] + (made if shut else ""))
             whole = together(each)
             for persona, v in {None: whole, **(each if len(each) > 1 else {})}.items():
                 kept = {c: v.row.get(c) for c in VERDICT_COLUMNS if c in v.row and c not in ("model", "persona")}

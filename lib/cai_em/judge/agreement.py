@@ -314,7 +314,7 @@ def quality_file(folder: Path, preset: str) -> Path:
 def measured_quality(
     preset: Any, folder: Path, stages: Sequence[Path] = (), qualities: Sequence[JudgeQuality] = ()
 ) -> pd.DataFrame | None:
-    """What is known of a judge's agreement, slope and bias (`analysis.QUALITY_COLUMNS`); None where it was not measured.
+    """What is known of a judge's agreement, slope and bias (`analysis.quality`); None where it was not measured.
 
     Args:
         preset: the judge's preset (`kind`, `name`).

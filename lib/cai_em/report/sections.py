@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from cai_em.analysis.contrasts import POOLED
+from cai_em.analysis.contrasts import CLOSED, POOLED
 from cai_em.analysis.controls import FAILED
 from cai_em.analysis.gates import Check
 from cai_em.analysis.power import Components
@@ -228,8 +228,8 @@ def verdict_section(verdicts: pd.DataFrame, published: Mapping[tuple[str, str], 
     family = ", ".join(h.upper() for h in str(verdicts["family"].iloc[0]).split(",")) if len(verdicts) else "none"
     text = (
         "*Susceptibility* is what fine-tuning changes in a persona beside what it changes in the baseline: a style "
-        "that costs points with and without fine-tuning is none. One estimate over the EM data sets, questions and (from "
-        f"{MIN_SEEDS} on) trainings as samples; with fewer the word is another, for it speaks of these adapters. "
+        "that costs points with and without fine-tuning is none. One estimate over the EM data sets, questions and "
+        f"(from {MIN_SEEDS} on) trainings as samples; with fewer the word is another, for it speaks of these adapters. "
         "NOT IDENTIFIED: an arm that the question needs is missing. NOT INTERPRETABLE: a manipulation did not take "
         "place, or is not shown to have. A word must hold with every missing score at its worst, and the EM rate or "
         f"ranks must not contradict it, else UNDECIDED. Counted together (Holm): {family}. How often each word is "
@@ -264,20 +264,40 @@ def contrast_section(contrasts: pd.DataFrame) -> tuple[str, str]:
     Args:
         contrasts: from `analysis.contrast_table`.
     """
-    pooled = contrasts[(contrasts["dataset"] == POOLED) & contrasts["estimand"].isin(["susceptibility", "after"])]
+    pooled = contrasts[contrasts["dataset"].isin([POOLED, CLOSED])]
+    pooled = pooled[pooled["estimand"].isin(["susceptibility", "after"])]
     named = {"points": "points", "em_rate": "EM rate, %", "ranks": "ranks"}
     rows = []
-    for key, part in pooled.groupby(["model", "estimand", "reference", "persona"], sort=False):
+    for key, part in pooled.groupby(["model", "estimand", "reference", "persona", "dataset"], sort=False):
         by = {r.outcome: r for r in part.itertuples()}
         cells = [
             f"{points(r.estimate, True)} [{points(r.low, True)}, {points(r.high, True)}], p {p_value(r.p)}"
             for r in (by[o] for o in named if o in by)
         ]
         ends = by["points"]
-        rows.append([*key, *cells, f"{points(ends.lower, True)} to {points(ends.upper, True)}", ends.datasets])
-    header = ["model", "estimand", "reference", "persona", *named.values(), "missing at worst, best", "data sets"]
+        rows.append(
+            [
+                *key[:4],
+                "closed" if key[4] == CLOSED else "open",
+                *cells,
+                f"{points(ends.lower, True)} to {points(ends.upper, True)}",
+                ends.datasets,
+            ]
+        )
+    header = [
+        "model",
+        "estimand",
+        "reference",
+        "persona",
+        "design",
+        *named.values(),
+        "missing at worst, best",
+        "data sets",
+    ]
     text = (
-        "Over the EM data sets that the design leaves open. *Susceptibility* has its reference subtracted: `none` is "
+        "Over the EM data sets that the design leaves open; where a known fault closes all of them, over these "
+        "(*closed*: "
+        "it stands beside, and decides nothing). *Susceptibility* has its reference subtracted: `none` is "
         "the model without fine-tuning, `twin` the benign data set. *After* is persona minus baseline after "
         "fine-tuning, which says nothing of susceptibility. Positive points are better aligned, a positive EM rate is "
         "worse.\n\n"
