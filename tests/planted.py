@@ -242,6 +242,8 @@ def plant_scores(
     part = rng.choice(len(keys), size=min(1500, len(keys)), replace=False)
     reference = np.clip(np.round(value[part] + _normal(rng, 2, len(part))), 0, 100)
     pairs = keys.iloc[part][["persona", "question_id"]].assign(reference=reference, score=shown[part])
+    if design.seeds >= 3:  # a verdict speaks of the recipe
+        return scores, pairs, truth(world)
     many = levels(world, 1_500, seeds, np.random.default_rng(seed + 10**6), design.sets, runs=found.runs)
     return scores, pairs, contrast(many, sets=design.sets)
 

@@ -185,9 +185,9 @@ def test_without_a_change_there_is_no_transition_to_time():
     assert not found.shown
     assert math.isnan(found.step)
     assert math.isnan(found.low)
-    assert found.gate.status == "not shown"
+    assert found.gate.status == "inconclusive"
     few = timing.transition(np.tile(hill(STEPS, 7, 4), (2, 1, 1)), STEPS)
-    assert few.gate.status == "not testable"
+    assert few.gate.status == "inconclusive"
     assert math.isnan(few.step)
 
 
@@ -273,7 +273,7 @@ def test_a_single_run_per_persona_leaves_h3_undecided(look):
     assert compared["p_adjusted"].iloc[0] < 0.05
     assert math.isnan(compared["p_runs"].iloc[0])
     found = h3.h3_verdict(compared, [], look)
-    assert found.verdict == "UNDECIDED"
+    assert found.word == "UNDECIDED"
     assert "one training run per persona" in found.reason
 
 
@@ -339,7 +339,7 @@ def test_tables_of_transitions_and_comparisons():
     table = timing.transitions(curves)
     assert len(table) == 8
     assert set(table["method"]) == {"logistic", "change point"}
-    assert (table["gate"] == "shown").all()
+    assert (table["gate"] == "present").all()
     compared = timing.transition_comparisons(curves)
     assert list(compared["persona"]) == ["poeticism", "poeticism"]
     # A loss is no claim of H3: it takes no part in the family, and lends it nothing.
@@ -483,7 +483,7 @@ def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
     assert curves["baseline", "alignment"].empty
     found, compared = timing.transitions(curves), timing.transition_comparisons(curves)
     row = found.query("persona == 'baseline' and outcome == 'alignment'").iloc[0]
-    assert (row["gate"], row["left_out"], row["missing"]) == ("not testable", 8, 8)
+    assert (row["gate"], row["left_out"], row["missing"]) == ("inconclusive", 8, 8)
     assert not compared.set_index("outcome").loc["alignment", "shown"]
     text = sections.h3_section(found, compared, [], look, titles={})
     assert "**H3: NOT TESTABLE**" in text
@@ -542,7 +542,7 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
 
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     _, found, compared = example()
-    good, bad = Gate("shown", "yes"), Gate("not shown", "AUC 0.5")
+    good, bad = Gate("present", "yes"), Gate("inconclusive", "AUC 0.5")
     text = sections.h3_section(found, compared, [Check("judge", good)], look, titles={}, caveat="Small.")
     assert "**H3: SUPPORTED**" in text
     assert text.rstrip().endswith("Small.")
@@ -550,7 +550,7 @@ def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     assert "**H3: NOT INTERPRETABLE**" in text
     assert "not shown: judge" in text
     # The level is the study's.
-    assert h3.h3_verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
+    assert h3.h3_verdict(compared, [], look, alpha=1e-6).word == "UNDECIDED"
     still = sections.h3_section(
         found.assign(shown=False), compared.assign(shown=False), [Check("judge", bad)], look, titles={}
     )
@@ -562,16 +562,16 @@ def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
 def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
     _, _, compared = example()
     both = pd.concat([compared, compared.assign(persona="sarcasm")])
-    bad = Gate("not shown", "AUC 0.5")
+    bad = Gate("inconclusive", "AUC 0.5")
     checks = [Check("judge", Gate("not applicable", "")), Check("persona, Sarcasm", bad, "sarcasm")]
     found = h3.h3_verdict(both, checks, look)
-    assert found.verdict == "SUPPORTED"
+    assert found.word == "SUPPORTED"
     assert "Poeticism" in found.reason
     assert "not shown: persona, Sarcasm" in found.reason
     assert "sarcasm," not in found.reason
-    assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
+    assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).word == "NOT INTERPRETABLE"
     uptake = [Check("uptake, Baseline", bad, "baseline")]  # every comparison is with the baseline
-    assert h3.h3_verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
+    assert h3.h3_verdict(both, uptake, look).word == "NOT INTERPRETABLE"
     table = gates.check_table(checks, found, "H3")
     assert table["what"].tolist() == ["H3", "judge", "persona, Sarcasm"]
     assert table["status"].iloc[0] == "SUPPORTED"
@@ -602,16 +602,16 @@ def test_a_persona_gate_needs_a_persona_that_shows():
     rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
     some = GateThresholds(min_responses=16)
-    assert h3.persona_gate(table, "poeticism", some).status == "shown"
-    assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "not testable"
+    assert h3.persona_gate(table, "poeticism", some).status == "present"
+    assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "inconclusive"
     same = table.assign(response=[" ".join(rng.choice(words["baseline"], 6)) for _ in range(len(table))])
-    assert h3.persona_gate(same, "poeticism", some).status == "not shown"
+    assert h3.persona_gate(same, "poeticism", some).status == "inconclusive"
 
 
 def test_uptake_means_that_the_loss_falls():
     fall = dynamics_curves.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
-    assert h3.uptake_gate(fall).status == "shown"
-    assert h3.uptake_gate(dynamics_curves.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"
+    assert h3.uptake_gate(fall).status == "present"
+    assert h3.uptake_gate(dynamics_curves.Curve(-fall.y, STEPS, fall.units, [])).status == "inconclusive"
 
 
 def test_names_of_many_checkpoints_do_not_run_into_each_other():
