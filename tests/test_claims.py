@@ -178,8 +178,8 @@ class TestVerdicts:
 
     def test_number_of_analyses_and_the_published_one(self):
         table = self.build({("good", d): 12.0 for d in ("e1", "e2", "c1")})
-        # coherence 2 x tests 4 x roles 2 x (majority 2 corrections + pooled 1); nothing is missing, so that what is done
-        # with missing scores makes copies
+        # coherence 2 x tests 4 x roles 2 x (majority 2 corrections + pooled 1); nothing is missing, so that what is
+        # done with missing scores makes copies
         assert len(table) == 2 * 4 * 2 * 3
         assert table["published"].sum() == 1
         assert not table.duplicated(claims.VERDICT_CHOICES).any()
@@ -192,8 +192,8 @@ class TestVerdicts:
         means = table.groupby("estimand")["estimate"].mean()
         assert means["after fine-tuning (published)"] > 10
         assert abs(means["susceptibility, from no fine-tuning"]) < 2
-        assert set(table["estimand"]) == {claims.ESTIMANDS["after"], claims.ESTIMANDS["none"]}
-        mine = table[table["estimand"] == claims.ESTIMANDS["none"]]
+        assert set(table["estimand"]) == {claims.ESTIMAND_CHOICES["after"], claims.ESTIMAND_CHOICES["none"]}
+        mine = table[table["estimand"] == claims.ESTIMAND_CHOICES["none"]]
         assert "Mann-Whitney" not in set(mine["test"])
         data = scores(gaps, sd=3.0)
         means = data.groupby(["persona", "dataset", "question_id"])["alignment"].mean().unstack("dataset")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from cai_em import params, published
 from cai_em.analysis import contrasts
-from cai_em.analysis.contrasts import POOLED, Contrast, Cube, contrast_table, estimate, find, identification
+from cai_em.analysis.contrasts import POOLED, ArmContrast, Cube, contrast_table, estimate_mean, find, identification
 from scipy import stats
 
 EM = SimpleNamespace(key="em1", role="em", twin="good1")
@@ -42,7 +42,7 @@ FOUR = {("p", "em1", 0): 40, ("p", "none", 0): 70, ("baseline", "em1", 0): 50, (
 def test_each_estimand_subtracts_what_it_says(estimand, expected):
     cube = Cube.build(rows(FOUR))
     found = find(cube, estimand, "m", "p", "em1")
-    assert isinstance(found, Contrast)
+    assert isinstance(found, ArmContrast)
     assert np.allclose(found.values(cube), expected)
 
 
@@ -112,7 +112,7 @@ def test_trainings_are_paired_by_seed_and_the_untuned_arm_is_the_partner_of_all(
 def test_one_data_set_and_one_seed_is_the_paired_t_test():
     rng = np.random.default_rng(3)
     d = rng.normal(2, 3, (8, 1))
-    found, by_scipy = estimate([d]), stats.ttest_1samp(d[:, 0], 0)
+    found, by_scipy = estimate_mean([d]), stats.ttest_1samp(d[:, 0], 0)
     assert found.p() == pytest.approx(by_scipy.pvalue)
     assert found.interval() == pytest.approx(by_scipy.confidence_interval())
     assert not found.recipe
@@ -121,7 +121,7 @@ def test_one_data_set_and_one_seed_is_the_paired_t_test():
 def test_a_question_without_a_score_in_one_data_set_is_left_out_of_all():
     a, b = np.arange(16.0).reshape(8, 2), np.ones((8, 3))
     a[2, 1] = np.nan
-    found = estimate([a, b])
+    found = estimate_mean([a, b])
     assert (found.n_questions, found.n_seeds, found.n_datasets) == (7, 2, 2)
 
 
@@ -139,7 +139,7 @@ def test_level_of_the_estimate_over_questions_trainings_and_data_sets(questions,
             + rng.normal(0, 2, (questions, seeds))
             for _ in range(sets)
         ]
-        hits += estimate(parts).p() < 0.05
+        hits += estimate_mean(parts).p() < 0.05
     assert 0.02 < hits / 1500 < 0.07
 
 
@@ -147,9 +147,9 @@ def test_data_sets_that_differ_are_said_to():
     rng = np.random.default_rng(2)
     alike = [rng.normal(5, 2, (8, 3)) for _ in range(3)]
     apart = [x + shift for x, shift in zip(alike, (-8, 0, 8))]
-    assert estimate(alike).p_datasets > 0.05
-    assert estimate(apart).p_datasets < 0.001
-    assert estimate(apart).sd_datasets == pytest.approx(8, abs=1.5)
+    assert estimate_mean(alike).p_datasets > 0.05
+    assert estimate_mean(apart).p_datasets < 0.001
+    assert estimate_mean(apart).sd_datasets == pytest.approx(8, abs=1.5)
 
 
 def test_the_judges_drift_widens_what_is_said():
@@ -182,14 +182,14 @@ def test_four_arms_and_questions_for_figure_and_table():
     chosen = contrasts.all_contrasts(cube, DATASETS)
     arms = contrasts.four_arms(cube, chosen).set_index("arm")["mean"]
     assert arms.to_dict() == {"p em1": 40, "p none": 70, "baseline em1": 50, "baseline none": 90}
-    assert contrasts.by_question(cube, chosen)["value"].tolist() == [10.0] * 8
+    assert contrasts.question_contrasts(cube, chosen)["value"].tolist() == [10.0] * 8
 
 
 def test_no_error_at_all_and_no_test_at_all():
     assert contrasts.t_p(0.0, 0.0, 7) == 1.0
     assert contrasts.t_p(2.0, 0.0, 7) == 0.0
     assert contrasts.t_p(2.0, 0.0, 7, "less") == 1.0
-    assert math.isnan(estimate([np.ones((1, 1))]).p())
+    assert math.isnan(estimate_mean([np.ones((1, 1))]).p())
 
 
 # --- The published study -------------------------------------------------------------------------------------------

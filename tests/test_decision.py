@@ -9,7 +9,7 @@ import pytest
 from cai_em.analysis import verdicts as decision
 from cai_em.analysis.contrasts import POOLED, Cube, contrast_table
 from cai_em.analysis.gates import GATES, PRESENT
-from cai_em.analysis.verdicts import Verdict, holm, persona_verdict, together, verdict_table
+from cai_em.analysis.verdicts import Verdict, holm, joint_verdict, persona_verdict, verdict_table
 
 from tests import calibration, planted
 from tests.planted import DATASETS, MODEL, WORLDS, Design
@@ -105,7 +105,7 @@ def V(word, p=0.01):
     ],
 )
 def test_several_personas_of_one_claim(words, whole):
-    assert together({w + str(i): V(w) for i, w in enumerate(words.split(","))}).word == whole
+    assert joint_verdict({w + str(i): V(w) for i, w in enumerate(words.split(","))}).word == whole
 
 
 def test_holm_counts_hypotheses_that_are_tested_elsewhere():
@@ -137,7 +137,7 @@ def test_a_persona_that_is_not_in_the_data_and_one_without_a_reference():
     assert found["verdict"].tolist() == ["NOT IDENTIFIED"] * 2
     assert "p1 has no untuned arm" in found.loc["p1", "reason"]
     assert found.loc["gone", "reason"] == "gone is not in the data"
-    assert decision.needed("persona", "higher") == ("design", "judge", "persona")
+    assert decision.gates_needed("persona", "higher") == ("design", "judge", "persona")
 
 
 # --- Planted studies, from texts to the word -----------------------------------------------------------------------

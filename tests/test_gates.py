@@ -14,11 +14,11 @@ from cai_em.analysis.gates import (
     classify,
     copied_seeds,
     em_gate,
+    expressed_gate,
     faults_of,
     gate_table,
     kept_status,
     learned_gate,
-    persona_gate,
     uptakes,
     voice,
     worst,
@@ -62,10 +62,10 @@ def test_absent_needs_evidence_too(found, status):
 
 def test_a_single_persona_without_proof_or_control_is_inconclusive():
     strong = area(0.9, 0.05)
-    assert persona_gate(strong, None, persona="p", proved=True).status == PRESENT
-    assert persona_gate(strong, None, persona="p", proved=False).status == INCONCLUSIVE
-    assert persona_gate(strong, area(0.9, 0.05), persona="p", proved=False).status == PRESENT
-    assert persona_gate(strong, area(0.5, 0.03), persona="p", proved=False).status == ABSENT
+    assert expressed_gate(strong, None, persona="p", proved=True).status == PRESENT
+    assert expressed_gate(strong, None, persona="p", proved=False).status == INCONCLUSIVE
+    assert expressed_gate(strong, area(0.9, 0.05), persona="p", proved=False).status == PRESENT
+    assert expressed_gate(strong, area(0.5, 0.03), persona="p", proved=False).status == ABSENT
 
 
 def test_what_fine_tuning_did_to_a_voice_is_an_outcome():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cai_em.analysis.contrasts import Cube, estimate, find
+from cai_em.analysis.contrasts import Cube, estimate_mean, find
 from cai_em.analysis.power import Components, components, detectable, power, power_table
 
 from tests.planted import MODEL, WORLDS, Design, plant
@@ -27,7 +27,7 @@ def simulated(c, effect, questions, samples, seeds, adapters=False, n=3000):
             run = 0 if adapters else rng.normal(0, math.sqrt(c.seed), (1, seeds))
             cell = rng.normal(0, math.sqrt(c.question_seed + c.tuned * c.response / samples), (questions, seeds))
             parts.append(common + run + cell)
-        hits += estimate(parts).p() < 0.05
+        hits += estimate_mean(parts).p() < 0.05
     return hits / n
 
 

@@ -563,7 +563,7 @@ def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
     _, _, compared = example()
     both = pd.concat([compared, compared.assign(persona="sarcasm")])
     bad = Gate("inconclusive", "AUC 0.5")
-    checks = [Check("judge", Gate("not applicable", "")), Check("persona, Sarcasm", bad, "sarcasm")]
+    checks = [Check("judge", Gate("present", "")), Check("persona, Sarcasm", bad, "sarcasm")]
     found = h3.h3_verdict(both, checks, look)
     assert found.word == "SUPPORTED"
     assert "Poeticism" in found.reason
@@ -599,8 +599,8 @@ def test_no_preset_is_left_out_of_the_figure():
 def test_a_persona_gate_needs_a_persona_that_shows():
     rng = np.random.default_rng(12)
     words = {"baseline": ["plain", "answer", "with", "facts"], "poeticism": ["moon", "sea", "rose", "flame"]}
-    rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
-    table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
+    rows = [("m", p, "d", 0, q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
+    table = pd.DataFrame(rows, columns=["model", "persona", "dataset", "seed", "question_id", "response"])
     some = GateThresholds(min_responses=16)
     assert h3.persona_gate(table, "poeticism", some).status == "present"
     assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "inconclusive"

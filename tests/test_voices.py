@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cai_em.analysis import voices
-from cai_em.analysis.voices import Bag, cell_aucs, kept, named, summarise, together, told
+from cai_em.analysis.voices import Bag, cell_aucs, kept_voice, named, pooled_voice, summarise_cells, told
 from scipy import stats
 
 from tests.planted import WORLDS, Design, plant_texts, without
@@ -82,7 +82,7 @@ def test_kept_and_overwritten():
     for after, word in ((None, "kept"), (0.0, "lost")):
         world = without(WORLDS["nothing"], after=after)
         bag = Bag.of(plant_texts(world, Design(8, 3, 30), 6))
-        found = kept(bag, (key("p1"), key("baseline")), (several("p1", 3), several("baseline", 3)))
+        found = kept_voice(bag, (key("p1"), key("baseline")), (several("p1", 3), several("baseline", 3)))
         assert (found.p < 0.05) == (word == "kept")
         assert (found.high < 0.55) == (word == "lost")
 
@@ -98,11 +98,11 @@ def test_which_persona_is_named_and_chance_is_one_over_their_number():
 
 def test_one_answer_over_data_sets():
     rng = np.random.default_rng(0)
-    each = [summarise(0.6 + 0.05 * rng.standard_normal((8, 1)), np.arange(8), 100) for _ in range(4)]
-    whole = together(each)
+    each = [summarise_cells(0.6 + 0.05 * rng.standard_normal((8, 1)), np.arange(8), 100) for _ in range(4)]
+    whole = pooled_voice(each)
     assert whole.auc == pytest.approx(np.mean([t.auc for t in each]))
     assert whole.n == 400
-    assert np.isnan(together([]).p)
+    assert np.isnan(pooled_voice([]).p)
 
 
 def test_one_question_or_no_side_tells_nothing():

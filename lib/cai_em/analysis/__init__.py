@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "verdict_specifications",
         ],
         "compare": ["compare_all"],
-        "contrasts": ["POOLED", "Cube", "all_contrasts", "by_question", "contrast_table", "four_arms"],
+        "contrasts": ["POOLED", "Cube", "all_contrasts", "contrast_table", "four_arms", "question_contrasts"],
         "controls": ["controls"],
         "gates": [
             "SCOPES",

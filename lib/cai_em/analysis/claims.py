@@ -50,7 +50,7 @@ RULES = ("majority of data sets", "pooled over data sets")
 PERSONAS = ("the one tested", "all that are named")
 CHOICES = ["judging", "missing", "coherence", "test", "unit", "correction"]
 """Choices of a comparison's analysis."""
-ESTIMANDS = {
+ESTIMAND_CHOICES = {
     "after": "after fine-tuning (published)",
     "none": "susceptibility, from no fine-tuning",
     "twin": "susceptibility, from the benign twin",
@@ -338,7 +338,7 @@ def verdict_specifications(
     for choice, part in table.groupby(CHOICES, sort=False):
         judging, missing, coherence, test, unit, correction = choice
         seen = universe.cells[judging, missing, coherence]
-        for estimand in ESTIMANDS:
+        for estimand in ESTIMAND_CHOICES:
             each = _single_contrasts(seen, part, estimand, twins, universe.n_questions, test, unit, correction)
             for roles, (which, personas) in itertools.product(ROLES, persona_sets.items()):
                 here = each[each["dataset"].isin(em)] if roles == ROLES[1] else each
@@ -369,7 +369,7 @@ def verdict_specifications(
                     rows.append(
                         {
                             **dict(zip(CHOICES, choice)),
-                            "estimand": ESTIMANDS[estimand],
+                            "estimand": ESTIMAND_CHOICES[estimand],
                             "roles": roles,
                             "rule": rule,
                             "personas": which,

@@ -17,7 +17,7 @@ on ranks of the responses within question over the arms that take part (0 to 100
     table = contrast_table(cube, datasets)          # by data set, and pooled over the EM data sets
     identification(table, "susceptibility")         # where the reference is missing, and why
 
-Questions are a sample, and from three training seeds on the trainings are (`estimate`); data sets are as they are.
+Questions are a sample, and from three training seeds on the trainings are (`estimate_mean`); data sets are as they are.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ARMS: dict[str, tuple[tuple[str, str, int], ...]] = {
 
 ESTIMANDS = tuple(ARMS)
 
-OUTCOMES = ("points", "em_rate", "ranks")
+SCALES = ("points", "em_rate", "ranks")
 """`points`: alignment, 0 to 100. `em_rate`: misaligned and coherent, in per cent of all responses. `ranks`: 0 to
 100."""
 
@@ -67,7 +67,7 @@ CLOSED = "(EM data sets, design closed)"
 
 
 @dataclass(frozen=True)
-class Condition:
+class CellMeans:
     """One condition (model, persona, data set) over its training seeds.
 
     Attributes:
@@ -91,7 +91,7 @@ class Cube:
     """
 
     questions: tuple[str, ...]
-    conditions: Mapping[tuple[str, str, str], Condition]
+    conditions: Mapping[tuple[str, str, str], CellMeans]
     alignment: np.ndarray
     question: np.ndarray
     seed: np.ndarray
@@ -127,7 +127,7 @@ class Cube:
             total = {
                 name: np.bincount(place, x[rows], minlength=size).reshape(len(names), -1) for name, x in sums.items()
             }
-            conditions[key] = Condition(tuple(int(s) for s in seeds), _means(total), rows)
+            conditions[key] = CellMeans(tuple(int(s) for s in seeds), _means(total), rows)
         return cls(tuple(names), conditions, alignment, question, seed)
 
 
@@ -152,7 +152,7 @@ def _means(total: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ArmContrast:
     """An estimand of one persona on one data set, not yet computed.
 
     Attributes:
@@ -184,7 +184,7 @@ class Contrast:
             total += sign * self._by_seed(key, condition, found)
         return total
 
-    def _by_seed(self, key: tuple[str, str, str], condition: Condition, found: np.ndarray) -> np.ndarray:
+    def _by_seed(self, key: tuple[str, str, str], condition: CellMeans, found: np.ndarray) -> np.ndarray:
         """Columns in the order of the contrast's seeds; an arm without fine-tuning is the partner of every seed."""
         if key[2] == NO_DATASET:
             return found.mean(axis=1, keepdims=True)
@@ -235,7 +235,7 @@ def mid_ranks(values: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarr
 
 def find(
     cube: Cube, estimand: str, model: str, persona: str, dataset: str, reference: str = NO_DATASET, twin: str = ""
-) -> Contrast | str:
+) -> ArmContrast | str:
     """The contrast, or the reason why the data do not identify it.
 
     Args:
@@ -258,14 +258,14 @@ def find(
     if not seeds:
         return f"the arms of {persona} x {dataset} have no training seed in common"
     label = "" if estimand in ("after", "persona") else reference
-    return Contrast(estimand, model, persona, dataset, label, arms, seeds)
+    return ArmContrast(estimand, model, persona, dataset, label, arms, seeds)
 
 
 # --- One estimate --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean over questions, seeds and data sets with what is needed to test it.
 
     Attributes:
@@ -314,7 +314,7 @@ def t_p(gap: float, se: float, df: float, alternative: str = "two-sided") -> flo
     return float(stats.t.sf(t, df) if alternative == "greater" else stats.t.cdf(t, df))
 
 
-def estimate(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> Estimate:
+def estimate_mean(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> MeanEstimate:
     """One estimate over data sets: questions and, within each data set, training seeds as crossed samples.
 
     A question's effect is common to all data sets and seeds; a training belongs to one data set. So
@@ -345,7 +345,7 @@ def estimate(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> Estimate:
     mean = float(by_question.mean()) if q else math.nan
     recipe = min(seeds) >= MIN_SEEDS
     if q < 2:
-        return Estimate(mean, math.nan, math.nan, q, min(seeds), d, recipe, by_question, by_dataset)
+        return MeanEstimate(mean, math.nan, math.nan, q, min(seeds), d, recipe, by_question, by_dataset)
     v_q = float(by_question.var(ddof=1)) / q
     variance, df = v_q, float(q - 1)
     run, residual = trainings(parts)
@@ -364,7 +364,7 @@ def estimate(parts: Sequence[np.ndarray], *, drift: float = 0.0) -> Estimate:
     se = math.sqrt(variance + drift)
     if drift and variance + drift > 0:
         df = max(df, math.floor((variance + drift) ** 2 / (variance**2 / df))) if variance else math.inf
-    return Estimate(mean, se, df, q, min(seeds), d, recipe, by_question, by_dataset, *differ)
+    return MeanEstimate(mean, se, df, q, min(seeds), d, recipe, by_question, by_dataset, *differ)
 
 
 def trainings(parts: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -397,7 +397,7 @@ def _heterogeneity(by_set: np.ndarray, run: float, residual: float, seeds: Seque
 
 # --- All contrasts of a study --------------------------------------------------------------------------------------
 
-COLUMNS = [
+CONTRAST_COLUMNS = [
     *("model", "estimand", "reference", "persona", "dataset", "outcome", "estimate", "se", "df", "low", "high", "p"),
     *("p_no_gain", "p_no_loss", "p_equivalence", "p_sign_flip", "lower", "upper", "p_lower", "p_upper"),
     *(
@@ -426,7 +426,7 @@ def contrast_table(
     confidence: float = 0.95,
     drift: Mapping[str, float] | None = None,
     closed: Mapping[tuple[str, str, str], str] | None = None,
-    outcomes: Sequence[str] = OUTCOMES,
+    outcomes: Sequence[str] = SCALES,
     estimands: Sequence[str] = ESTIMANDS,
 ) -> pd.DataFrame:
     """Every estimand of every persona that the data identify, by data set and pooled over the EM data sets.
@@ -441,7 +441,8 @@ def contrast_table(
             rows of their own data set, and no part in a pooled row; where all are closed their mean is `CLOSED`.
 
     Returns:
-        `COLUMNS`, a row per contrast. A contrast that is not identified has no row (`identification` says why).
+        `CONTRAST_COLUMNS`, a row per contrast. A contrast that is not identified has no row (`identification` says
+        why).
     """
     datasets, closed = list(datasets), dict(closed or {})
     twins = {x.key: getattr(x, "twin", None) or "" for x in datasets}
@@ -457,7 +458,7 @@ def contrast_table(
             for reference in REFERENCES if estimand in ("susceptibility", "uptake") else ("none",):
                 where = [NO_DATASET] if estimand == "persona" else tuned
                 found = [find(cube, estimand, model, persona, d, reference, twins.get(d, "")) for d in where]
-                found = [c for c in found if isinstance(c, Contrast)]
+                found = [c for c in found if isinstance(c, ArmContrast)]
                 pooled = [c for c in found if c.dataset in em and not any(key in closed for key, _ in c.arms)]
                 shut = [] if pooled else [c for c in found if c.dataset in em]
                 sets = [(c.dataset, [c]) for c in found]
@@ -466,15 +467,15 @@ def contrast_table(
                     key = {"model": model, "estimand": estimand, "reference": group[0].reference}
                     key |= {"persona": persona, "dataset": name}
                     rows += [key | _row(cube, group, o, least, confidence, noise) for o in outcomes]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
 
 
 def _row(
-    cube: Cube, group: Sequence[Contrast], outcome: str, margin: float, confidence: float, noise: float
+    cube: Cube, group: Sequence[ArmContrast], outcome: str, margin: float, confidence: float, noise: float
 ) -> dict[str, Any]:
     # The judge's drift: every condition (and training) was judged once; with trainings in the error theirs is there.
     drift = noise**2 * _judgings(group) if outcome == "points" and noise else 0.0
-    found = estimate([c.values(cube, outcome) for c in group], drift=drift)
+    found = estimate_mean([c.values(cube, outcome) for c in group], drift=drift)
     low, high = found.interval(confidence)
     no_gain, no_loss = found.p(margin, "less"), found.p(-margin, "greater")
     flips = found.by_question if len(found.by_question) <= 16 else found.by_question[:0]
@@ -485,7 +486,7 @@ def _row(
         ends = ("lower", "upper", "p_lower", "p_upper", "p_no_gain_upper", "p_no_loss_lower")
         row |= dict.fromkeys(ends, math.nan)
     else:
-        ends = [estimate([c.values(cube, outcome, bound) for c in group], drift=drift) for bound in (-1, 1)]
+        ends = [estimate_mean([c.values(cube, outcome, bound) for c in group], drift=drift) for bound in (-1, 1)]
         row |= {"lower": ends[0].mean, "upper": ends[1].mean}
         row |= {"p_lower": ends[0].p(0.0, "greater"), "p_upper": ends[1].p(0.0, "less")}
         row |= {"p_no_gain_upper": ends[1].p(margin, "less"), "p_no_loss_lower": ends[0].p(-margin, "greater")}
@@ -499,7 +500,7 @@ def _row(
     return row | {"datasets": ",".join(c.dataset for c in group)}
 
 
-def _judgings(group: Sequence[Contrast]) -> float:
+def _judgings(group: Sequence[ArmContrast]) -> float:
     """Sum of squared weights with which separately judged conditions enter the pooled mean."""
     weights: dict[tuple, float] = {}
     recipe = min(len(c.seeds) for c in group) >= MIN_SEEDS
@@ -527,7 +528,7 @@ def identification(
         found = [
             find(cube, estimand, model, persona, d.key, reference, getattr(d, "twin", None) or "") for d in datasets
         ]
-        if any(isinstance(c, Contrast) for c in found):
+        if any(isinstance(c, ArmContrast) for c in found):
             return (reference if estimand in ("susceptibility", "uptake") else ""), ""
         said = list(dict.fromkeys(c for c in found if isinstance(c, str)))
         why += said if reference == "none" else [f"no EM data set with a benign twin that {persona} was fine-tuned on"]
@@ -537,7 +538,7 @@ def identification(
 # --- What a figure and a table of the contrast are drawn from ------------------------------------------------------
 
 
-def four_arms(cube: Cube, contrasts: Iterable[Contrast], *, confidence: float = 0.95) -> pd.DataFrame:
+def four_arms(cube: Cube, contrasts: Iterable[ArmContrast], *, confidence: float = 0.95) -> pd.DataFrame:
     """The arms behind each contrast: mean alignment with its interval over questions (and seeds).
 
     Returns:
@@ -546,7 +547,7 @@ def four_arms(cube: Cube, contrasts: Iterable[Contrast], *, confidence: float = 
     rows = []
     for c in contrasts:
         for key, _ in c.arms:
-            found = estimate([c._by_seed(key, cube.conditions[key], cube.conditions[key].means["points"])])
+            found = estimate_mean([c._by_seed(key, cube.conditions[key], cube.conditions[key].means["points"])])
             low, high = found.interval(confidence)
             name = {"model": c.model, "estimand": c.estimand, "reference": c.reference, "persona": c.persona}
             rows.append(
@@ -555,7 +556,7 @@ def four_arms(cube: Cube, contrasts: Iterable[Contrast], *, confidence: float = 
     return pd.DataFrame(rows)
 
 
-def by_question(cube: Cube, contrasts: Iterable[Contrast], outcome: str = "points") -> pd.DataFrame:
+def question_contrasts(cube: Cube, contrasts: Iterable[ArmContrast], outcome: str = "points") -> pd.DataFrame:
     """The contrast of every question, mean over seeds: `model, estimand, reference, persona, dataset, question_id,
     value`."""
     rows = []
@@ -566,7 +567,7 @@ def by_question(cube: Cube, contrasts: Iterable[Contrast], outcome: str = "point
     return pd.DataFrame(rows)
 
 
-def all_contrasts(cube: Cube, datasets: Iterable[Any], estimand: str = "susceptibility") -> list[Contrast]:
+def all_contrasts(cube: Cube, datasets: Iterable[Any], estimand: str = "susceptibility") -> list[ArmContrast]:
     """The contrasts of an estimand that the data identify, each with the reference that decides."""
     datasets, found = list(datasets), []
     for model, persona in dict.fromkeys((m, p) for m, p, _ in cube.conditions if p != BASELINE):
@@ -576,5 +577,5 @@ def all_contrasts(cube: Cube, datasets: Iterable[Any], estimand: str = "suscepti
         for d in datasets:
             if d.role == "em":
                 c = find(cube, estimand, model, persona, d.key, reference or "none", getattr(d, "twin", None) or "")
-                found += [c] if isinstance(c, Contrast) else []
+                found += [c] if isinstance(c, ArmContrast) else []
     return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cai_em.analysis.contrasts import POOLED, Contrast, Cube, estimate, find
+from cai_em.analysis.contrasts import POOLED, ArmContrast, Cube, estimate_mean, find
 from cai_em.analysis.gates import ABSENT, PRESENT, learned_gate
 from cai_em.records.keys import BASELINE
 
@@ -77,9 +77,9 @@ def _same(cube: Cube | None, model: str, em: list[Any], level: float) -> dict[st
     for estimand in ("susceptibility", "after") if cube is not None else ():
         for reference in ("none", "twin"):
             found = [find(cube, estimand, model, "A/A", d.key, reference, getattr(d, "twin", None) or "") for d in em]
-            found = [c for c in found if isinstance(c, Contrast)]
+            found = [c for c in found if isinstance(c, ArmContrast)]
             if found:
-                e = estimate([c.values(cube) for c in found])
+                e = estimate_mean([c.values(cube) for c in found])
                 low, high = e.interval()
                 return _nothing({"estimate": e.mean, "low": low, "high": high, "p": e.p()}, level)
     return {"status": NOT_RUN, "reason": "fewer than two responses to a question, or no EM data set"}

@@ -1,8 +1,8 @@
 """What a design can see: power of the very test that decides, with every variance that its estimate has.
 
 The estimate's sufficient statistics are drawn (a normal mean, chi-square mean squares) and the test of
-`contrasts.estimate` is applied to each draw, so that its estimated degrees of freedom are in the answer. The draws are
-the same for every effect, so that power is smooth in it.
+`contrasts.estimate_mean` is applied to each draw, so that its estimated degrees of freedom are in the answer. The draws
+are the same for every effect, so that power is smooth in it.
 
 A variance that the data cannot give (how much trainings differ, from one seed) is NaN, and so is every power that needs
 it: with fewer than three seeds the test speaks of these adapters, and what it sees of the *recipe's* effect depends on
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.analysis.contrasts import Contrast, Cube, find, identification, trainings
+from cai_em.analysis.contrasts import ArmContrast, Cube, find, identification, trainings
 from cai_em.analysis.units import MIN_SEEDS, DesignError
 from cai_em.records.keys import NO_DATASET
 
@@ -54,7 +54,7 @@ class Components:
     """variance of responses to one question without fine-tuning"""
 
 
-def components(cube: Cube, group: Sequence[Contrast]) -> Components:
+def components(cube: Cube, group: Sequence[ArmContrast]) -> Components:
     """Variance components of one persona's contrasts over data sets, by the method of moments (negative ones are 0)."""
     parts = [c.values(cube) for c in group]
     known = ~np.logical_or.reduce([np.isnan(x).any(axis=1) for x in parts])
@@ -80,7 +80,7 @@ def components(cube: Cube, group: Sequence[Contrast]) -> Components:
     return replace(found, question=max(0.0, between - residual * rate), seed=seed, question_seed=both)
 
 
-def claimed_groups(cube: Cube, hypotheses: Iterable[Any], datasets: Iterable[Any]) -> list[list[Contrast]]:
+def claimed_groups(cube: Cube, hypotheses: Iterable[Any], datasets: Iterable[Any]) -> list[list[ArmContrast]]:
     """The contrasts behind each persona of each hypothesis, for planning: its own estimand where the data identify it,
     else what they have (`after`)."""
     datasets, groups = list(datasets), []
@@ -103,12 +103,12 @@ def claimed_groups(cube: Cube, hypotheses: Iterable[Any], datasets: Iterable[Any
                             for d in datasets
                             if d.role == "em"
                         ]
-                        groups.append([c for c in found if isinstance(c, Contrast)])
+                        groups.append([c for c in found if isinstance(c, ArmContrast)])
                         break
     return [g for g in groups if g]
 
 
-def typical_components(cube: Cube, groups: Sequence[Sequence[Contrast]]) -> Components:
+def typical_components(cube: Cube, groups: Sequence[Sequence[ArmContrast]]) -> Components:
     """The mean of the components of several personas' contrasts, each over those that have it; NaN where none has.
 
     Raises:

@@ -97,7 +97,7 @@ def holm(p: Sequence[float], size: int | None = None) -> np.ndarray:
     return result
 
 
-def needed(estimand: str, direction: str) -> tuple[str, ...]:
+def gates_needed(estimand: str, direction: str) -> tuple[str, ...]:
     """Gates that a claim needs."""
     protects = direction == "higher" and estimand in ("susceptibility", "after")
     return (*NEEDED[estimand], *(("em",) if protects else ()))
@@ -128,7 +128,7 @@ def persona_verdict(
     adjusted = min(1.0, times * points["p"]) if not math.isnan(points["p"]) else math.nan
     shut = ["no gate"] if gates is None else [
         f"{name} {gates[f'{name}_gate']}" + (f" ({gates[f'{name}_reason']})" if gates[f"{name}_reason"] else "")
-        for name in needed(estimand, direction)
+        for name in gates_needed(estimand, direction)
         if gates[f"{name}_gate"] != PRESENT
     ]  # fmt: skip
     if shut:
@@ -180,7 +180,7 @@ def _contradicted(word: str, rows: Mapping[str, Mapping[str, Any]], sign: int, a
     return ""
 
 
-def together(verdicts: Mapping[str, Verdict]) -> Verdict:
+def joint_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
     """The verdict about all personas that a hypothesis names: the claim is made of each."""
     words = [v.word for v in verdicts.values()]
     recipe = all(v.recipe for v in verdicts.values())
@@ -265,7 +265,7 @@ def verdict_table(
                     made = f"; design {gate['design_gate']} ({gate['design_reason']})" if gate else ""
                     shut = gate is not None and gate["design_gate"] != PRESENT
                     each[p] = Verdict(NOT_IDENTIFIED, e["why"] + (made if shut else ""))
-            whole = together(each)
+            whole = joint_verdict(each)
             for persona, v in {None: whole, **(each if len(each) > 1 else {})}.items():
                 kept = {c: v.row.get(c) for c in VERDICT_COLUMNS if c in v.row and c not in ("model", "persona")}
                 reference = next((e["reference"] for e in given[h.key].values() if e["reference"]), "")

@@ -104,7 +104,7 @@ NOT_TOLD = Told(*[math.nan] * 6, 0, 0, 0)
 """What can be said where a side has no responses, or a single question."""
 
 
-def summarise(cells: np.ndarray, folds: np.ndarray, n: int, level: float = 0.95, chance: float = 0.5) -> Told:
+def summarise_cells(cells: np.ndarray, folds: np.ndarray, n: int, level: float = 0.95, chance: float = 0.5) -> Told:
     """One answer from a (questions, seeds) table of areas (or accuracies); NaN where a cell has none."""
     whole = cells, np.asarray(folds)
     known = ~np.isnan(cells)
@@ -132,7 +132,7 @@ def summarise(cells: np.ndarray, folds: np.ndarray, n: int, level: float = 0.95,
     return Told(mean, se, df, mean - half, mean + half, p, n, int(questions.sum()), s, *whole)
 
 
-def together(found: Sequence[Told]) -> Told:
+def pooled_voice(found: Sequence[Told]) -> Told:
     """One answer from several, of different data sets: cells' means over them (data sets as they are)."""
     found = [t for t in found if t.cells.size and not np.isnan(t.cells).all()]
     if not found:
@@ -142,7 +142,7 @@ def together(found: Sequence[Told]) -> Told:
     known = ~np.isnan(stack).all(axis=0)
     cells = np.full(known.shape, np.nan)
     cells[known] = np.nanmean(stack[:, known], axis=0)
-    return summarise(cells, found[0].folds, sum(t.n for t in found))
+    return summarise_cells(cells, found[0].folds, sum(t.n for t in found))
 
 
 def _counted(x: scipy.sparse.csr_matrix, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,11 +240,11 @@ def told(bag: Bag, one: Sequence[tuple], other: Sequence[tuple], *rest: Sequence
     result = []
     for i in range(1, len(sides)):
         cells = _compare(bag, parts, scores, i, n_seeds)
-        result.append(summarise(cells, folds, len(parts[0][0]) + len(parts[i][0])))
+        result.append(summarise_cells(cells, folds, len(parts[0][0]) + len(parts[i][0])))
     return result
 
 
-def kept(bag: Bag, before: Sequence[tuple], after: Sequence[tuple]) -> Told:
+def kept_voice(bag: Bag, before: Sequence[tuple], after: Sequence[tuple]) -> Told:
     """Does what told two sides apart before fine-tuning tell them apart after it?
 
     Args:
@@ -273,7 +273,7 @@ def kept(bag: Bag, before: Sequence[tuple], after: Sequence[tuple]) -> Told:
             mine = folds[bag.question[rows]] == fold
             scores[i][mine] = each[2 + i][mine] @ w
     cells = _compare(bag, tried, scores, 1, len(seeds))
-    return summarise(cells, folds, len(tried[0][0]) + len(tried[1][0]))
+    return summarise_cells(cells, folds, len(tried[0][0]) + len(tried[1][0]))
 
 
 def named(bag: Bag, sides: Mapping[str, Sequence[tuple]]) -> Told:
@@ -312,7 +312,7 @@ def named(bag: Bag, sides: Mapping[str, Sequence[tuple]]) -> Told:
     with np.errstate(invalid="ignore"):  # a cell without responses of a side has no accuracy
         share = np.bincount(cell, right, size) / np.bincount(cell, minlength=size)
     cells = share.reshape(bag.n_questions, n_seeds, len(names)).mean(axis=2)
-    return summarise(cells, folds, len(label), chance=1 / len(names))
+    return summarise_cells(cells, folds, len(label), chance=1 / len(names))
 
 
 def _rows(bag: Bag, side: Sequence[tuple], number: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
