@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import params, published
 from cai_em.analysis import contrasts
 from cai_em.analysis.contrasts import POOLED, ArmContrast, Cube, contrast_table, estimate_mean, find, identification
+from cai_em.study import loading, published
 from scipy import stats
 
 EM = SimpleNamespace(key="em1", role="em", twin="good1")
@@ -208,7 +208,7 @@ TWINS = {
 @pytest.fixture(scope="module")
 def published_scores(root, fetched_cache):
     """The published scores of both models."""
-    study = params.load("published")
+    study = loading.load("published")
     lists = [root / "params" / name for name in published.LISTS]
     found = published.import_study(
         published.read_selection(lists[0]),

@@ -63,6 +63,9 @@ def check_units(table: pd.DataFrame) -> None:
                 f"{per_prompt.max()} question ids share one prompt: these are samples of one question, not questions; "
                 "the unit of analysis is the question"
             )
+    most = table.groupby([*CONDITION, "question_id"], sort=False).size().groupby(level=CONDITION, sort=False).max()
+    if (most > 1).all():
+        return
     units = table.groupby([*CONDITION, "question_id"])["sample"].agg(["size", "first"]).reset_index()
     per_condition = units.groupby(CONDITION).agg(
         most=("size", "max"), questions=("question_id", "nunique"), numbers=("first", "nunique")
