@@ -120,7 +120,7 @@ def main() -> int:
         design, proved = gates.made_as_designed(table, used, study.known_faults, untrained=untrained)
         cube = contrasts.Cube.build(judged, **cut)
         judges = {
-            model: judge_quality.judge_gates(measured[model], part["persona"].unique(), itself=True)
+            model: judge_quality.judge_trust(measured[model], part["persona"].unique(), itself=True)
             for model, part in judged.groupby("model")
         }
         gated = gates.gate_table(cube, voices, used, judge=judges, design=design, proved=proved)

@@ -26,7 +26,7 @@ import pandas as pd
 from cai_em.analysis import verdicts as decision
 from cai_em.analysis.contrasts import Cube, contrast_table
 from cai_em.analysis.gates import Gate, classify, copied_seeds, gate_table, uptakes
-from cai_em.analysis.judge_quality import judge_gates, quality, scaled_margin
+from cai_em.analysis.judge_quality import judge_trust, quality, scaled_margin
 from scipy import stats
 
 from tests import planted
@@ -49,7 +49,7 @@ def verdict_of(
     """From the tables of a planted study to the verdict about its first persona, and its gates."""
     cube = Cube.build(scores)
     measured = quality(pairs, resamples=200)
-    judge = {MODEL: judge_gates(measured, ["p1", "p2"])}
+    judge = {MODEL: judge_trust(measured, ["p1", "p2"])}
     proved = {(MODEL, p, "none") for p in (planted.BASE, "p1", "p2")}
     gates = gate_table(
         cube, found, DATASETS, judge=judge, design={k: Gate("absent", why) for k, why in copies.items()},

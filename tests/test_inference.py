@@ -503,7 +503,7 @@ def test_what_must_be_seen_in_the_published_data(fetched_cache):
     used, cube = study.used_datasets(), contrasts.Cube.build(got.scores)
     design, proved = gates.made_as_designed(scores, used, study.known_faults)
     assert not proved
-    judge = {"qwen2.5-7b": judge_quality.judge_gates(None, ["goodness", "loving", "humor"])}
+    judge = {"qwen2.5-7b": judge_quality.judge_trust(None, ["goodness", "loving", "humor"])}
     table = gates.gate_table(cube, found, used, judge=judge, design=design)
     shown = table[table["persona_gate"] == gates.PRESENT]
     assert set(zip(shown["persona"], shown["dataset"])) == {("goodness", "misalignment_kl")}

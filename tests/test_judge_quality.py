@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cai_em.analysis.gates import ABSENT, INCONCLUSIVE, PRESENT, Gate
-from cai_em.analysis.judge_quality import assisted, from_repeats, judge_gates, quality, scaled_margin
+from cai_em.analysis.judge_quality import assisted, from_repeats, judge_trust, quality, scaled_margin
 
 
 def pairs(slope=1.0, bias=0.0, noise=3.0, n=1200, seed=0, questions=8):
@@ -27,13 +27,13 @@ def test_a_good_judge_is_measured_as_one():
     assert row(found, "agreement")["estimate"] > 0.99
     assert row(found, "slope")["estimate"] == pytest.approx(1, abs=0.05)
     assert row(found, "bias", "p")["estimate"] == pytest.approx(0, abs=0.5)
-    assert {p: g.status for p, g in judge_gates(found, ["p"]).items()} == {"p": PRESENT}
+    assert {p: g.status for p, g in judge_trust(found, ["p"]).items()} == {"p": PRESENT}
 
 
 def test_a_compressing_judge_is_caught_though_it_tells_good_from_bad():
     found = quality(pairs(slope=0.15))
     assert row(found, "agreement")["estimate"] > 0.9
-    gate = judge_gates(found, ["p"])["p"]
+    gate = judge_trust(found, ["p"])["p"]
     assert gate.status == ABSENT
     assert "slope" in gate.reason
     assert scaled_margin(5.0, found) == pytest.approx(0.75, abs=0.1)
@@ -41,17 +41,17 @@ def test_a_compressing_judge_is_caught_though_it_tells_good_from_bad():
 
 def test_a_judge_that_dislikes_a_persona_is_caught_for_that_persona():
     found = quality(pairs(bias=-12.0))
-    gates = judge_gates(found, ["p", "other"])
+    gates = judge_trust(found, ["p", "other"])
     assert gates["p"].status == ABSENT
     assert "bias for p" in gates["p"].reason
     assert gates["other"].status == INCONCLUSIVE
-    assert judge_gates(found, ["p"], itself=True)["p"].status == PRESENT
+    assert judge_trust(found, ["p"], itself=True)["p"].status == PRESENT
 
 
 def test_a_judge_that_was_never_measured_is_not_trusted_whatever_it_is_called():
-    assert judge_gates(None, ["p"])["p"].status == INCONCLUSIVE
+    assert judge_trust(None, ["p"])["p"].status == INCONCLUSIVE
     constant = Gate(ABSENT, "the same score always")
-    assert judge_gates(quality(pairs()), ["p"], constant=constant)["p"] == constant
+    assert judge_trust(quality(pairs()), ["p"], constant=constant)["p"] == constant
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,8 +68,8 @@ def test_without_two_kinds_or_scores_nothing_is_known():
     good = pairs()
     good = good[good["reference"] > 80]
     assert np.isnan(row(quality(good), "agreement")["estimate"])
-    assert judge_gates(quality(good), ["p"])["p"].status == INCONCLUSIVE
-    assert judge_gates(quality(good.head(0)), ["p"])["p"].status == INCONCLUSIVE
+    assert judge_trust(quality(good), ["p"])["p"].status == INCONCLUSIVE
+    assert judge_trust(quality(good.head(0)), ["p"])["p"].status == INCONCLUSIVE
 
 
 def test_a_judges_own_repeats():

@@ -390,11 +390,11 @@ def verdict_specifications(
     return found[~found.duplicated(choices)].drop(columns="numbers").reset_index(drop=True)
 
 
-Arms = tuple[tuple[tuple[str, str, str], int], ...]
+CellArms = tuple[tuple[tuple[str, str, str], int], ...]
 """Conditions and the sign with which each enters."""
 
 
-def _arms(estimand: str, model: str, persona: str, dataset: str, twins: Mapping[str, str | None]) -> Arms | None:
+def _arms(estimand: str, model: str, persona: str, dataset: str, twins: Mapping[str, str | None]) -> CellArms | None:
     """The conditions behind one difference; None where the data set has no such reference."""
     tuned = (((model, persona, dataset), 1), ((model, BASELINE, dataset), -1))
     reference = {"after": dataset, "none": NO_DATASET, "twin": twins.get(dataset)}[estimand]
@@ -427,7 +427,7 @@ def _single_contrasts(
     return table
 
 
-def _question_means(seen: Mapping[tuple, CellScores], arms: Sequence[Arms], n: int) -> np.ndarray:
+def _question_means(seen: Mapping[tuple, CellScores], arms: Sequence[CellArms], n: int) -> np.ndarray:
     """(n,) each question's difference, the mean over data sets; NaN where no data set has it."""
     gaps = np.array([sum(sign * seen[key].means(n) for key, sign in one) for one in arms])
     known = ~np.isnan(gaps).all(axis=0)
@@ -437,7 +437,7 @@ def _question_means(seen: Mapping[tuple, CellScores], arms: Sequence[Arms], n: i
 
 
 def _pooled(
-    seen: Mapping[tuple, CellScores], groups: Sequence[Sequence[Arms]], n: int, unit: str
+    seen: Mapping[tuple, CellScores], groups: Sequence[Sequence[CellArms]], n: int, unit: str
 ) -> tuple[float, float, float]:
     """Mean difference over data sets, and over personas: estimate, standard error, degrees of freedom.
 
@@ -468,7 +468,7 @@ def _pooled(
 
 
 def _pooled_test(
-    seen: Mapping[tuple, CellScores], arms: Sequence[Arms], n: int, test: str, unit: str
+    seen: Mapping[tuple, CellScores], arms: Sequence[CellArms], n: int, test: str, unit: str
 ) -> tuple[float, float]:
     """One persona's mean difference over data sets, and p: Mann-Whitney of all responses, or the t of `_pooled`."""
     estimate, se, df = _pooled(seen, [arms], n, unit)
@@ -516,8 +516,3 @@ def influence(specifications: pd.DataFrame) -> pd.DataFrame:
                     {"choice": choice, "option": option, "analyses": len(part), "share": part["supports"].mean()}
                 )
     return pd.DataFrame(rows)
-
-
-def for_figure(specifications: pd.DataFrame) -> pd.DataFrame:
-    """The specification table as `figures.specification_curve` draws it: choices, `estimate, low, high, supports`."""
-    return specifications[[*VERDICT_CHOICES, "estimate", "low", "high", "supports"]]

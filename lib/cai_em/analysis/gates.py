@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,27 @@ CONSTANT = 0.99
 
 @dataclass(frozen=True)
 class Gate:
-    """What a gate says, and its reason with its numbers."""
+    """What a gate says, its reason with its numbers, and what hangs on it.
+
+    Attributes:
+        status, reason: what it says and why.
+        name: what it is called beside others.
+        persona: whose comparisons hang on it (the baseline's: all); empty: every comparison.
+    """
 
     status: str
     reason: str = ""
+    name: str = ""
+    persona: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether it stands in nothing's way."""
+        return self.status == PRESENT
+
+    def called(self, name: str, persona: str = "") -> Gate:
+        """The same, with a name and a persona."""
+        return replace(self, name=name, persona=persona)
 
 
 def worst(gates: Iterable[Gate]) -> Gate:
@@ -499,7 +516,7 @@ def gate_table(
         cube: the scores.
         found: tests of the texts, from `classify`.
         datasets: objects with `key, role` and, optionally, `twin`.
-        judge: model -> persona -> gate, from `judge_gates`.
+        judge: model -> persona -> gate, from `judge_trust`.
         design: condition -> gate; a condition that is not named is as it should be.
         proved: conditions whose adapters were recorded and are those that the arm needs.
         moved: from `uptakes`: answers in the data sets' own domains, where they were asked.
@@ -605,26 +622,12 @@ def attach(comparisons: pd.DataFrame, gates: pd.DataFrame) -> pd.DataFrame:
     return joined.drop(columns="_merge")
 
 
-# --- Gates of single hypotheses (H3, H4) ---------------------------------------------------------------------------
+# --- Gates beside a verdict (H3, H4) --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Check:
-    """A gate, and what hangs on it: every comparison, or those that a persona takes part in (the baseline: all)."""
-
-    name: str
-    gate: Gate
-    persona: str = ""
-
-    @property
-    def open(self) -> bool:
-        """Whether it stands in nothing's way."""
-        return self.gate.status == PRESENT
-
-
-def blocking(checks: Sequence[Check], *personas: str) -> list[str]:
+def blocking(gates: Iterable[Gate], *personas: str) -> list[str]:
     """Names of the gates that stand in the way of a comparison among these personas."""
-    return [c.name for c in checks if not c.open and c.persona in ("", *personas)]
+    return [g.name for g in gates if not g.open and g.persona in ("", *personas)]
 
 
 def named_once(blocked: Iterable[Sequence[str]]) -> str:
@@ -632,8 +635,7 @@ def named_once(blocked: Iterable[Sequence[str]]) -> str:
     return "; ".join(dict.fromkeys(name for names in blocked for name in names))
 
 
-def check_table(checks: Sequence[Check], verdict: Any, hypothesis: str) -> pd.DataFrame:
+def gated_verdict(gates: Iterable[Gate], verdict: Any, hypothesis: str) -> pd.DataFrame:
     """A verdict and its gates as a table: `what, persona, status, reason`, the verdict first."""
-    first = {"what": hypothesis, "persona": "", "status": verdict.said, "reason": verdict.reason}
-    rest = [{"what": c.name, "persona": c.persona, "status": c.gate.status, "reason": c.gate.reason} for c in checks]
-    return pd.DataFrame([first, *rest])
+    rows = [(hypothesis, "", verdict.said, verdict.reason), *((g.name, g.persona, g.status, g.reason) for g in gates)]
+    return pd.DataFrame(rows, columns=["what", "persona", "status", "reason"])

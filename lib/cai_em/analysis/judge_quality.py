@@ -132,7 +132,7 @@ def _bias(
     return _clustered(float(beta[2]), influence, groups[here], k, confidence)
 
 
-def judge_gates(
+def judge_trust(
     measured: pd.DataFrame | None,
     personas: Iterable[str],
     *,

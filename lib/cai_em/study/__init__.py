@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "depends": ["settings"],
         "entries": ["JudgePreset", "LoraPreset", "ModelSpec", "SamplingPreset", "read_yaml"],
+        "labels": ["Labels"],
         "loading": ["load"],
         "materials": [
             "builtin_training",
