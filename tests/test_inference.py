@@ -7,10 +7,16 @@ import pandas as pd
 import pytest
 from cai_em.analysis import compare, outcome, units
 from cai_em.records.keys import FLAGS
-from cai_em.report import sections as report_sections
+from cai_em.report.words import Words
+from cai_em.study.labels import Labels
 from scipy import stats
 
 QUESTIONS = [f"q{i}" for i in range(8)]
+WORDS = Words(Labels([], []))
+
+
+def said(section, *found):
+    return WORDS.macro("validity.md.j2", section)(*found)
 
 
 def table(cells, *, model="m", seed=0, sd=5.0, samples=20, question_sd=0.0, rng=None):
@@ -305,7 +311,7 @@ class TestSeeds:
         assert row["mixed_se"] == pytest.approx(row["seed_se"], rel=0.5)
         assert row["mixed_p"] > 0.01  # without a run's own component: < 0.001
         assert row["gee_p"] < 0.001
-        assert "questions and seeds are both" in report_sections.seeds_sentence(row.to_frame().T)
+        assert "questions and seeds are both" in WORDS.macro("sentences.md.j2", "seeds")(row.to_frame().T)
 
 
 class TestModels:
@@ -446,27 +452,22 @@ class TestFamily:
 def test_markdown_has_a_row_per_condition_and_names_controls():
     scores = table({("baseline", "bad"): 70, ("good", "bad"): 76, ("baseline", "fine"): 90, ("good", "fine"): 90})
     comparisons = compare.compare_all(scores, resamples=50)
-    sections = dict(report_sections.outcome_sections(outcome.outcomes(scores), comparisons, ["bad"], margin=5))
-    assert list(sections) == ["Outcomes per condition", "Comparisons with the question as the unit"]
-    first, second = sections.values()
+    first, second = said("outcomes", outcome.outcomes(scores)), said("comparisons", comparisons, ["bad"], 5)
+    headings = [text.split("\n")[0] for text in (first, second)]
+    assert headings == ["## Outcomes per condition", "## Comparisons with the question as the unit"]
     assert first.count("\n| ") == 1 + 4  # header and conditions
     assert "fine (control)" in second
     assert "bad (control)" not in second
     assert "Training seeds: 1; p and intervals speak of these adapters" in second
     assert "p GEE | p mixed" in second
-    plain = dict(
-        report_sections.outcome_sections(
-            outcome.outcomes(scores), comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], margin=5
-        )
-    )
-    assert "GEE" not in plain["Comparisons with the question as the unit"]
+    assert "GEE" not in said("comparisons", comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], 5)
 
 
 def test_pooled_section_names_what_turns_round():
     cells = {("baseline", d): m for d, m in (("hard", 60), ("easy", 99), ("easier", 99))}
     scores = table({**cells, ("bad", "hard"): 62, ("bad", "easy"): 99.5}, sd=0.0)
-    heading, text = report_sections.pooled_section(outcome.pooled_means(scores, ["hard"]))
-    assert heading == "Pooled means, like for like"
+    text = said("pooled", outcome.pooled_means(scores, ["hard"]))
+    assert text.startswith("## Pooled means, like for like\n")
     assert "like for like is over 2 data sets (hard, easy)" in text
     assert "bad is -5.2 from the baseline as published and +1.2 like for like." in text
     assert text.count("\n| ") == 1 + 2

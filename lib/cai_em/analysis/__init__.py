@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "judgings",
             "verdict_claim",
             "verdict_specifications",
+            "with_gates",
         ],
         "compare": ["compare_all"],
         "contrasts": ["POOLED", "Cube", "all_contrasts", "contrast_table", "four_arms", "question_contrasts"],
