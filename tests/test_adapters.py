@@ -109,6 +109,20 @@ def test_recorded_adapters_pass(made, tmp_path):
     model_adapters.check_recorded(recorded(made, tmp_path / "alone", persona=None)[1:])
 
 
+def test_a_first_stages_adapter_beside_it_is_another_adapter(made, tmp_path):
+    """A persona with introspection keeps `dpo/adapter`: its hashes were taken for those of `adapter`, and every
+    fine-tuning on such a persona stopped."""
+    folder = tmp_path / "poeticism"
+    shutil.copytree(made["persona"], folder / "adapter")
+    shutil.copytree(made["em"], folder / "dpo" / "adapter")
+    outputs = [folder / "adapter", folder / "dpo" / "adapter"]
+    manifest.write_manifest(folder, stage="01_personas", inputs=[], outputs=outputs, params={})
+    model_adapters.check_recorded([("persona", folder / "adapter")])
+    shutil.copy(made["em"] / "adapter_model.safetensors", folder / "adapter")
+    with pytest.raises(model_adapters.AdapterError, match="wrong adapter file"):
+        model_adapters.check_recorded([("persona", folder / "adapter")])
+
+
 def test_planted_fault_a_file_exchanged_after_training(made, tmp_path):
     adapters = recorded(made, tmp_path)
     shutil.copy(made["plain"] / model_adapters.WEIGHTS, adapters[0][1] / model_adapters.WEIGHTS)
