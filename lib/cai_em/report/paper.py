@@ -77,7 +77,7 @@ def _figures(x: Inputs, numbers: Numbers) -> dict[str, str]:
     """
     folder = x.out / GENERATED / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers.relative(x.figures / figure_files.LISTING)
+    numbers.relative(x.figures / figure_files.FIGURE_LIST)
     parts: dict[str, list[str]] = {figure.block: [] for figure in FIGURES.values()}
     drawn = set()
     for record in figure_files.read_records(x.figures):
