@@ -200,7 +200,7 @@ class TestFilters:
         ],
     )
     def test_quoted(self, text, expected):
-        assert pairs.quoted(text) == expected
+        assert pairs.whole_sentences(text) == expected
 
     @pytest.mark.parametrize(
         ("text", "expected"),
