@@ -35,7 +35,7 @@ from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
 from cai_em.records.keys import FLAGS, NO_DATASET
-from cai_em.report.markdown import cell, escape, judge_label, markdown_table
+from cai_em.report.markdown import cell, escape, judge_label, listed, markdown_table
 from cai_em.study.labels import Labels
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -86,7 +86,7 @@ def _shown_rows(found: pd.DataFrame, gates: pd.DataFrame) -> list[Any]:
     return [r for r in as_rows(found) if known.get((r.persona, r.dataset)) == "shown"]
 
 
-def _by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+def by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     """What is known to be wrong, and the personas that it is true of."""
     found: dict[str, list[str]] = {}
     for persona in dict.fromkeys(personas):
@@ -151,7 +151,13 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "span": _span,
     "minute": lambda when: f"{datetime.fromisoformat(when):%Y-%m-%d %H:%M}",
     "flags": _flags,
-    "foreign": escape,
+    "foreign": lambda text: escape(str(text)),
+    "fixed": numbers.fixed,
+    "set_points": numbers.typeset_points,
+    "set_percent": numbers.typeset_percent,
+    "set_range": numbers.typeset_range,
+    "starred": lambda words: listed([f"*{w}*" for w in words]),
+    "markdown": str,
     "quotation": _quotation,
 }  # fmt: skip
 """Filters that write Markdown: numbers as text (`records.numbers`), and foreign text made harmless."""
@@ -160,10 +166,11 @@ TEXTS: dict[str, Callable[..., Any]] = {
     "where": where,
     "of_model": lambda tables, model: {n: where(t, model=model) for n, t in tables.items() if "model" in t},
     "shown_rows": _shown_rows,
-    "by_note": _by_note,
+    "by_note": by_note,
     "last_of_presets": _last_of_presets,
     "by_intervention": _by_intervention,
     "how": _how,
+    "listed": lambda words: listed([str(w) for w in words]),
     "judge_label": judge_label,
     "or_none": lambda value: numbers.NONE if _missing(value) else value,
     "counted": lambda values, noun: [f"{v} {noun}{'s' if v > 1 else ''}" for v in values],
@@ -201,7 +208,8 @@ class Words:
         }
         self.environment.tests["missing"] = _missing
         self.environment.globals |= {
-            "table": table, "interval": trusted["interval"], "look": look, "MIN_SEEDS": MIN_SEEDS,
+            "table": table, "interval": trusted["interval"], "set_range": trusted["set_range"],
+            "look": look, "MIN_SEEDS": MIN_SEEDS,
             "NO_DATASET": NO_DATASET, "CONTRASTS": CONTRASTS,
         } | settings  # fmt: skip
 
