@@ -128,7 +128,7 @@ def results_document(
         confidence: of the intervals in the tables.
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
-        gates: the gate of every comparison (`analysis.comparison_gates`), named under the published tables.
+        gates: the gate of every comparison (`analysis.gate_table`), named under the published tables.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
         missing: model, or whatever else is left out -> why; stands at the top too.

@@ -30,7 +30,8 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from cai_em.analysis.compare import MIN_SEEDS
+from cai_em.analysis.contrasts import CLOSED, POOLED
+from cai_em.analysis.units import MIN_SEEDS
 from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
@@ -83,7 +84,7 @@ def _significant(found: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 def _shown_rows(found: pd.DataFrame, gates: pd.DataFrame) -> list[Any]:
     known = dict(zip(zip(gates["persona"], gates["dataset"]), gates["gate"]))
-    return [r for r in as_rows(found) if known.get((r.persona, r.dataset)) == "shown"]
+    return [r for r in as_rows(found) if known.get((r.persona, r.dataset)) == "present"]
 
 
 def by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -209,7 +210,7 @@ class Words:
         self.environment.tests["missing"] = _missing
         self.environment.globals |= {
             "table": table, "interval": trusted["interval"], "set_range": trusted["set_range"],
-            "look": look, "MIN_SEEDS": MIN_SEEDS,
+            "look": look, "MIN_SEEDS": MIN_SEEDS, "POOLED": POOLED, "CLOSED": CLOSED,
             "NO_DATASET": NO_DATASET, "CONTRASTS": CONTRASTS,
         } | settings  # fmt: skip
 
