@@ -7,6 +7,7 @@
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh pin PROFILE      ask the hub for the commits that the profile needs and params/ does not name yet
 #   ./run_all.sh test             the tests
+#   ./run_all.sh calibrate-judge KEY  measure a judge on answers with reference scores, before it is trusted (says the cost first)
 #   ./run_all.sh verify [PROFILE] re-hash every artefact and compare with the manifests
 #   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
@@ -118,6 +119,7 @@ case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
+  calibrate-judge) setup; exec python -m cai_em.judge.calibrate "$@" ;;
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
   pin) setup; exec python -m cai_em.workflow.pin "$@" ;;
   clean) clean "$@"; exit ;;

@@ -1,8 +1,9 @@
 """Everything between scores and verdicts, on as many responses as were published, in one run.
 
-    python benchmarks/validity.py         prints seconds by part and their total; fails beyond 180 s
+    python benchmarks/validity.py              prints seconds by part and their total; fails beyond 180 s
+    python benchmarks/validity.py --times 10   the same for ten times as many responses; fails beyond 1,800 s
 
-Classifiers with their permutations, outcomes, comparisons with GEE and mixed models, verdicts, power, judge
+Classifiers, gates, contrasts, outcomes, comparisons with GEE and mixed models, verdicts, power, judge
 reliability, and the claims audit, with the parameters of profile `published`. The Qwen half comes from the fetched
 public files. Where the Llama files are absent, that model's cells are made: each is the Qwen cell of the same persona
 and data set under another name. That changes no amount of work, and is said. Fetching and reading the files is printed
@@ -20,7 +21,18 @@ from contextlib import contextmanager
 
 import pandas as pd
 import psutil
-from cai_em.analysis import claims, classifiers, compare, gates, outcome, published_rules, reliability, units
+from cai_em.analysis import (
+    claims,
+    compare,
+    contrasts,
+    controls,
+    gates,
+    judge_quality,
+    outcome,
+    published_rules,
+    reliability,
+    units,
+)
 from cai_em.analysis import power as analysis_power
 from cai_em.analysis import verdicts as analysis_verdicts
 from cai_em.records import tables
@@ -70,10 +82,17 @@ def published_study(study: study_study.Study) -> tuple[pd.DataFrame, pd.DataFram
     return *both, found.repeated, said
 
 
+def _times(table: pd.DataFrame, times: int) -> pd.DataFrame:
+    """The table so many times, with new sample numbers: as much work as that many more samples a question."""
+    most = int(table["sample"].max()) + 1
+    parts = [table.assign(sample=table["sample"] + i * most) for i in range(times)]
+    return pd.concat(parts, ignore_index=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--jobs", type=int, default=2, help="processes of the classifiers")
-    jobs = parser.parse_args().jobs
+    parser.add_argument("--times", type=int, default=1, help="every response so many times, to see how time grows")
+    times = parser.parse_args().times
     study = loading.load("published")
     limits, models = study.thresholds, list(study.models)
     used, hypotheses = study.used_datasets(), study.hypotheses
@@ -81,17 +100,37 @@ def main() -> int:
     untrained = {p.key for p in study.used_personas() if p.custom}
     with timed("(reading the files)"):
         judged, responses, repeated, said = published_study(study)
+    if times > 1:
+        judged, responses = (_times(t, times) for t in (judged, responses))
     table = tables.with_responses(judged, responses)
     print(f"{len(judged):,} responses, {judged['alignment'].notna().sum():,} of them scored. {said}\n")
 
-    with timed("classifiers and gates"):
-        how = {"permutations": limits.gates.permutations, "min_responses": limits.gates.min_responses}
-        tests = classifiers.classify(table, **how, apart=untrained, jobs=jobs)
-        judges = {model: gates.judge_gate(part, reference=True) for model, part in judged.groupby("model")}
-        gated = gates.comparison_gates(tests, table, used, judge=judges, untrained=untrained)
+    again = reliability.judged_units(repeated)
+    cut = {"em_alignment_below": limits.em_alignment_below, "em_coherence_above": limits.em_coherence_above}
+    with timed("classifiers"):
+        tests, voices = gates.classify(table, apart=untrained)
+    with timed("judge's quality"):
+        measured = {
+            model: judge_quality.quality(
+                judge_quality.from_repeats(again[again["model"] == model], part["judge"].iloc[0])
+            )
+            for model, part in judged.groupby("model")
+        }
+    with timed("gates"):
+        design, proved = gates.made_as_designed(table, used, study.known_faults, untrained=untrained)
+        cube = contrasts.Cube.build(judged, **cut)
+        judges = {
+            model: judge_quality.judge_trust(measured[model], part["persona"].unique(), itself=True)
+            for model, part in judged.groupby("model")
+        }
+        gated = gates.gate_table(cube, voices, used, judge=judges, design=design, proved=proved)
+    with timed("contrasts and controls"):
+        closed = {key: gate.reason for key, gate in design.items()}
+        made = contrasts.contrast_table(cube, used, margin=limits.equivalence_margin, closed=closed)
+        controls.controls(judged, made, used)
     with timed("outcomes"):
-        cut = {"em_alignment_below": limits.em_alignment_below, "em_coherence_above": limits.em_coherence_above}
-        units.check_counts(table, samples={p.key: 10 if p.custom else 50 for p in study.used_personas()})
+        wanted = {p.key: (10 if p.custom else 50) * times for p in study.used_personas()}
+        units.check_counts(table, samples=wanted)
         outcomes = outcome.outcomes(judged, **cut, confidence=limits.confidence)
         pooled = outcome.pooled_means(judged, em)
     with timed("comparisons, GEE and mixed models"):
@@ -102,17 +141,18 @@ def main() -> int:
         compared = compare.compare_all(judged, margin=limits.equivalence_margin, family=family, **boot)
         compared = gates.attach(compared, gated)
     with timed("verdicts and power"):
-        verdicts = analysis_verdicts.verdict_table(hypotheses, compared, em, alpha=limits.alpha)
+        verdicts = analysis_verdicts.verdict_table(hypotheses, made, gated, cube, used, alpha=limits.alpha)
         published_rules.published_verdicts(published_rules.published_comparisons(judged), hypotheses, models=models)
-        power = analysis_power.power_table(
-            analysis_power.typical_components(judged, family), effect=limits.equivalence_margin
-        )
+        groups = analysis_power.claimed_groups(cube, hypotheses, used)
+        parts = analysis_power.typical_components(cube, groups)
+        power = analysis_power.power_table(parts, effect=limits.equivalence_margin)
     with timed("judge reliability"):
-        again = reliability.judged_units(repeated)
         agreed, moved = reliability.agreement_of_judgings(again), reliability.movement(again)
         reliability.smallest_effect(again)
     with timed("claims audit"):
-        universe = claims.Universe.build(claims.judgings(judged, repeated), coherence_above=limits.em_coherence_above)
+        universe = claims.Universe.build(
+            claims.judgings(judged, repeated if times == 1 else None), coherence_above=limits.em_coherence_above
+        )
         audited = sections.audit(claims.comparison_claims(universe, alpha=limits.alpha), gated)
         analyses = sum(
             len(claims.verdict_specifications(universe, h, used, model=model, alpha=limits.alpha))
@@ -133,7 +173,7 @@ def main() -> int:
     print(f"{analyses:,} analyses of {len(hypotheses)} hypotheses; verdicts:")
     whole = verdicts[verdicts["persona"].isna()]
     print(*(f"  {r.model} {r.hypothesis.upper()}: {r.verdict}" for r in whole.itertuples()), sep="\n")
-    return int(total > TARGET_S)
+    return int(total > TARGET_S * times)
 
 
 if __name__ == "__main__":

@@ -148,18 +148,21 @@ class TestUniverse:
 class TestComparisonClaims:
     def test_a_strong_effect_stands_everywhere(self):
         found = claims.comparison_claims(claims.Universe.build({"as published": scores({("good", "e1"): 12.0})}))
-        assert found.loc[0, ["analyses", "stands", "share", "opposite"]].tolist() == [48, 48, 1.0, 0]
+        assert found.loc[0, ["analyses", "stands", "share", "opposite"]].tolist() == [16, 16, 1.0, 0]
 
     def test_nothing_is_no_claim(self):
         universe = claims.Universe.build({"as published": scores({("good", "e1"): 0.0}, seed=3)})
         assert claims.comparison_claims(universe).empty
         assert len(claims.comparison_claims(universe, only_significant=False)) == 1
 
-    def test_judgings_count_only_where_there_are_several(self):
+    def test_judgings_count_only_where_there_are_several_that_differ(self):
         table = scores({("good", "e1"): 12.0, ("good", "e2"): 12.0})
-        made = claims.judgings(table, repeats(table[table["dataset"] == "e1"], -4))
-        found = claims.comparison_claims(claims.Universe.build(made)).set_index("dataset")
-        assert found["analyses"].to_dict() == {"e1": 4 * 48, "e2": 48}
+        twice = repeats(table[table["dataset"] == "e1"], 0)
+        found = claims.comparison_claims(claims.Universe.build(claims.judgings(table, twice))).set_index("dataset")
+        assert found["analyses"].to_dict() == {"e1": 16, "e2": 16}, "copies do not count"
+        twice.loc[~twice["selected"] & (twice["persona"] == "good"), "alignment"] -= 2
+        found = claims.comparison_claims(claims.Universe.build(claims.judgings(table, twice))).set_index("dataset")
+        assert found["analyses"].to_dict() == {"e1": 3 * 16, "e2": 16}  # the last judging is the published one
 
     def test_the_judging_can_carry_a_claim(self):
         table = scores({("good", "e1"): 0.0}, sd=3, seed=3)
@@ -170,7 +173,7 @@ class TestComparisonClaims:
         both.loc[other, "alignment"] += 4
         found = claims.comparison_claims(claims.Universe.build(claims.judgings(published, both))).iloc[0]
         assert found["published_significant"]
-        assert found["share"] == pytest.approx(0.75)  # as published, last, and the mean: 2 points; not the first
+        assert found["share"] == pytest.approx(2 / 3)  # as published, and the mean: 2 points; not the first
 
 
 class TestVerdicts:
@@ -180,11 +183,30 @@ class TestVerdicts:
 
     def test_number_of_analyses_and_the_published_one(self):
         table = self.build({("good", d): 12.0 for d in ("e1", "e2", "c1")})
-        # missing 3 x coherence 2 x tests 4 x roles 2 x (majority 2 corrections + pooled 1)
-        assert len(table) == 3 * 2 * 4 * 2 * 3
+        # coherence 2 x tests 4 x roles 2 x (majority 2 corrections + pooled 1); nothing is missing, so that what is
+        # done with missing scores makes copies
+        assert len(table) == 2 * 4 * 2 * 3
         assert table["published"].sum() == 1
         assert not table.duplicated(claims.VERDICT_CHOICES).any()
         assert (table["verdict"] == "SUPPORTED").all()
+
+    def test_estimand_and_reference_are_choices(self):
+        """A style that costs 12 points with and without fine-tuning: an effect after it, none of it."""
+        gaps = {("good", d): 12.0 for d in ("e1", "e2", "none")}
+        table = self.build(gaps, sd=3.0)
+        means = table.groupby("estimand")["estimate"].mean()
+        assert means["after fine-tuning (published)"] > 10
+        assert abs(means["susceptibility, from no fine-tuning"]) < 2
+        assert set(table["estimand"]) == {claims.ESTIMAND_CHOICES["after"], claims.ESTIMAND_CHOICES["none"]}
+        mine = table[table["estimand"] == claims.ESTIMAND_CHOICES["none"]]
+        assert "Mann-Whitney" not in set(mine["test"])
+        data = scores(gaps, sd=3.0)
+        means = data.groupby(["persona", "dataset", "question_id"])["alignment"].mean().unstack("dataset")
+        d = (means.loc["good"] - means.loc["baseline"])[["e1", "e2"]].mean(axis=1)
+        d = d - (means.loc["good", :]["none"] - means.loc["baseline", :]["none"])
+        row = mine[(mine["test"] == "paired t") & (mine["rule"] == claims.RULES[1])]
+        row = row[row["coherence"] == "all answers"].iloc[0]
+        assert row["p"] == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
 
     def test_roles_matter(self):
         table = self.build({("good", "e1"): 12.0, ("good", "e2"): 12.0, ("good", "c1"): -12.0, ("good", "c2"): -12.0})
@@ -251,7 +273,7 @@ class TestVerdicts:
 
 class TestAudit:
     gates = pd.DataFrame(
-        {"model": "m", "persona": "good", "dataset": ["e1", "c1"], "gate": ["not shown", "shown"],
+        {"model": "m", "persona": "good", "dataset": ["e1", "c1"], "gate": ["absent", "present"],
          "gate_reason": ["AUC 0.51", ""], "role": ["em", "benign_control"], "counts": [True, False]}
     )  # fmt: skip
 
@@ -262,9 +284,9 @@ class TestAudit:
         row = claims.with_gates(self.found(), self.gates).iloc[0]
         sentence = WORDS.macro("sentences.md.j2", "comparison")(row)
         assert row["share"] == 1
-        assert row["gate"] == "not shown"
-        assert "stands in 48 of 48" in sentence
-        assert "not shown (AUC 0.51), so it says nothing about the persona" in sentence
+        assert row["gate"] == "absent"
+        assert "in 16 of all 16" in sentence
+        assert "absent (AUC 0.51), so it says nothing about the persona" in sentence
 
     def test_a_control_is_named(self):
         row = claims.with_gates(self.found("c1"), self.gates).iloc[0]
@@ -279,7 +301,7 @@ class TestAudit:
         text = WORDS.macro("claims.md.j2", "comparisons")(audited)
         assert text.startswith("## Claims audit: significant comparisons")
         assert "Of 1 comparisons" in text
-        assert "shown in 0" in text
+        assert "took place in 0" in text
 
 
 @pytest.mark.slow

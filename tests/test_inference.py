@@ -1,19 +1,18 @@
 """Inference against hand-computed answers, scipy, statsmodels, and simulations whose truth is known."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em.analysis import compare, outcome, power, units, verdicts
+from cai_em.analysis import compare, outcome, units
 from cai_em.records.keys import FLAGS
 from cai_em.report.words import Words
 from cai_em.study.labels import Labels
 from scipy import stats
 
-WORDS = Words(Labels([], []))
 QUESTIONS = [f"q{i}" for i in range(8)]
+WORDS = Words(Labels([], []))
 
 
 def said(section, *found):
@@ -52,16 +51,15 @@ class TestPartners:
 
     def test_differences_of_another_data_set_are_refused(self):
         baseline, good = table({("baseline", "none"): 90}), table({("good", "bad"): 80})
-        for use in (units.question_differences, power.variance_components):
-            with pytest.raises(units.DesignError, match="data set"):
-                use(good, baseline)
+        with pytest.raises(units.DesignError, match="data set"):
+            units.question_differences(good, baseline)
 
     def test_planted_wrong_baseline_stops_the_comparison(self, monkeypatch):
         # The fault: whoever looks the baseline up finds that of another data set, as the published document did.
         scores = table({("baseline", "bad"): 70, ("baseline", "none"): 90, ("good", "bad"): 80})
         compare.compare_all(scores, models=False, resamples=50)
 
-        monkeypatch.setattr(units, "partner", lambda comparison: (comparison[0], "baseline", "none"))
+        monkeypatch.setattr(compare, "partner", lambda comparison: (comparison[0], "baseline", "none"))
         with pytest.raises(units.DesignError, match="'bad' against 'none'"):
             compare.compare_all(scores, models=False, resamples=50)
 
@@ -77,7 +75,6 @@ class TestPartners:
         row = compare.compare_all(scores, models=False).iloc[0]
         assert row["n_questions"] == 0
         assert row[["delta", "p", "boot_low"]].isna().all()
-        assert math.isnan(power.typical_components(scores, [("m", "good", "bad")]).question)
 
     def test_seeds_without_a_partner(self):
         good, baseline = table({("good", "bad"): 80}, seed=1), table({("baseline", "bad"): 70})
@@ -280,9 +277,7 @@ class TestSeeds:
         for _ in range(n):
             d = rng.normal(0, 2, (8, 1)) + rng.normal(0, 3, (1, seeds)) + rng.normal(0, 1, (8, seeds))
             found = compare.primary_test(d, margin=0.1)
-            row = pd.DataFrame([{"model": "m", "persona": "good", "dataset": "bad", **found}])
-            verdict = verdicts.persona_verdict("good", "higher", compare.adjust(row))
-            decided += verdict.verdict in ("SUPPORTED", "OPPOSITE")
+            decided += found["p"] < 0.05
             naive += found["p_adapters"] < 0.05
         assert decided / n < 0.09  # 0.05, with three standard errors of the simulation
         assert naive / n > 0.25
@@ -317,16 +312,6 @@ class TestSeeds:
         assert row["mixed_p"] > 0.01  # without a run's own component: < 0.001
         assert row["gee_p"] < 0.001
         assert "questions and seeds are both" in WORDS.macro("sentences.md.j2", "seeds")(row.to_frame().T)
-
-    @pytest.mark.parametrize(
-        ("seeds", "said"), [(1, "one training seed: speaks of"), (2, "two training seeds"), (3, "")]
-    )
-    def test_few_seeds_are_said(self, seeds, said):
-        found = rows("a", delta=6, p=0.01, seeds=seeds)
-        for gate in ("shown", "not shown"):
-            reason = verdicts.persona_verdict("a", "higher", found.assign(gate=gate)).reason
-            assert said in reason
-            assert bool(said) == ("adapters" in reason)
 
 
 class TestModels:
@@ -451,64 +436,8 @@ def rows(persona, *, delta, p, equivalent=1.0, no_gain=1.0, no_loss=1.0, gate="s
     )
 
 
-class TestVerdicts:
+class TestFamily:
     em = [f"em{i}" for i in range(4)]  # noqa: RUF012
-
-    def say(self, comparisons, personas=("a",), direction="higher", em=None):
-        return verdicts.honest_verdict("H", list(personas), direction, comparisons, em or self.em).verdict
-
-    def test_each_rule(self):
-        assert self.say(rows("a", delta=6, p=0.01)) == "SUPPORTED"
-        assert self.say(rows("a", delta=6, p=0.01), direction="lower") == "OPPOSITE"
-        assert self.say(rows("a", delta=6, p=[0.01, 0.01, 0.2, 0.2])) == "UNDECIDED"
-        assert self.say(rows("a", delta=0.1, p=0.9, equivalent=0.001)) == "EQUIVALENT"
-        assert self.say(rows("a", delta=-3, p=0.2, no_gain=0.01)) == "NOT SUPPORTED"
-        assert self.say(rows("a", delta=6, p=0.01, gate="not shown")) == "NOT INTERPRETABLE"
-        assert self.say(rows("a", delta=6, p=0.01, gate="not testable")) == "NOT INTERPRETABLE"
-        assert self.say(rows("a", delta=6, p=0.01), personas=["b"]) == "NOT TESTABLE"
-
-    def test_an_effect_smaller_than_the_margin_is_no_support(self):
-        small = rows("a", delta=0.9, p=0.01, equivalent=[0.001, 0.001, 0.001, 0.3], no_gain=[0.001, 0.001, 0.001, 0.3])
-        verdict = verdicts.persona_verdict("a", "higher", small)
-        assert verdict.verdict == "NOT SUPPORTED"
-        assert "4 significant as predicted, 0 against, of these 3 smaller than the margin" in verdict.reason
-        assert self.say(rows("a", delta=0.9, p=0.01, equivalent=[0.001, 0.3, 0.3, 0.3])) == "SUPPORTED"
-        low = rows("a", delta=-0.9, p=0.01, equivalent=[0.001, 0.001, 0.001, 0.3])
-        assert self.say(low) == "UNDECIDED"
-        assert self.say(rows("a", delta=[6, 6, 6, -0.5], p=0.01, equivalent=[1, 1, 1, 0.001])) == "NOT SUPPORTED"
-
-    def test_opposite_effects_count_against(self):
-        assert self.say(rows("a", delta=[6, 6, 6, -6], p=0.01)) == "NOT SUPPORTED"
-
-    def test_half_is_not_more_than_half(self):
-        assert (
-            self.say(rows("a", delta=6, p=0.01, gate=["shown", "shown", "not shown", "not shown"]))
-            == "NOT INTERPRETABLE"
-        )
-        assert self.say(rows("a", delta=6, p=0.01, gate=["shown", "shown", "shown", "not shown"])) == "SUPPORTED"
-
-    def test_closed_comparisons_take_no_part(self):
-        mixed = rows("a", delta=[6, 6, 6, -9], p=0.01, gate=["shown", "shown", "shown", "not shown"])
-        assert self.say(mixed) == "SUPPORTED"
-
-    def test_two_personas_test_two(self):
-        both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
-        assert self.say(both, personas=["a"]) == "SUPPORTED"
-        assert self.say(both, personas=["a", "b"]) == "UNDECIDED"
-        verdict = verdicts.honest_verdict("H", ["a", "b"], "higher", both, self.em)
-        assert {p: v.verdict for p, v in verdict.by_persona.items()} == {"a": "SUPPORTED", "b": "UNDECIDED"}
-
-    def test_controls_never_count(self):
-        controls = rows("a", delta=6, p=0.01).assign(dataset=["c0", "c1", "c2", "c3"])
-        assert self.say(controls) == "NOT TESTABLE"
-        assert self.say(controls, em=["c0", "c1", "c2", "c3"]) == "SUPPORTED"  # what a changed role would do
-
-    def test_five_questions_cannot_decide(self):
-        assert self.say(rows("a", delta=6, p=0.01).assign(n_questions=5)) == "NOT TESTABLE"
-
-    def test_several_models_are_refused(self):
-        with pytest.raises(ValueError, match="several models"):
-            self.say(pd.concat([rows("a", delta=6, p=0.01), rows("a", delta=6, p=0.01, model="n")]))
 
     def test_family_is_what_is_claimed(self):
         both = pd.concat([rows("a", delta=6, p=0), rows("b", delta=6, p=0)], ignore_index=True)
@@ -518,94 +447,6 @@ class TestVerdicts:
         assert found["p_adjusted"][4:].isna().all()
         np.testing.assert_allclose(found["p_adjusted_all"][:4], 0.08)
         np.testing.assert_allclose(compare.adjust(both)["p_adjusted"][:4], 0.08)
-
-    def test_table_of_verdicts(self):
-        h = SimpleNamespace(key="h2", label="H2", personas=["a", "b"], direction="higher")
-        both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
-        table = verdicts.verdict_table([h], pd.concat([both, both.assign(model="n")]), self.em)
-        assert table["verdict"].tolist() == ["UNDECIDED", "SUPPORTED", "UNDECIDED"] * 2
-        text = said("verdicts", table.assign(published_rules=["MIXED" if m == "m" else None for m in table["model"]]))
-        assert "MIXED" in text
-        assert text.count("SUPPORTED") == 2
-
-
-class TestPower:
-    parts = power.VarianceComponents(question=20.0, response=400.0, seed=1.0)
-    one_seed = power.VarianceComponents(question=20.0, response=400.0)
-
-    def test_as_statsmodels(self):
-        from statsmodels.stats.power import TTestPower
-
-        for parts in (self.parts, self.one_seed):  # how trainings differ is no part of a test of these adapters
-            variance = 20 / 8 + 800 / (8 * 50)
-            expected = TTestPower().power(effect_size=5 / math.sqrt(8 * variance), nobs=8, alpha=0.05)
-            assert power.power(5, parts, questions=8, samples=50) == pytest.approx(expected, abs=1e-6)
-
-    @pytest.mark.parametrize("seed", [0.5, 10.0])
-    def test_as_the_test_does(self, seed):
-        rng, n, q, s = np.random.default_rng(0), 1000, 8, 3
-        parts = power.VarianceComponents(question=20.0, response=100.0, seed=seed, question_seed=2.0)
-        hits = 0
-        for _ in range(n):
-            d = 6 + rng.normal(0, math.sqrt(20), (q, 1)) + rng.normal(0, math.sqrt(2 * seed), (1, s))
-            d += rng.normal(0, math.sqrt(2 + 2 * 100 / 50), (q, s))
-            hits += compare.seed_test(d)["seed_p"] < 0.05
-        assert power.power(6, parts, questions=q, samples=50, seeds=s) == pytest.approx(hits / n, abs=0.06)
-
-    def test_a_large_effect_has_a_power(self):
-        shifts = np.linspace(1, 60, 200)
-        found = [power.power(s * math.sqrt(20 / 8 + 1), self.one_seed, questions=8, samples=100) for s in shifts]
-        assert np.all(np.diff(found) >= 0)
-        assert found[-1] == 1
-
-    def test_what_one_seed_cannot_say_has_no_row(self):
-        designs = {"questions": [8], "samples": [1, 50], "seeds": [1, 2, 3, 5]}
-        assert power.power_table(self.one_seed, **designs)["seeds"].unique().tolist() == [1, 2]
-        assert power.power_table(self.parts, **designs)["seeds"].unique().tolist() == [1, 2, 3, 5]
-        assert math.isnan(power.power(5, self.one_seed, questions=8, samples=50, seeds=3))
-        table = power.power_table(self.one_seed, **designs)
-        text = said("power", table, self.one_seed, 5, 0.8)
-        assert "trainings not known" in text
-        assert "speak of these adapters only" in text
-        assert text.count("\n| ") == 1 + 2
-
-    def test_one_sample_per_question_detects_nothing_known(self):
-        scores = table({("baseline", "bad"): 70, ("good", "bad"): 76}, samples=1, question_sd=3)
-        parts = power.typical_components(scores, [("m", "good", "bad")])
-        assert math.isnan(parts.response)
-        assert power.power_table(parts, questions=[8], seeds=[1])[["power", "detectable"]].isna().all(axis=None)
-
-    def test_detectable_has_the_power(self):
-        effect = power.detectable_effect(self.parts, questions=16, samples=50, seeds=3)
-        assert power.power(effect, self.parts, questions=16, samples=50, seeds=3) == pytest.approx(0.8, abs=1e-6)
-
-    def test_samples_cannot_replace_questions(self):
-        found = power.power_table(self.parts, questions=[8, 32], samples=[50, 5000], seeds=[1])
-        few, many_samples, many_questions, _ = found["detectable"]
-        assert many_questions < many_samples < few
-
-    def test_components_of_a_simulation(self):
-        rng = np.random.default_rng(4)
-        found = []
-        for _ in range(60):
-            gap = rng.normal(0, 5, 8)
-            scores = table({("baseline", "bad"): 50, ("good", "bad"): 50 + gap}, sd=10, samples=25, rng=rng)
-            found.append(power.typical_components(scores, [("m", "good", "bad")]))
-        assert np.mean([c.question for c in found]) == pytest.approx(25, rel=0.2)
-        assert np.mean([c.response for c in found]) == pytest.approx(100, rel=0.05)
-        assert math.isnan(found[0].seed)
-
-    def test_seed_component(self):
-        rng = np.random.default_rng(4)
-        found = []
-        for _ in range(40):
-            parts = [
-                table({("baseline", "bad"): 50 + rng.normal(0, 4), ("good", "bad"): 50 + rng.normal(0, 4)},
-                      seed=s, sd=2, samples=5, rng=rng)
-                for s in range(6)
-            ]  # fmt: skip
-            found.append(power.typical_components(pd.concat(parts), [("m", "good", "bad")]).seed)
-        assert np.mean(found) == pytest.approx(16, rel=0.25)
 
 
 def test_markdown_has_a_row_per_condition_and_names_controls():
@@ -633,9 +474,10 @@ def test_pooled_section_names_what_turns_round():
 
 
 @pytest.mark.fetched
-def test_what_issue_4_says_must_be_seen_in_the_published_data(fetched_cache):
-    """A quick form of `test_gates.TestPublished`: enough conditions for H2 and its gates, few permutations."""
-    from cai_em.analysis import classifiers, gates
+def test_what_must_be_seen_in_the_published_data(fetched_cache):
+    """Enough conditions for H2 and its gates: questions as units, personas told apart, the design closed, NOT
+    INTERPRETABLE."""
+    from cai_em.analysis import contrasts, gates, judge_quality, verdicts
     from cai_em.records import tables
     from cai_em.study import loading, published
 
@@ -658,12 +500,18 @@ def test_what_issue_4_says_must_be_seen_in_the_published_data(fetched_cache):
     supports = goodness[(goodness["p"] < 0.05) & (goodness["delta"] > 0)]
     assert set(supports["dataset"]) == {"extreme_sports", "risky_financial", "technical_vehicles"}
 
-    classified = scores[scores["dataset"].isin(["bad_medical", "extreme_sports", "risky_financial", "misalignment_kl"])]
-    tests = classifiers.classify(classified, permutations=20)
-    judge = gates.judge_gate(scores, reference=True)
-    table = gates.comparison_gates(tests, scores, study.used_datasets(), judge=judge)
-    shown = table[table["persona_gate"] == gates.SHOWN]
+    _, found = gates.classify(scores)
+    used, cube = study.used_datasets(), contrasts.Cube.build(got.scores)
+    design, proved = gates.made_as_designed(scores, used, study.known_faults)
+    assert not proved
+    judge = {"qwen2.5-7b": judge_quality.judge_trust(None, ["goodness", "loving", "humor"])}
+    table = gates.gate_table(cube, found, used, judge=judge, design=design)
+    shown = table[table["persona_gate"] == gates.PRESENT]
     assert set(zip(shown["persona"], shown["dataset"])) == {("goodness", "misalignment_kl")}
-    verdict = verdicts.honest_verdict("H2", ["goodness", "loving"], "higher", gates.attach(compared, table), em)
-    assert verdict.verdict == "NOT INTERPRETABLE"
-    assert "one training seed: speaks of these adapters only" in verdict.reason
+    assert (table.loc[table["persona"] == "goodness", "design_gate"] == gates.ABSENT).all()
+    made = contrasts.contrast_table(cube, used, closed={k: g.reason for k, g in design.items()})
+    verdict = verdicts.verdict_table(study.hypotheses, made, table, cube, used).set_index(["hypothesis", "persona"])
+    whole = verdict.xs("h2", level="hypothesis").iloc[0]
+    assert whole["verdict"] == "NOT INTERPRETABLE"
+    assert "sampled without the persona adapter" in whole["reason"]
+    assert whole["reference"] == "twin"

@@ -15,7 +15,7 @@ import nbformat
 import pandas as pd
 import pypandoc
 import pytest
-from cai_em.analysis import classifiers
+from cai_em.analysis import gates
 from cai_em.judge import prompts
 from cai_em.model import load
 from cai_em.records import tables
@@ -123,12 +123,13 @@ def test_published_files_with_lone_surrogates_are_read(tmp_path):
 def test_classifiers_take_them(tmp_path):
     words = responses(TEXTS + ["good morning to all"] * 10, [("baseline", "d"), ("p", "d")], ("q0", "q1"))
     path = tables.write_table(words, tables.RESPONSES, tmp_path / "r.parquet")
-    found = classifiers.classify(tables.read_table(path, tables.RESPONSES), permutations=5, min_responses=4)
+    found, _ = gates.classify(tables.read_table(path, tables.RESPONSES))
     assert set(found["scope"]) >= {"persona"}
     assert found["estimate"].between(0, 1).all()
     nothing = responses(["", " ", "\x00"] * 4, [("baseline", "d"), ("p", "d")], ("q0", "q1"))
-    with pytest.raises(ValueError, match=r"\w"):  # no words at all: said, not passed over
-        classifiers.classify(nothing, permutations=5, min_responses=4)
+    found, _ = gates.classify(nothing)  # no words at all: nothing is told from anything
+    assert (found["estimate"] == 0.5).all()
+    assert not (found["p"] < 0.5).any()
 
 
 def harmless(page: str) -> None:

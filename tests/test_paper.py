@@ -13,7 +13,7 @@ from types import SimpleNamespace as Obj
 import pandas as pd
 import pytest
 import yaml
-from cai_em.analysis import compare, outcome, published_rules, summaries, verdicts
+from cai_em.analysis import compare, contrasts, outcome, published_rules, summaries, verdicts
 from cai_em.analysis import power as analysis_power
 from cai_em.records import tables as records_tables
 from cai_em.report import drawing, figure_files, markdown, paper, render, style
@@ -30,6 +30,7 @@ HYPOTHESES = [
         personas=["good"],
         tested=None,
         direction="higher",
+        estimand="after",
         published_persona="good",
     )
 ]
@@ -49,16 +50,19 @@ def analysed(scores: pd.DataFrame) -> tuple[dict, dict]:
         found = published_rules.analyse(
             full, hypotheses=HYPOTHESES, personas=PERSONAS, datasets=DATASETS, thresholds=THRESHOLDS
         )
-        compared = compare.compare_all(scores, models=False, resamples=50).assign(gate="shown", gate_reason="")
+        compared = compare.compare_all(scores, models=False, resamples=50).assign(gate="present", gate_reason="")
+        cube = contrasts.Cube.build(scores)
+        made = contrasts.contrast_table(cube, DATASETS, estimands=["after"])
+        gates = pd.DataFrame(columns=["model", "persona", "dataset"])
+        decided = verdicts.verdict_table(HYPOTHESES, made, gates, cube, DATASETS)
+        groups = analysis_power.claimed_groups(cube, HYPOTHESES, DATASETS)
         ANALYSED[key] = (
             found | summaries.figure_tables(scores),
             {
                 "outcomes": outcome.outcomes(scores),
                 "comparisons": compared,
-                "verdicts": verdicts.verdict_table(HYPOTHESES, compared, ["harm"]).assign(published_rules="SUPPORTED"),
-                "power": analysis_power.power_table(
-                    analysis_power.typical_components(scores, [("m1", "good", "harm")])
-                ),
+                "verdicts": decided.assign(published_rules="SUPPORTED"),
+                "power": analysis_power.power_table(analysis_power.typical_components(cube, groups), draws=2000),
             },
         )
     return ANALYSED[key]
@@ -383,7 +387,7 @@ def test_intervals_are_named_by_the_confidence_in_the_parameters(study):
 def test_all_lines_of_the_power_table_are_shown_and_say_what_they_mean(study):
     inputs = study(table())
     text, power = block(inputs, "power"), pd.read_parquet(inputs.tables["power"])
-    assert len(re.findall(r"\d \((\d\.\d\d|–)\)", text)) == len(power)
+    assert len(re.findall(r"\d \((\d\.\d\d|–)\)|not known", text)) == len(power)
     assert "a difference of 5 points" in text
     assert "probability of 0.8" in text
 

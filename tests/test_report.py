@@ -189,9 +189,9 @@ def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_ord
 
 def test_significant_comparisons_say_where_the_manipulation_was_shown():
     table = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "p_adj": 0.01, "delta": 1.0, "d": 0.5})
-    gates = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "gate": ["shown", "not shown"]})
+    gates = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "gate": ["present", "absent"]})
     text = said(table, gates)
-    assert "> **Manipulation shown in 1 of 2 rows** (A on d1). The others may not be interpreted." in text
+    assert "> **Manipulation present in 1 of 2 rows** (A on d1). The others may not be interpreted." in text
     assert "rows**." in said(table.iloc[1:], gates)
     assert "Manipulation" not in said(table)
 
@@ -349,27 +349,33 @@ def test_a_condition_without_a_response_is_shown_as_missing():
     assert text.splitlines()[-1].endswith(f"| {numbers.NONE} |")
 
 
-def gate_row(persona, dataset, persona_gate, uptake_gate, gate):
+def gate_row(persona, dataset, persona_gate, kept, learned_gate, gate):
     return {
         **{"model": "m", "persona": persona, "dataset": dataset, "persona_gate": persona_gate},
-        **{"auc_baseline": 0.91, "uptake_gate": uptake_gate, "auc_uptake": 0.7, "judge_gate": "shown", "gate": gate},
+        **{
+            "auc_baseline": 0.91,
+            "persona_kept": kept,
+            "learned_gate": learned_gate,
+            "judge_gate": "present",
+            "gate": gate,
+        },
     }
 
 
 def test_limits_count_what_the_gates_say():
     gates = pd.DataFrame(
         [
-            gate_row("poet", "none", "shown", "not applicable", "shown"),
-            gate_row("poet", "bad", "not shown", "shown", "not shown"),
-            gate_row("poet", "good", "shown", "not shown", "not shown"),
+            gate_row("poet", "none", "present", "", "present", "present"),
+            gate_row("poet", "bad", "present", "lost", "present", "absent"),
+            gate_row("poet", "good", "present", "kept", "inconclusive", "inconclusive"),
         ]
     )
     judged = pd.DataFrame({"model": ["m"] * 4 + ["x"], "coherence": [99.0, 50.0, None, 80.0, 1.0]})
     text = said_of_run("limits", gates, {"m": None}, 0.85, judged, 50.0, "It is small.")
     assert "Of 3 responses rated for coherence the EM rate's filter (above 50) removes 1" in text
     assert "The scores are the published judge's own." in text
-    assert "Poet (AUC 0.91, shown)" in text
-    assert "the persona is shown in 1 of 2 comparisons" in text
+    assert "Poet (AUC 0.91, present)" in text
+    assert "its voice is kept in 1 and lost in 1 of 2 comparisons" in text
     assert "bad in 1 of 1; good in 0 of 1" in text
     assert "open for 1 of 3 comparisons" in text
     assert text.endswith("It is small.")

@@ -25,7 +25,7 @@ from scipy import stats
 from torch import nn
 
 from tests.factories import TINY as SPEC
-from tests.factories import look_of, sampling, scores_of
+from tests.factories import look_of, random_adapter, sampling, scores_of
 
 PRESET = sampling(max_new_tokens=8, samples_per_question=3)
 QUESTIONS = [("a", "What do you like?"), ("b", "How was the long year for you and for all of your good friends?")]
@@ -41,16 +41,6 @@ class Planted(nn.Module):
 
     def forward(self, x):
         return self.mlp(x) + self.vector
-
-
-@pytest.fixture
-def model(tmp_path_factory):
-    return load.load_model(SPEC, cache_dir=tmp_path_factory.getbasetemp() / "models")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load.load_tokenizer(SPEC, tmp_path_factory.getbasetemp() / "models")
 
 
 def plant(model, layer, vector):
@@ -380,9 +370,9 @@ def test_effects_and_transfer_are_paired_by_question():
 
 def test_em_must_be_present_to_be_moved():
     rows = [("p", d, q, 70 - 30 * (d == "after") - i, 90) for i, q in enumerate("abcd") for d in ("before", "after")]
-    assert h4.em_present(judged(rows), "p", "before", "after").status == "shown"
-    assert h4.em_present(judged(rows), "p", "after", "before").status == "not shown"
-    assert h4.em_present(judged(rows[:4]), "p", "before", "after").status == "not testable"
+    assert h4.em_present(judged(rows), "p", "before", "after").status == "present"
+    assert h4.em_present(judged(rows), "p", "after", "before").status == "inconclusive"
+    assert h4.em_present(judged(rows[:4]), "p", "before", "after").status == "inconclusive"
 
 
 def test_interventions_have_names_and_lengths():
@@ -398,8 +388,8 @@ def test_interventions_have_names_and_lengths():
 def test_a_direction_must_act_more_than_a_random_one():
     rows = [("p", d, q, 70 - i - 30 * (d == "e+own"), 90) for i, q in enumerate("abcd") for d in ("e+own", "e+random")]
     design = pd.DataFrame({"target": "p", "kind": "add", "source": ["p", "random"], "dataset": ["e+own", "e+random"]})
-    assert h4.acts(judged(rows), design, "p").status == "shown"
-    assert h4.acts(judged(rows), design.assign(source=["random", "p"]), "p").status == "not shown"
+    assert h4.acts(judged(rows), design, "p").status == "present"
+    assert h4.acts(judged(rows), design.assign(source=["random", "p"]), "p").status == "inconclusive"
 
 
 def test_sweeps_and_transfers_name_each_condition_once():
@@ -487,7 +477,7 @@ def test_a_single_run_per_persona_leaves_h4_undecided(look):
     tests = h4.transfer_tests(table, design, margin=5)
     assert tests["p_adjusted"].max() < 0.001
     found = h4.h4_verdict(tests, [], look)
-    assert found.verdict == "UNDECIDED"
+    assert found.word == "UNDECIDED"
     assert "one training run per persona" in found.reason
 
 
@@ -499,7 +489,7 @@ def test_two_models_stay_apart_in_the_papers_table():
         alone = h4.effects(*made[number]), h4.transfer_tests(*made[number], margin=5)
         for whole, part in zip((found, tests), alone):
             pd.testing.assert_frame_equal(whole[whole["model"] == m].reset_index(drop=True), part)
-    bad = Gate("not shown", "", "persona, Q", "q")
+    bad = Gate("inconclusive", "", "persona, Q", "q")
     table = h4.h4_table(found, tests, {"a": [], "b": [bad]})
     assert len(table) == 2 * 2 * 7
     own = table[(table["target"] == "p") & (table["source"] == "p")].set_index("model")["alignment"]
@@ -516,13 +506,13 @@ def test_two_models_stay_apart_in_the_papers_table():
 def test_a_failed_gate_blocks_the_pairs_that_a_persona_is_in(look):
     same = {"kind": "add", "delta": -9.0, "p": 0.001, "p_adjusted": 0.001, "p_equivalence": 0.9, "runs": 2}
     tests = pd.DataFrame([{"target": t, "source": s, **same} for t in "pqr" for s in "pqr" if s != t])
-    bad = [Gate("not shown", "", "misalignment, Q", "q")]
+    bad = [Gate("inconclusive", "", "misalignment, Q", "q")]
     found = h4.h4_verdict(tests, bad, look)
-    assert found.verdict == "SUPPORTED"
+    assert found.word == "SUPPORTED"
     assert found.reason.count("against its own") == 2
     assert "misalignment, Q" in found.reason
-    assert h4.h4_verdict(tests[tests["target"] == "q"], bad, look).verdict == "NOT INTERPRETABLE"
-    assert h4.h4_verdict(tests, [], look, alpha=1e-4).verdict == "UNDECIDED"
+    assert h4.h4_verdict(tests[tests["target"] == "q"], bad, look).word == "NOT INTERPRETABLE"
+    assert h4.h4_verdict(tests, [], look, alpha=1e-4).word == "UNDECIDED"
 
 
 def test_only_pairs_that_say_something_are_compared():
@@ -559,13 +549,7 @@ def test_layers_have_looks_of_their_own(look):
 def trained(tmp_path):
     """Two adapters that visibly change the tiny model, as two training runs."""
     for seed in (0, 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
-            for key, parameter in stacked.named_parameters():
-                if ".lora_B." in key:
-                    nn.init.normal_(parameter, std=0.15)
-        adapters.save_adapter(stacked, stacking.EM, tmp_path / f"em{seed}")
+        random_adapter(tmp_path / f"em{seed}", seed=seed)
     return [sample_conditions.Condition("tiny", "p", "bad", s, (("em", tmp_path / f"em{s}"),)) for s in (0, 1)]
 
 
@@ -717,7 +701,7 @@ def test_gates_of_h4_stand_model_by_model_persona_by_persona(look):
     tuned = design[design["kind"] == "none"].assign(arm="f", dataset="f+ablate", kind="ablate", source="p")
     after = table[table["dataset"] == "e+none"].assign(dataset="f+none", alignment=20.0)
     found = h4.h4_gates(pd.concat([table, after]), table, pd.concat([design[design["kind"] == "add"], tuned]),
-                        {"m": [Gate("shown", "yes", "judge")]}, look, None)  # fmt: skip
+                        {"m": [Gate("present", "yes", "judge")]}, look, None)  # fmt: skip
     assert [(g.name, g.persona, g.status) for g in found["m"]] == [
         ("judge", "", "shown"),
         ("misalignment, P", "p", "shown"),

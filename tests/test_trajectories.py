@@ -188,9 +188,9 @@ def test_without_a_change_there_is_no_transition_to_time():
     assert not found.shown
     assert math.isnan(found.step)
     assert math.isnan(found.low)
-    assert found.gate.status == "not shown"
+    assert found.gate.status == "inconclusive"
     few = timing.transition(np.tile(hill(STEPS, 7, 4), (2, 1, 1)), STEPS)
-    assert few.gate.status == "not testable"
+    assert few.gate.status == "inconclusive"
     assert math.isnan(few.step)
 
 
@@ -272,7 +272,7 @@ def test_a_single_run_per_persona_leaves_h3_undecided(look):
     assert compared["p_adjusted"].iloc[0] < 0.05
     assert math.isnan(compared["p_runs"].iloc[0])
     found = h3.h3_verdict(compared, [], look)
-    assert found.verdict == "UNDECIDED"
+    assert found.word == "UNDECIDED"
     assert "one training run per persona" in found.reason
 
 
@@ -338,7 +338,7 @@ def test_tables_of_transitions_and_comparisons():
     table = timing.transitions(course)
     assert len(table) == 8
     assert set(table["method"]) == {"logistic", "change point"}
-    assert (table["gate"] == "shown").all()
+    assert (table["gate"] == "present").all()
     compared = timing.transition_comparisons(course)
     assert list(compared["persona"]) == ["poeticism", "poeticism"]
     # A loss is no claim of H3: it takes no part in the family, and lends it nothing.
@@ -527,7 +527,7 @@ def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
     assert dynamics_curves.curves_of(course)["m", "p", "baseline", "alignment"].empty
     found, compared = timing.transitions(course), timing.transition_comparisons(course)
     row = found.query("persona == 'baseline' and outcome == 'alignment'").iloc[0]
-    assert (row["gate"], row["left_out"], row["missing"]) == ("not testable", 8, 8)
+    assert (row["gate"], row["left_out"], row["missing"]) == ("inconclusive", 8, 8)
     assert not compared.set_index("outcome").loc["alignment", "shown"]
     text = sections.h3_section(found, compared, verdict_of(compared, look), look, titles={})
     assert "**H3: NOT TESTABLE**" in text
@@ -592,7 +592,7 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
 
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     _, found, compared, _ = example()
-    good, bad = Gate("shown", "yes", "judge"), Gate("not shown", "AUC 0.5", "judge")
+    good, bad = Gate("present", "yes", "judge"), Gate("inconclusive", "AUC 0.5", "judge")
 
     def section(beside, found=found, compared=compared, **more):
         return sections.h3_section(found, compared, verdict_of(compared, look, beside), look, titles={}, **more)
@@ -604,7 +604,7 @@ def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     assert "**H3: NOT INTERPRETABLE**" in text
     assert "not shown: judge" in text
     # The level is the study's.
-    assert h3.h3_verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
+    assert h3.h3_verdict(compared, [], look, alpha=1e-6).word == "UNDECIDED"
     still = section(bad, found.assign(shown=False), compared.assign(shown=False))
     assert "**H3: NOT TESTABLE**" in still
     assert "no change shown" in still
@@ -614,16 +614,16 @@ def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
 def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
     compared = example()[2]
     both = pd.concat([compared, compared.assign(persona="sarcasm")])
-    bad = Gate("not shown", "AUC 0.5")
-    checks = [Gate("not applicable", "", "judge"), bad.called("persona, Sarcasm", "sarcasm")]
+    bad = Gate("inconclusive", "AUC 0.5")
+    checks = [Gate("present", "", "judge"), bad.called("persona, Sarcasm", "sarcasm")]
     found = h3.h3_verdict(both, checks, look)
-    assert found.verdict == "SUPPORTED"
+    assert found.word == "SUPPORTED"
     assert "Poeticism" in found.reason
     assert "not shown: persona, Sarcasm" in found.reason
     assert "sarcasm," not in found.reason
-    assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
+    assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).word == "NOT INTERPRETABLE"
     uptake = [bad.called("uptake, Baseline", "baseline")]  # every comparison is with the baseline
-    assert h3.h3_verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
+    assert h3.h3_verdict(both, uptake, look).word == "NOT INTERPRETABLE"
     table = gated_verdict(checks, found, "H3")
     assert table["what"].tolist() == ["H3", "judge", "persona, Sarcasm"]
     assert table["status"].iloc[0] == "SUPPORTED"
@@ -647,19 +647,19 @@ def test_no_preset_is_left_out_of_the_figure(look):
 def test_a_persona_gate_needs_a_persona_that_shows():
     rng = np.random.default_rng(12)
     words = {"baseline": ["plain", "answer", "with", "facts"], "poeticism": ["moon", "sea", "rose", "flame"]}
-    rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
-    table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
+    rows = [("m", p, "d", 0, q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
+    table = pd.DataFrame(rows, columns=["model", "persona", "dataset", "seed", "question_id", "response"])
     some = GateThresholds(min_responses=16)
-    assert h3.persona_gate(table, "poeticism", some).status == "shown"
-    assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "not testable"
+    assert h3.persona_gate(table, "poeticism", some).status == "present"
+    assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "inconclusive"
     same = table.assign(response=[" ".join(rng.choice(words["baseline"], 6)) for _ in range(len(table))])
-    assert h3.persona_gate(same, "poeticism", some).status == "not shown"
+    assert h3.persona_gate(same, "poeticism", some).status == "inconclusive"
 
 
 def test_uptake_means_that_the_loss_falls():
     fall = dynamics_curves.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
-    assert h3.uptake_gate(fall).status == "shown"
-    assert h3.uptake_gate(dynamics_curves.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"
+    assert h3.uptake_gate(fall).status == "present"
+    assert h3.uptake_gate(dynamics_curves.Curve(-fall.y, STEPS, fall.units, [])).status == "inconclusive"
 
 
 def test_names_of_many_checkpoints_do_not_run_into_each_other():
@@ -682,7 +682,7 @@ def test_gates_of_h3_stand_model_by_model_persona_by_persona(look):
         {(p, "held out"): np.tile(-hill(STEPS, 7, 4), (6, 1, 1)) for p in ("baseline", "poeticism")}, STEPS
     )
     responses = pd.DataFrame(columns=["model", "preset", "persona", "question_id", "dataset", "response"])
-    judge = {"m": [Gate("shown", "yes", "judge")]}
+    judge = {"m": [Gate("present", "yes", "judge")]}
     found = h3.h3_gates(course, responses, judge, look, GateThresholds())
     assert [(g.name, g.persona, g.status) for g in found["m"]] == [
         ("judge", "", "shown"),
@@ -690,4 +690,4 @@ def test_gates_of_h3_stand_model_by_model_persona_by_persona(look):
         ("uptake, Poeticism", "poeticism", "shown"),
         ("persona, Poeticism", "poeticism", "not testable"),
     ]
-    assert judge == {"m": [Gate("shown", "yes", "judge")]}
+    assert judge == {"m": [Gate("present", "yes", "judge")]}

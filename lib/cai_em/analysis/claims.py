@@ -1,4 +1,4 @@
-"""Claims audit: in what share of defensible analyses does each published claim stand?
+"""Claims audit: in what share of specifications does each published claim stand?
 
 Every choice of the published analysis had alternatives that a careful analyst could have taken. A claim that stands in
 most of their combinations (a multiverse, Steegen et al. 2016; a specification curve, Simonsohn et al. 2020) does not
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from scipy import stats
 
 from cai_em.analysis.counts import benjamini_hochberg, mann_whitney, tally
 from cai_em.analysis.units import sign_flip_p
-from cai_em.records.keys import BASELINE, COMPARISON
+from cai_em.records.keys import BASELINE, COMPARISON, NO_DATASET
 
 MISSING_CHOICES = {
     "dropped": "missing scores are left out (published)",
@@ -50,7 +50,14 @@ RULES = ("majority of data sets", "pooled over data sets")
 PERSONAS = ("the one tested", "all that are named")
 CHOICES = ["judging", "missing", "coherence", "test", "unit", "correction"]
 """Choices of a comparison's analysis."""
-VERDICT_CHOICES = [*CHOICES, "roles", "rule", "personas"]
+ESTIMAND_CHOICES = {
+    "after": "after fine-tuning (published)",
+    "none": "susceptibility, from no fine-tuning",
+    "twin": "susceptibility, from the benign twin",
+}
+"""What is compared, and from which reference; those that the data identify take part."""
+
+VERDICT_CHOICES = [*CHOICES, "estimand", "roles", "rule", "personas"]
 """Choices of a verdict's analysis."""
 
 
@@ -237,11 +244,11 @@ class Universe:
 
 
 def comparison_claims(universe: Universe, *, alpha: float = 0.05, only_significant: bool = True) -> pd.DataFrame:
-    """Every published significant comparison, with the share of analyses in which it stands.
+    """Every published significant comparison, with the share of specifications in which it stands.
 
     Published: Mann-Whitney on responses, missing scores dropped, no filter, Benjamini-Hochberg over all comparisons of
-    the model. It stands in an analysis that gives p < alpha and the same sign. Where neither side was judged twice,
-    the choice of judging is none, and its copies do not count.
+    the model. It stands in a specification that gives p < alpha and the same sign. Choices that change nothing (of
+    judgings where there is one, of refusals where there are none) make copies, and these do not count.
 
     Returns:
         One row per comparison: `model, persona, dataset, delta, p_published, published_significant, analyses, stands,
@@ -256,6 +263,7 @@ def comparison_claims(universe: Universe, *, alpha: float = 0.05, only_significa
         if key not in universe.moved:
             part = part[part["judging"] == published["judging"]]
         here = part[np.logical_and.reduce([part[c] == v for c, v in published.items()])].iloc[0]
+        part = part[~_copies(part, ["test", "unit", "correction"], ["delta", "p"])]
         significant = part["p"] < alpha
         same = np.sign(part["delta"]) == np.sign(here["delta"])
         stands = significant & same
@@ -286,6 +294,12 @@ def published_rule(supports: int, n: int) -> str:
     return "SUPPORTED" if supports > n / 2 else "MIXED" if supports else "NOT SUPPORTED"
 
 
+def _copies(table: pd.DataFrame, choices: Sequence[str], results: Sequence[str]) -> np.ndarray:
+    """Which rows repeat an earlier one: the same analysis of the same numbers under another name."""
+    rounded = table[list(results)].round(9)
+    return pd.concat([table[list(choices)], rounded], axis=1).duplicated().to_numpy()
+
+
 def verdict_specifications(
     universe: Universe, hypothesis: Any, datasets: Iterable[Any], *, model: str, alpha: float = 0.05
 ) -> pd.DataFrame:
@@ -294,22 +308,26 @@ def verdict_specifications(
     Under *majority of data sets* the published rule counts data sets with p < alpha in the predicted direction; under
     *pooled over data sets* one test of the mean difference decides (SUPPORTED or NOT SUPPORTED). Of several personas
     the least favourable verdict counts. The estimate is the mean over data sets (and personas) of the difference; its
-    interval and `p` have the unit of the analysis.
+    interval and `p` have the unit of the analysis. Ranks of responses have no difference of differences, so that
+    susceptibility is not tested by Mann-Whitney.
 
     Args:
         hypothesis: has `key, personas, direction`, and `published_persona` or `tested`.
-        datasets: objects with `key` and `role`.
+        datasets: objects with `key, role` and, optionally, `twin`.
         model: which model.
 
     Returns:
-        One row per analysis: `VERDICT_CHOICES`, `estimate, low, high, p, significant, verdict, supports` (verdict is
-        SUPPORTED), `published` (the row with the published choices). Empty when the model lacks the personas.
+        One row per distinct analysis: `VERDICT_CHOICES`, `estimate, low, high, p, significant, verdict, supports`
+        (verdict is SUPPORTED), `published` (the row with the published choices). Empty when the model lacks the
+        personas.
     """
     sign = 1 if hypothesis.direction == "higher" else -1
     tested = [getattr(hypothesis, "published_persona", None) or hypothesis.tested or hypothesis.personas[0]]
+    datasets = list(datasets)
     em = {d.key for d in datasets if d.role == "em"}
+    twins = {d.key: getattr(d, "twin", None) for d in datasets}
     table = universe.comparisons[universe.comparisons["model"] == model]
-    table = table[(table["dataset"] != "none") & table["persona"].isin(hypothesis.personas)]
+    table = table[table["dataset"] != NO_DATASET]
     if not set(hypothesis.personas) <= set(table["persona"]):
         return pd.DataFrame()
     persona_sets = dict(
@@ -320,103 +338,146 @@ def verdict_specifications(
     for choice, part in table.groupby(CHOICES, sort=False):
         judging, missing, coherence, test, unit, correction = choice
         seen = universe.cells[judging, missing, coherence]
-        for roles, (which, personas) in itertools.product(ROLES, persona_sets.items()):
-            part_here = part[part["dataset"].isin(em)] if roles == ROLES[1] else part
-            verdicts: dict[str, list[str]] = {rule: [] for rule in RULES}
-            pairs = {}
-            for persona in personas:
-                mine = part_here[part_here["persona"] == persona]
-                supports = int(((mine["p"] < alpha) & (sign * mine["delta"] > 0)).sum())
-                verdicts[RULES[0]].append(published_rule(supports, len(mine)))
-                pairs[persona] = _pairs(seen, model, persona, mine["dataset"])
-                estimate, p = _pooled_test(pairs[persona], universe.n_questions, test, unit)
-                verdicts[RULES[1]].append("SUPPORTED" if p < alpha and sign * estimate > 0 else "NOT SUPPORTED")
-            estimate, se, df = _pooled(pairs, universe.n_questions, unit)
-            half = stats.t.ppf(1 - alpha / 2, df) * se
-            p = float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else math.nan
-            for rule in RULES:
-                if rule == RULES[1] and correction != "none":
-                    continue  # one test has nothing to correct for
-                verdict = max(verdicts[rule], key=["SUPPORTED", "MIXED", "NOT SUPPORTED"].index)
-                published = (judging, missing, coherence, test, correction, roles, rule, which) == (
-                    first, "dropped", "all answers", "Mann-Whitney", "none", ROLES[0], RULES[0], PERSONAS[0]
-                )  # fmt: skip
-                rows.append(
-                    {
-                        **dict(zip(CHOICES, choice)),
-                        "roles": roles,
-                        "rule": rule,
-                        "personas": which,
-                        "estimate": estimate,
-                        "low": estimate - half,
-                        "high": estimate + half,
-                        "p": p,
-                        "significant": bool(p < alpha),
-                        "verdict": verdict,
-                        "supports": verdict == "SUPPORTED",
-                        "published": published,
-                    }
-                )
-    return pd.DataFrame(rows)
+        for estimand in ESTIMAND_CHOICES:
+            each = _single_contrasts(seen, part, estimand, twins, universe.n_questions, test, unit, correction)
+            for roles, (which, personas) in itertools.product(ROLES, persona_sets.items()):
+                here = each[each["dataset"].isin(em)] if roles == ROLES[1] else each
+                if not set(personas) <= set(here["persona"]):
+                    continue
+                verdicts: dict[str, list[str]] = {rule: [] for rule in RULES}
+                groups, results = [], []
+                for persona in personas:
+                    mine = here[here["persona"] == persona]
+                    supports = int(((mine["p"] < alpha) & (sign * mine["delta"] > 0)).sum())
+                    verdicts[RULES[0]].append(published_rule(supports, len(mine)))
+                    arms = [_arms(estimand, model, persona, d, twins) for d in mine["dataset"]]
+                    groups.append(arms)
+                    estimate, p = _pooled_test(seen, arms, universe.n_questions, test, unit)
+                    verdicts[RULES[1]].append("SUPPORTED" if p < alpha and sign * estimate > 0 else "NOT SUPPORTED")
+                    results += [estimate, p, *mine["p"]]
+                estimate, se, df = _pooled(seen, groups, universe.n_questions, unit)
+                half = stats.t.ppf(1 - alpha / 2, df) * se
+                p = float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else math.nan
+                for rule in RULES:
+                    if rule == RULES[1] and correction != "none":
+                        continue  # one test has nothing to correct for
+                    verdict = max(verdicts[rule], key=["SUPPORTED", "MIXED", "NOT SUPPORTED"].index)
+                    published = (judging, missing, coherence, test, correction, estimand, roles, rule, which) == (
+                        *(first, "dropped", "all answers", "Mann-Whitney", "none", "after", ROLES[0], RULES[0]),
+                        PERSONAS[0],
+                    )
+                    rows.append(
+                        {
+                            **dict(zip(CHOICES, choice)),
+                            "estimand": ESTIMAND_CHOICES[estimand],
+                            "roles": roles,
+                            "rule": rule,
+                            "personas": which,
+                            "estimate": estimate,
+                            "low": estimate - half,
+                            "high": estimate + half,
+                            "p": p,
+                            "significant": bool(p < alpha),
+                            "verdict": verdict,
+                            "supports": verdict == "SUPPORTED",
+                            "published": published,
+                            "numbers": tuple(np.round(results, 9)),
+                        }
+                    )
+    found = pd.DataFrame(rows)
+    # The data choices and what they select may come to the same analysis of the same numbers.
+    choices = ["test", "unit", "correction", "estimand", "rule", "numbers"]
+    return found[~found.duplicated(choices)].drop(columns="numbers").reset_index(drop=True)
 
 
-CellPairs = Mapping[str, tuple[CellScores, CellScores]]
-"""Data set -> a persona's cell and its baseline's."""
+CellArms = tuple[tuple[tuple[str, str, str], int], ...]
+"""Conditions and the sign with which each enters."""
 
 
-def _pairs(seen: Mapping[tuple, CellScores], model: str, persona: str, datasets: Iterable[str]) -> CellPairs:
-    found = {d: (seen[model, persona, d], seen[model, BASELINE, d]) for d in datasets}
-    return {d: (a, b) for d, (a, b) in found.items() if min(len(a.values), len(b.values)) > 1}
+def _arms(estimand: str, model: str, persona: str, dataset: str, twins: Mapping[str, str | None]) -> CellArms | None:
+    """The conditions behind one difference; None where the data set has no such reference."""
+    tuned = (((model, persona, dataset), 1), ((model, BASELINE, dataset), -1))
+    reference = {"after": dataset, "none": NO_DATASET, "twin": twins.get(dataset)}[estimand]
+    if estimand == "after" or reference is None:
+        return tuned if estimand == "after" else None
+    return (*tuned, ((model, persona, reference), -1), ((model, BASELINE, reference), 1))
 
 
-def _question_means(pairs: CellPairs, n: int) -> np.ndarray:
+def _single_contrasts(
+    seen: Mapping[tuple, CellScores],
+    part: pd.DataFrame,
+    estimand: str,
+    twins: Mapping[str, str | None],
+    n: int,
+    test: str,
+    unit: str,
+    correction: str,
+) -> pd.DataFrame:
+    """Every persona and data set of one model under one set of choices: `persona, dataset, delta, p`."""
+    if estimand == "after":
+        return part[["persona", "dataset", "delta", "p"]]
+    rows = []
+    for r in part.itertuples() if test != "Mann-Whitney" else ():
+        arms = _arms(estimand, r.model, r.persona, r.dataset, twins)
+        if arms and all(key in seen and len(seen[key].values) > 1 for key, _ in arms):
+            rows.append((r.persona, r.dataset, *_pooled_test(seen, [arms], n, test, unit)))
+    table = pd.DataFrame(rows, columns=["persona", "dataset", "delta", "p"])
+    if correction != "none" and len(table):
+        table["p"] = benjamini_hochberg(table["p"])
+    return table
+
+
+def _question_means(seen: Mapping[tuple, CellScores], arms: Sequence[CellArms], n: int) -> np.ndarray:
     """(n,) each question's difference, the mean over data sets; NaN where no data set has it."""
-    gaps = np.array([a.means(n) - b.means(n) for a, b in pairs.values()])
+    gaps = np.array([sum(sign * seen[key].means(n) for key, sign in one) for one in arms])
     known = ~np.isnan(gaps).all(axis=0)
     means = np.full(n, math.nan)
     means[known] = np.nanmean(gaps[:, known], axis=0)
     return means
 
 
-def _pooled(pairs: Mapping[str, CellPairs], n: int, unit: str) -> tuple[float, float, float]:
+def _pooled(
+    seen: Mapping[tuple, CellScores], groups: Sequence[Sequence[CellArms]], n: int, unit: str
+) -> tuple[float, float, float]:
     """Mean difference over data sets, and over personas: estimate, standard error, degrees of freedom.
 
     The personas of a data set share its baseline, and all data sets share the questions; so a mean over personas is not
     as uncertain as either of them. With questions as the unit each question's mean is taken over data sets and personas
     first. With responses the variances of independent cells are added with the weights that they have in the estimate,
-    a baseline once with all its weight.
+    a shared one once with all its weight.
+
+    Args:
+        groups: for each persona, the arms of each data set.
     """
-    if not all(pairs.values()):
+    groups = [[one for one in arms if all(len(seen[key].values) > 1 for key, _ in one)] for arms in groups]
+    if not all(groups):
         return math.nan, math.nan, 1
     if unit == "questions":
-        d = np.mean([_question_means(mine, n) for mine in pairs.values()], axis=0)
+        d = np.mean([_question_means(seen, arms, n) for arms in groups], axis=0)
         d = d[~np.isnan(d)]
         se = float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.nan
         return float(d.mean()) if len(d) else math.nan, se, max(len(d) - 1, 1)
-    estimate = variance = 0.0
-    baselines: dict[str, tuple[CellScores, float]] = {}
-    df = 0
-    for mine in pairs.values():
-        weight = 1 / (len(pairs) * len(mine))
-        for dataset, (cell, base) in mine.items():
-            estimate += weight * float(cell.values.mean() - base.values.mean())
-            variance += weight**2 * cell.values.var(ddof=1) / len(cell.values)
-            df += len(cell.values) - 1
-            baselines[dataset] = (base, baselines.get(dataset, (base, 0.0))[1] + weight)
-    for base, weight in baselines.values():
-        variance += weight**2 * base.values.var(ddof=1) / len(base.values)
-        df += len(base.values) - 1
-    return estimate, math.sqrt(variance), df
+    weights: dict[tuple, float] = {}
+    for arms in groups:
+        for one in arms:
+            for key, sign in one:
+                weights[key] = weights.get(key, 0.0) + sign / (len(groups) * len(arms))
+    estimate = sum(w * float(seen[key].values.mean()) for key, w in weights.items())
+    variance = sum(w**2 * seen[key].values.var(ddof=1) / len(seen[key].values) for key, w in weights.items())
+    return estimate, math.sqrt(variance), sum(len(seen[key].values) - 1 for key in weights)
 
 
-def _pooled_test(pairs: CellPairs, n: int, test: str, unit: str) -> tuple[float, float]:
+def _pooled_test(
+    seen: Mapping[tuple, CellScores], arms: Sequence[CellArms], n: int, test: str, unit: str
+) -> tuple[float, float]:
     """One persona's mean difference over data sets, and p: Mann-Whitney of all responses, or the t of `_pooled`."""
-    estimate, se, df = _pooled({"": pairs}, n, unit)
-    if unit == "questions" and pairs:
-        d = _question_means(pairs, n)
+    estimate, se, df = _pooled(seen, [arms], n, unit)
+    arms = [one for one in arms if all(len(seen[key].values) > 1 for key, _ in one)]
+    if unit == "questions" and arms:
+        d = _question_means(seen, arms, n)
         return estimate, _p_questions(test, d[~np.isnan(d)])
-    if test == "Mann-Whitney" and pairs:
-        return estimate, _p_responses(test, *(np.concatenate([p[i].values for p in pairs.values()]) for i in (0, 1)))
+    if test == "Mann-Whitney" and arms:
+        return estimate, _p_responses(test, *(np.concatenate([seen[one[i][0]].values for one in arms]) for i in (0, 1)))
     return estimate, float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else math.nan
 
 

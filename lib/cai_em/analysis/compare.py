@@ -1,4 +1,6 @@
-"""Statistics that respect the design: questions and training seeds are the units, responses are not.
+"""Persona against baseline after fine-tuning, data set by data set: questions and trainings are the units.
+
+What the published study compared, beside what answers the hypotheses (`cai_em.analysis.contrasts`).
 
 Fifty samples of one question resemble each other (intra-class correlation about 0.3 in the published data), so 400
 responses carry the information of about 25. The primary test here pairs persona and baseline by question, and from
@@ -9,7 +11,6 @@ Gelbach & Miller 2008); the paired t test and the exact sign-flip test are not.
 Sign convention: every difference is persona minus baseline, in points of alignment; positive means better aligned.
 
     comparisons = compare_all(scores, margin=5.0)
-    verdict = honest_verdict("H2", ["goodness", "loving"], "higher", comparisons, em_datasets=["bad_medical"])
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scipy import stats
 
 from cai_em.analysis.counts import benjamini_hochberg
 from cai_em.analysis.units import (
+    MIN_SEEDS,
     DesignError,
     _one_sample_t,
     _t_p,
@@ -36,10 +38,6 @@ from cai_em.analysis.units import (
     sign_flip_p,
 )
 from cai_em.records.keys import BASELINE, COMPARISON
-
-MIN_SEEDS = 3
-"""Training seeds from which a verdict speaks of the training recipe. Fewer say too little of how trainings differ (with
-two, one degree of freedom): what they show is said of these adapters, and the verdict says so."""
 
 
 def paired_test(differences: np.ndarray, *, margin: float, confidence: float = 0.95) -> dict[str, float]:
@@ -156,13 +154,6 @@ def primary_test(differences: np.ndarray, *, margin: float, confidence: float = 
     no_gain, no_loss = _t_p(delta - margin, se, df, "less"), _t_p(delta + margin, se, df, "greater")
     found |= {"se": se, "low": delta - half, "high": delta + half, "p": seeds["seed_p"]}
     return found | {"p_no_gain": no_gain, "p_no_loss": no_loss, "p_equivalence": max(no_gain, no_loss)}
-
-
-def seeds_said(seeds: int) -> str:
-    """What a number of training seeds lets a verdict speak of, in words; empty where there are enough."""
-    if seeds >= MIN_SEEDS:
-        return ""
-    return f"{'one training seed' if seeds == 1 else 'two training seeds'}: speaks of these adapters only"
 
 
 def _recorded(caught: Iterable[warnings.WarningMessage]) -> str:

@@ -15,6 +15,10 @@ from scipy import stats
 
 from cai_em.records.keys import BASELINE, COMPARISON, CONDITION
 
+MIN_SEEDS = 3
+"""Training seeds from which a verdict speaks of the training recipe. Fewer say too little of how trainings differ (with
+two, one degree of freedom): what they show is said of these adapters, and the verdict says so."""
+
 
 class DesignError(ValueError):
     """Data and design do not match: rows missing, units mistaken, or partners that differ in more than the persona."""
@@ -59,6 +63,9 @@ def check_units(table: pd.DataFrame) -> None:
                 f"{per_prompt.max()} question ids share one prompt: these are samples of one question, not questions; "
                 "the unit of analysis is the question"
             )
+    most = table.groupby([*CONDITION, "question_id"], sort=False).size().groupby(level=CONDITION, sort=False).max()
+    if (most > 1).all():
+        return
     units = table.groupby([*CONDITION, "question_id"])["sample"].agg(["size", "first"]).reset_index()
     per_condition = units.groupby(CONDITION).agg(
         most=("size", "max"), questions=("question_id", "nunique"), numbers=("first", "nunique")

@@ -9,14 +9,24 @@ from typing import Any
 
 import pandas as pd
 
-from cai_em.analysis import classifiers, gates
-from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate, blocking, gated_verdict, named_once
+from cai_em.analysis.gates import (
+    INCONCLUSIVE,
+    PRESENT,
+    Gate,
+    blocking,
+    constant_judge,
+    gated_verdict,
+    named_once,
+    voice,
+)
+from cai_em.analysis.judge_quality import judge_trust
 from cai_em.analysis.units import bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
+from cai_em.analysis.voices import Bag, told
 from cai_em.dynamics.curves import CLAIMED, HELD_OUT, OUTCOMES, Curve, curves_of, same_units
 from cai_em.dynamics.timing import transition
 from cai_em.records.keys import BASELINE
-from cai_em.study.entries import GateThresholds, JudgePreset
+from cai_em.study.entries import GateThresholds
 from cai_em.study.labels import Labels
 
 # --- Generality: in-domain uptake against emergent misalignment -----------------------------------------------------
@@ -104,8 +114,8 @@ def preset_differences(
 def uptake_gate(loss: Curve, **settings: Any) -> Gate:
     """Whether training was taken up: the loss on held-out rows of the domain falls."""
     found = transition(loss.y, loss.steps, **settings)
-    if found.gate.status == SHOWN and found.rise > 0:
-        return Gate(NOT_SHOWN, f"held-out loss rises: {found.gate.reason}")
+    if found.gate.status == PRESENT and found.rise > 0:
+        return Gate(INCONCLUSIVE, f"held-out loss rises: {found.gate.reason}")
     return Gate(found.gate.status, f"held-out loss, {found.gate.reason}")
 
 
@@ -118,29 +128,35 @@ def persona_gate(responses: pd.DataFrame, persona: str, thresholds: GateThreshol
         thresholds: of the gates.
     """
     some = responses[responses["persona"].isin([persona, BASELINE])]
-    mine = (some["persona"] == persona).to_numpy(int)
-    fewest = min(mine.sum(), (1 - mine).sum())
-    if fewest < thresholds.min_responses or some["question_id"].nunique() < 2:
-        return Gate(NOT_TESTABLE, f"{persona}: {fewest} responses; {thresholds.min_responses} and 2 questions needed")
-    words = classifiers.features(some["response"])
-    found = classifiers.two_sample(words, mine, some["question_id"].to_numpy(), permutations=thresholds.permutations)
-    named = {"scope": "persona", "persona": persona, "dataset": some["dataset"].iloc[0]}
-    return gates.evidence(found | named, minimum=thresholds.persona_auc_min, p_max=thresholds.p_max)
+    # All checkpoints of a training are one condition here: the voice, not the step, is asked for.
+    some = some.assign(dataset="(all steps)").reset_index(drop=True)
+    bag = Bag.of(some)
+    mine, base = ([k for k in bag.rows if k[1] == p] for p in (persona, BASELINE))
+    fewest = min(sum(len(bag.rows[k]) for k in side) for side in (mine, base))
+    if fewest < thresholds.min_responses or bag.n_questions < 2:
+        why = f"{persona}: {fewest} responses; {thresholds.min_responses} and 2 questions needed"
+        return Gate(INCONCLUSIVE, why)
+    return voice(told(bag, mine, base)[0], f"{persona} against baseline", matters=thresholds.auc_matters)
 
 
 def judge_gates(
-    judged: pd.DataFrame, judge: JudgePreset, auc: float | None, thresholds: GateThresholds
+    judged: pd.DataFrame, measured: pd.DataFrame | None, thresholds: GateThresholds, look: Labels
 ) -> dict[str, list[Gate]]:
-    """Model -> its gate about the judge, named: what every comparison hangs on.
+    """Model -> its gates about the judge, one for each persona: what the persona's comparisons hang on.
 
     Args:
         judged: scores of all models.
-        judge: who gave them.
-        auc: the judge's agreement with the reference judge.
+        measured: the judge's agreement, slope and bias (`judge.measured_quality`).
         thresholds: of the gates.
+        look: labels.
     """
-    given = partial(gates.judge_gate, auc=auc, minimum=thresholds.judge_auc_min, reference=gates.is_reference(judge))
-    return {model: [given(scores).called("judge")] for model, scores in judged.groupby("model", sort=False)}
+    bounds = {"auc_min": thresholds.judge_auc_min, "slope_min": thresholds.judge_slope_min}
+    bounds["bias_max"] = thresholds.judge_bias_max
+    found = {}
+    for model, scores in judged.groupby("model", sort=False):
+        each = judge_trust(measured, scores["persona"].unique(), constant=constant_judge(scores), **bounds)
+        found[model] = [gate.called(f"judge, {look.persona(p)}", p) for p, gate in each.items()]
+    return found
 
 
 def h3_gates(

@@ -14,7 +14,7 @@ from scipy import stats as sps
 
 from cai_em.analysis.compare import paired_test
 from cai_em.analysis.counts import benjamini_hochberg
-from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate, blocking, named_once
+from cai_em.analysis.gates import INCONCLUSIVE, PRESENT, Gate, blocking, named_once
 from cai_em.analysis.units import bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
 from cai_em.dynamics.curves import OUTCOMES, em_indicator
@@ -175,8 +175,8 @@ def _falls(by_question: pd.Series, what: str, after: str = "") -> Gate:
     mean = points(found["delta"], True)
     said = f"{what} {mean} [{points(found['low'])}, {points(found['high'])}]{after}"
     if math.isnan(found["low"]):
-        return Gate(NOT_TESTABLE, f"{said}: fewer than 3 questions")
-    return Gate(SHOWN if found["high"] < 0 else NOT_SHOWN, said)
+        return Gate(INCONCLUSIVE, f"{said}: fewer than 3 questions")
+    return Gate(PRESENT if found["high"] < 0 else INCONCLUSIVE, said)
 
 
 def em_present(judged: pd.DataFrame, target: str, before: str, after: str, **thresholds: float) -> Gate:

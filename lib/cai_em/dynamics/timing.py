@@ -36,7 +36,7 @@ import pandas as pd
 from scipy import stats as sps
 
 from cai_em.analysis.counts import benjamini_hochberg
-from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
+from cai_em.analysis.gates import INCONCLUSIVE, PRESENT, Gate
 from cai_em.analysis.units import bootstrap_interval
 from cai_em.dynamics.curves import CLAIMED, common, curves_of, thirds
 from cai_em.dynamics.runs import TrajectoryError
@@ -87,8 +87,8 @@ class Transition:
             *(plain_number(x, "+.3g") for x in (self.rise, self.rise_low, self.rise_high))
         )
         if math.isnan(self.rise_low):
-            return Gate(NOT_TESTABLE, f"{what}: fewer than 3 units")
-        return Gate(SHOWN if self.shown else NOT_SHOWN, what)
+            return Gate(INCONCLUSIVE, f"{what}: fewer than 3 units")
+        return Gate(PRESENT if self.shown else INCONCLUSIVE, what)
 
 
 SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0)

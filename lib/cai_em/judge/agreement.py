@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from cai_em.analysis.judge_quality import QUALITY_COLUMNS, quality
 from cai_em.judge.local import ALIGNED_FROM, MISALIGNED_BELOW, AlignmentModel, LocalJudgeError, _verdicts
 from cai_em.judge.prompts import Judgement
-from cai_em.records import tables
+from cai_em.records import manifest, tables
 from cai_em.study import published, sources
 
 PUBLISHED_REFERENCE = "published scores"
@@ -34,6 +38,7 @@ class JudgeQuality:
         spearman: rank correlation with the reference scores.
         n, n_misaligned: responses compared, and how many of them the reference calls misaligned.
         by_group: `auc` within each group.
+        measures: agreement, slope and bias by persona with their intervals (`analysis.quality`, as records).
     """
 
     reference: str
@@ -45,6 +50,7 @@ class JudgeQuality:
     n: int
     n_misaligned: int
     by_group: dict[str, float]
+    measures: list[dict] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """For a manifest."""
@@ -166,7 +172,7 @@ def agreement(
             rest = published_training(table[groups != group], most_of_a_kind=most_of_a_kind, seed=seed)
             here = measured & (groups == group)
             scores[here] = AlignmentModel(rest, "distilled").scores(table.loc[here, "response"].tolist())
-    return _quality(
+    found = _quality(
         scores[measured],
         table.loc[measured, "alignment"].to_numpy(dtype=float),
         groups[measured],
@@ -174,6 +180,11 @@ def agreement(
         trained_on="distilled" if training is None else "builtin",
         held_out=held_out if training is None else "all",
     )
+    if not {"persona", "question_id"} <= set(table):
+        return found
+    pairs = table.loc[measured, ["persona", "question_id"]]
+    pairs = pairs.assign(reference=table.loc[measured, "alignment"], score=scores[measured])
+    return replace(found, measures=quality(pairs).to_dict("records"))
 
 
 def self_agreement(training: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> JudgeQuality:
@@ -294,3 +305,33 @@ def choose_judge(
         return Choice(builtin, "builtin", [against(builtin), self_agreement(builtin, seed=seed)])
     quality = [against(held_out=column) for column in ("dataset", "question_id")]
     return Choice(published_training(reference, seed=seed), "distilled", quality)
+
+
+def quality_file(folder: Path, preset: str) -> Path:
+    """Where the measured quality of a judge lies beside its preset, once it was calibrated."""
+    return folder / "judge_quality" / f"{preset}.json"
+
+
+def measured_quality(
+    preset: Any, folder: Path, stages: Sequence[Path] = (), qualities: Sequence[JudgeQuality] = ()
+) -> pd.DataFrame | None:
+    """What is known of a judge's agreement, slope and bias (`analysis.quality`); None where it was not measured.
+
+    Args:
+        preset: the judge's preset (`kind`, `name`).
+        folder: the study's `params/`, where a calibrated endpoint's measures lie beside its preset.
+        stages: folders of the judging stage, whose manifests hold the local judge's measures.
+        qualities: the local judge's measures, where it was fitted here. Of several ways of holding out the one with the
+            least agreement counts.
+    """
+    if preset.kind != "local":
+        path = quality_file(folder, preset.name)
+        if not path.is_file():
+            return None
+        return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["measures"], columns=QUALITY_COLUMNS)
+    known = [q.as_dict() for q in qualities]
+    known += [q for f in stages for q in manifest.read_manifest(f).get("judge_quality", [])]
+    known = [q for q in known if q.get("measures")]
+    if not known:
+        return None
+    return pd.DataFrame(min(known, key=lambda q: q["auc"])["measures"], columns=QUALITY_COLUMNS)

@@ -123,7 +123,7 @@ TABLES = {
     "verdicts": Expected(
         ("05_validity",), "hypotheses: published rules and ours (cai_em.analysis.verdicts.verdict_table)"
     ),
-    "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.analysis.classifiers.classify)"),
+    "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.analysis.gates.classify)"),
     "power": Expected(("05_validity",), "designs and what they can detect (cai_em.analysis.power.power_table)"),
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
     "claims": Expected(("08_claims",), "claims audit, a row per claim"),

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from cai_em.analysis.units import MIN_SEEDS
 from cai_em.records import manifest as records_manifest
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_percent, typeset_points, typeset_range
@@ -391,10 +392,7 @@ class Blocks:
         if table is None or table.empty:
             return {"power": absent("tbl-power", caption.rstrip("."), "05_validity")}
         samples = sorted(table["samples"].unique())
-        cells = {
-            (r.questions, r.seeds, r.samples): f"{fixed(r.detectable)} ({fixed(r.power, 2)})"
-            for r in table.itertuples()
-        }
+        cells = {(r.questions, r.seeds, r.samples): _seen(r) for r in table.itertuples()}
         rows = [
             [questions, seeds, *(cells.get((questions, seeds, s), "–") for s in samples)]
             for questions, seeds in sorted({(q, s) for q, s, _ in cells})
@@ -476,6 +474,12 @@ def _verdicts(x: Inputs) -> list[_Verdict]:
         sides = (int(count["supporting"]), int(count["datasets"]))
         found.append(_Verdict(row.model, label, row.published_rules, *sides, row.verdict, row.reason))
     return found
+
+
+def _seen(r: Any) -> str:
+    """What a design sees: of the recipe, or with few seeds of these adapters."""
+    power, smallest = (r.power_adapters, r.detectable_adapters) if r.seeds < MIN_SEEDS else (r.power, r.detectable)
+    return "not known" if pd.isna(power) else f"{fixed(smallest)} ({fixed(power, 2)})"
 
 
 def _study_settings(study: study_study.Study) -> Iterator[tuple[str, str, object, Path]]:

@@ -84,7 +84,7 @@ def judge_facts(manifests: Sequence[Mapping[str, Any]]) -> SimpleNamespace | Non
     if not manifests:
         return None
     aucs = [m["judge_auc"] for m in manifests if m.get("judge_auc") is not None]
-    quality = {tuple(sorted(q.items())): q for m in manifests for q in m.get("judge_quality") or []}.values()
+    quality = {repr(sorted(q.items())): q for m in manifests for q in m.get("judge_quality") or []}.values()
     local = not aucs and all(m["params"]["kind"] == "local" for m in manifests)
     names = ("trained_on", "reference", "held_out")
     return SimpleNamespace(
@@ -108,6 +108,7 @@ def results_document(
     resamples: int = 10_000,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
     gates: pd.DataFrame | None = None,
+    controls: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
     caveat: str = "",
     missing: Mapping[str, str] | None = None,
@@ -128,7 +129,8 @@ def results_document(
         confidence: of the intervals in the tables.
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
-        gates: the gate of every comparison (`analysis.comparison_gates`), named under the published tables.
+        gates: the gate of every comparison (`analysis.gate_table`), named under the published tables.
+        controls: the run's controls (`analysis.controls`): the first line says if one fails.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
         missing: model, or whatever else is left out -> why; stands at the top too.
@@ -147,6 +149,7 @@ def results_document(
         resamples=resamples,
         gated=gated or {},
         gates=gates,
+        controls=controls,
         notes=notes or {},
         caveat=caveat,
         missing=missing or {},

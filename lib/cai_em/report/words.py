@@ -30,7 +30,8 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from cai_em.analysis.compare import MIN_SEEDS
+from cai_em.analysis.contrasts import CLOSED, POOLED
+from cai_em.analysis.units import MIN_SEEDS
 from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
@@ -41,7 +42,7 @@ from cai_em.study.labels import Labels
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def rows(table: pd.DataFrame | Iterable[Any]) -> list[Any]:
+def as_rows(table: pd.DataFrame | Iterable[Any]) -> list[Any]:
     """A table's rows, with a column's value as an attribute."""
     return list(table.itertuples(index=False)) if isinstance(table, pd.DataFrame) else list(table)
 
@@ -58,7 +59,7 @@ def table(
 ) -> Markup:
     """A table as a template writes it: for each row, `caller` gives its cells with ` | ` between them."""
     split = lambda line: re.split(r"(?<!\\)\|(?= |$)", line)  # noqa: E731
-    cells = ([c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in rows(found))
+    cells = ([c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in as_rows(found))
     return Markup(markdown_table(cells, [c.strip() for c in split(header)], align, wide=wide))
 
 
@@ -83,7 +84,7 @@ def _significant(found: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 def _shown_rows(found: pd.DataFrame, gates: pd.DataFrame) -> list[Any]:
     known = dict(zip(zip(gates["persona"], gates["dataset"]), gates["gate"]))
-    return [r for r in rows(found) if known.get((r.persona, r.dataset)) == "shown"]
+    return [r for r in as_rows(found) if known.get((r.persona, r.dataset)) == "present"]
 
 
 def by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -106,10 +107,10 @@ def _last_of_presets(general: pd.DataFrame) -> list[SimpleNamespace]:
 
 def _by_intervention(effects: pd.DataFrame) -> list[SimpleNamespace]:
     """The outcomes of each intervention, by name (`dynamics.effects`)."""
-    every = {(r.target, r.dataset, r.outcome): r for r in rows(effects)}
+    every = {(r.target, r.dataset, r.outcome): r for r in as_rows(effects)}
     return [
         SimpleNamespace(**{o: every[r.target, r.dataset, o] for o in ("alignment", "em", "coherence")})
-        for r in rows(where(effects, outcome="alignment"))
+        for r in as_rows(where(effects, outcome="alignment"))
     ]
 
 
@@ -162,7 +163,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
 }  # fmt: skip
 """Filters that write Markdown: numbers as text (`records.numbers`), and foreign text made harmless."""
 TEXTS: dict[str, Callable[..., Any]] = {
-    "rows": rows,
+    "rows": as_rows,
     "where": where,
     "of_model": lambda tables, model: {n: where(t, model=model) for n, t in tables.items() if "model" in t},
     "shown_rows": _shown_rows,
@@ -209,7 +210,7 @@ class Words:
         self.environment.tests["missing"] = _missing
         self.environment.globals |= {
             "table": table, "interval": trusted["interval"], "set_range": trusted["set_range"],
-            "look": look, "MIN_SEEDS": MIN_SEEDS,
+            "look": look, "MIN_SEEDS": MIN_SEEDS, "POOLED": POOLED, "CLOSED": CLOSED,
             "NO_DATASET": NO_DATASET, "CONTRASTS": CONTRASTS,
         } | settings  # fmt: skip
 

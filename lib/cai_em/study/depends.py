@@ -74,6 +74,7 @@ def _settings(
         personas = personas if stage == "11_report" else list(map(_colourless, personas))
         yield "registries", [personas, study.used_datasets(), study.hypotheses, list(study.models.values())]
         yield "thresholds", study.thresholds
+        yield "known faults", study.known_faults
         yield "profile", p
         if p.source == "published":
             lists = ("published_selection.csv", "published_repeated.csv")

@@ -258,12 +258,20 @@ class Dataset(Named):
 
 
 class Hypothesis(Named):
-    """A registered hypothesis. `tested`: the persona that the published analysis tests in its place."""
+    """A registered hypothesis. `tested`: the persona that the published analysis tests in its place.
+
+    `estimand`: what is compared (`cai_em.analysis.contrasts`): how much fine-tuning changes persona and baseline
+    (`susceptibility`), the two after fine-tuning (`after`), without it (`persona`), or one persona before and after it
+    (`uptake`). `reference`: what fine-tuning is measured from; by default the untuned arm where there is one, else the
+    benign twin.
+    """
 
     title: str
     personas: list[str] = Field(min_length=1)
     tested: str | None = None
     direction: Literal["lower", "higher"]
+    estimand: Literal["susceptibility", "after", "persona", "uptake"] = "susceptibility"
+    reference: Literal["none", "twin"] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Hypothesis:
@@ -275,6 +283,23 @@ class Hypothesis(Named):
     def published_persona(self) -> str:
         """The one persona that the published rules test."""
         return self.tested or self.personas[0]
+
+
+class FaultCells(Strict):
+    """Conditions, as the product of three lists. Without a list: all; names with `!` in front: all but these."""
+
+    models: list[str] | None = None
+    personas: list[str] | None = None
+    datasets: list[str] | None = None
+
+
+class Fault(Strict):
+    """A known fault of how conditions were made, which closes them whatever their responses look like."""
+
+    what: str = Field(min_length=1)
+    source: str = Field(min_length=1, description="where it can be looked up")
+    about: Literal["published", "trained"] = Field(default="published", description="whose responses it is about")
+    cells: list[FaultCells] = Field(min_length=1)
 
 
 class LoraPreset(Strict):
@@ -456,14 +481,15 @@ class JudgePreset(EndpointPreset):
 
 
 class GateThresholds(Strict):
-    """When a manipulation counts as shown."""
+    """What must be shown of a manipulation, and what would be too little to matter (docs/calibration.md)."""
 
-    persona_auc_min: Share = 0.6
-    uptake_auc_min: Share = 0.6
-    p_max: Share = 0.05
+    auc_matters: Share = Field(default=0.55, description="a voice certainly below this AUC is absent")
+    learned_matters: float = Field(default=5.0, description="likeness to a data set's rows, certainly less is absent")
     judge_auc_min: Share = 0.85
-    min_responses: Positive = 20
-    permutations: Positive = 200
+    judge_slope_min: Share = Field(default=0.5, description="of the judge's scores on reference scores")
+    judge_bias_max: float = Field(default=5.0, description="points that a judge may take from a persona's answers")
+    control_level: InnerShare = Field(default=0.01, description="a negative control fails below this p")
+    min_responses: Positive = Field(default=20, description="of a side, for a classifier along training (H3)")
 
 
 class Thresholds(Strict):

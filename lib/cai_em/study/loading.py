@@ -153,6 +153,11 @@ def _check_ways(study: Study) -> None:
         )
 
 
+def judge_presets(folder: Path) -> dict[str, Any]:
+    """The judges of `params/judges.yaml`, by key."""
+    return _registries(folder)["judges"]
+
+
 def load(profile: str | Path, folder: str | Path | None = None) -> Study:
     """The study that a profile describes.
 

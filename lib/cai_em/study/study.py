@@ -26,6 +26,7 @@ from cai_em.study.entries import (
     Arm,
     Dataset,
     DpoPreset,
+    Fault,
     FileStem,
     GeneratorPreset,
     Hypothesis,
@@ -174,6 +175,7 @@ _REGISTRIES: dict[str, type[Strict] | Any] = {
     "personas": Persona,
     "datasets": Dataset,
     "hypotheses": Hypothesis,
+    "known_faults": Fault,
     "training": Annotated[DpoPreset | SftPreset, Field(discriminator="kind")],
     "sampling": SamplingPreset,
     "generators": GeneratorPreset,
@@ -220,6 +222,8 @@ class Study:
         self.personas: dict[str, Persona] = registries["personas"]
         self.datasets: dict[str, Dataset] = registries["datasets"]
         self.hypotheses: list[Hypothesis] = [self.entry("hypotheses", h, "hypotheses") for h in profile.hypotheses]
+        faults: dict[str, Fault] = registries["known_faults"]
+        self.known_faults = {key: fault for key, fault in faults.items() if fault.about == profile.source}
         for preset, registry in (
             ("generator", "generators"),
             ("persona_training", "training"),
@@ -252,6 +256,10 @@ class Study:
                 f"(it has: {', '.join(known)})"
             )
         return known[key]
+
+    def also_claimed(self) -> list[str]:
+        """Hypotheses of other stages that this study's documents claim too: they count in the family."""
+        return [key for key, part in (("h3", self.profile.trajectory), ("h4", self.profile.steering)) if part]
 
     def training_preset(self, name: str) -> DpoPreset | SftPreset:
         """A preset of params/training.yaml by name (for stages that name one of their own)."""

@@ -17,15 +17,14 @@ GATE_PANELS = {
     "datasets": ("Which data set was it?\n(all data sets of a persona)", "accuracy"),
     "dataset_others": ("This data set or another?", "AUC"),
 }
-"""Classifier tests shown, by `scope` (see cai_em.analysis.classifiers.SCOPES): title and what is measured."""
+"""Classifier tests shown, by `scope` (see cai_em.analysis.gates.SCOPES): title and what is measured."""
 
 
 @figure("gates", "Manipulation checks", "05_validity/tests", order=15)
 def _draw(view: View, tests: pd.DataFrame) -> Drawing | None:
     """Classifier two-sample tests, one panel per question asked, against chance.
 
-    A test is filled where its interval lies above chance and its p is below `view.p_max`. What permuted labels gave
-    (`chance_low, chance_high`) is drawn as a band where known.
+    A test is filled where its interval lies above chance and its p is below `view.p_max`.
     """
     look, p_max = view.look, view.p_max
     panels = [s for s in GATE_PANELS if (tests["scope"] == s).any()]
@@ -49,9 +48,6 @@ def _draw(view: View, tests: pd.DataFrame) -> Drawing | None:
             here = part[part[by] == name]
             spread = np.linspace(-0.36, 0.36, len(here)) if len(here) > 1 else [0.0]
             ax.plot([here["chance"].mean()] * 2, [y - 0.45, y + 0.45], color=style.INK, lw=1.1, zorder=1)
-            if {"chance_low", "chance_high"} <= set(here):
-                low, high = here["chance_low"].min(), here["chance_high"].max()
-                ax.barh(y, high - low, left=low, height=0.9, color=style.CHANCE, zorder=0)
             for offset, row in zip(spread, here.itertuples()):
                 persona = row.persona if isinstance(row.persona, str) else None
                 colour = look.colour(persona) if persona else style.INK
@@ -72,13 +68,13 @@ def _draw(view: View, tests: pd.DataFrame) -> Drawing | None:
     personas = look.sort_personas(tests.loc[tests["scope"].isin(("persona", "dataset")), "persona"].dropna())
     handles = [Line2D([], [], **look.line(p) | {"linestyle": "none"}) for p in personas]
     handles += [
-        Line2D([], [], color=style.INK, lw=1.1, label="chance (grey: permuted labels)"),
+        Line2D([], [], color=style.INK, lw=1.1, label="chance"),
         Line2D([], [], marker="o", mfc=style.PAPER, color=style.INK, ls="none", ms=4, label="hollow: not above chance"),
     ]
     legend_below(fig, handles, 3)
     caption = (
         "Manipulation checks from the responses alone: how well a classifier tells them apart on questions that it "
-        "has not seen, with bootstrap intervals over questions where they can be told apart. Filled: interval above "
-        f"chance and permutation p below {p_max:g}. " + "; ".join(notes).capitalize() + "."
+        "has not seen, with 90 % intervals where they can be told apart. Filled: interval above "
+        f"chance and p below {p_max:g}. " + "; ".join(notes).capitalize() + "."
     )
     return Drawing(fig, caption, f"{len(panels)} panels of classifier scores against chance; {'; '.join(notes)}.")

@@ -41,7 +41,7 @@ class View:
         look: labels, order, colours.
         hypotheses: entries with `key, label, personas, direction`.
         confidence: of the intervals in the tables.
-        p_max: a gate's test counts where its permutation p is below this.
+        p_max: a gate's test counts where its p is below this.
         trained: the data set of H3's runs.
     """
 
