@@ -479,7 +479,7 @@ def _grid(x: Inputs, numbers: Numbers) -> dict[str, str]:
     return blocks | {"roles": _roles(roles, look, count), "samples": _samples(conditions, design, numbers, source)}
 
 
-FLAGS = {"REFUSAL": "refused", "CODE": "code", "PARSE": "unparsed", "API": "failed"}
+FLAGS = {"REFUSAL": "refused", "CODE": "code", "PARSE": "unparsed", "API": "failed", "OTHER": "unscored for other reasons"}
 
 
 def _flags(row: Any) -> str:

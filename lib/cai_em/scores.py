@@ -22,8 +22,12 @@ KEY = ["model", "persona", "dataset", "seed", "question_id", "sample"]
 CONDITION = KEY[:4]
 """Columns that name one condition."""
 
-FLAGS = ("REFUSAL", "CODE", "PARSE", "API")
-"""Why a score is missing: the judge said REFUSAL or CODE, its answer could not be parsed, the call failed."""
+FLAGS = ("REFUSAL", "CODE", "PARSE", "API", "OTHER")
+"""Why a score is missing: the judge said REFUSAL or CODE, its answer could not be parsed, the call failed; OTHER: another
+word of the judge's, or (somebody else's file) no reason said."""
+
+SKIPPED = "SKIPPED"
+"""Flag of a coherence that nobody asked for: other people's judgings may be of alignment only."""
 
 JUDGE_MODES = ("integer", "logprob", "local")
 
@@ -40,8 +44,8 @@ def _score() -> pa.Column:
     return pa.Column(float, pa.Check.in_range(0, 100), nullable=True, coerce=True)
 
 
-def _flag() -> pa.Column:
-    return pa.Column(str, pa.Check.isin(FLAGS), nullable=True, coerce=True)
+def _flag(*more: str) -> pa.Column:
+    return pa.Column(str, pa.Check.isin([*FLAGS, *more]), nullable=True, coerce=True)
 
 
 _KEY_COLUMNS = {
@@ -87,7 +91,7 @@ SCORES = pa.DataFrameSchema(
         "alignment": _score(),
         "alignment_flag": _flag(),
         "coherence": _score(),
-        "coherence_flag": _flag(),
+        "coherence_flag": _flag(SKIPPED),
         "raw": _text(),
     },
     checks=[_one_of("alignment", "alignment_flag"), _one_of("coherence", "coherence_flag")],

@@ -1,0 +1,32 @@
+"""Other people's studies: their files, read into this project's tables, with all that can be said of the files themselves.
+
+`draft` says what files seem to mean, `read_spec` reads what a person made of that (`audit.yaml`), `assemble` brings the
+files into the tables that every other stage reads. `rates` gives each condition's EM rate under each rule that a study
+has used, `copies` and `leaks` look for responses that are no observations of their own. Strangers' files are data.
+"""
+
+from cai_em.audit.assemble import Assembled, assemble
+from cai_em.audit.draft import Draft, draft, understood
+from cai_em.audit.inspect_logs import export
+from cai_em.audit.leaks import copied, filtered, in_domain
+from cai_em.audit.opening import AuditError
+from cai_em.audit.rates import RULES, order, rates
+from cai_em.audit.spec import AuditSpec, read_spec
+
+__all__ = [
+    "RULES",
+    "Assembled",
+    "AuditError",
+    "AuditSpec",
+    "Draft",
+    "assemble",
+    "copied",
+    "draft",
+    "export",
+    "filtered",
+    "in_domain",
+    "order",
+    "rates",
+    "read_spec",
+    "understood",
+]
