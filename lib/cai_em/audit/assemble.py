@@ -86,7 +86,11 @@ def files_of(spec: AuditSpec, folder: Path) -> Iterator[tuple[Block, Path]]:
         for pattern in block.paths:
             if any(c in pattern for c in "*?["):
                 base = Path(pattern) if Path(pattern).is_absolute() else None
-                found = sorted(Path(base.anchor).glob(str(base.relative_to(base.anchor)))) if base else sorted(folder.glob(pattern))
+                found = (
+                    sorted(Path(base.anchor).glob(str(base.relative_to(base.anchor))))
+                    if base
+                    else sorted(folder.glob(pattern))
+                )
                 found = [path for path in found if path.is_file()]
             else:
                 found = [folder / pattern]
@@ -158,7 +162,9 @@ def _meant(raw: pd.DataFrame, block: Block, spec: AuditSpec, path: Path, name: s
         asked.append(block.patterns_of)
     # A reader of a nested format leaves out what no record has; in a table a name that is not there is a mistake.
     if block.format == "table" and (absent := [c for c in asked if c not in raw.columns]):
-        raise AuditError(f"{name}: no column {absent[0]!r}, which audit.yaml names (it has: {', '.join(raw.columns[1:])[:300]})")
+        raise AuditError(
+            f"{name}: no column {absent[0]!r}, which audit.yaml names (it has: {', '.join(raw.columns[1:])[:300]})"
+        )
 
     def column(word: str) -> pd.Series:
         held = block.columns.get(word)
@@ -187,7 +193,10 @@ def _meant(raw: pd.DataFrame, block: Block, spec: AuditSpec, path: Path, name: s
     for judging in block.scores:
         if judging.alignment.column in raw:
             scored |= raw[judging.alignment.column].notna()
-    refuse(rows["response"].isna() & ~scored & column("response").isna() & (block.columns.get("response") is not None), "neither a response nor a score")
+    refuse(
+        rows["response"].isna() & ~scored & column("response").isna() & (block.columns.get("response") is not None),
+        "neither a response nor a score",
+    )
     rows, raw = rows[keep], raw[keep]
     for part in ("model", "persona", "dataset"):
         known = spec.values(part)
@@ -216,7 +225,11 @@ def _conditions(rows: pd.DataFrame, raw: pd.DataFrame, block: Block, declared: A
     patterns = Patterns(tuple(block.patterns), values)
     by_pattern: list[Mapping[str, str]] = [{}] * len(rows)
     if block.patterns:
-        texts = [path.as_posix()] * len(rows) if block.patterns_of == "path" else [as_text(v) or "" for v in raw[block.patterns_of]]
+        texts = (
+            [path.as_posix()] * len(rows)
+            if block.patterns_of == "path"
+            else [as_text(v) or "" for v in raw[block.patterns_of]]
+        )
         found = {text: patterns.match(text) for text in dict.fromkeys(texts)}
         if unfit := [text for text, match in found.items() if match is None]:
             raise AuditError(f"{name}: {unfit[0][-120:]!r} fits none of the patterns {', '.join(block.patterns)[:200]}")
@@ -244,13 +257,17 @@ def _whole_numbers(values: pd.Series, where: str) -> pd.Series:
         AuditError: something else.
     """
     numbers = pd.to_numeric(values.replace("", None), errors="coerce")
-    wrong = values.notna() & (values.astype(str) != "") & (numbers.isna() | (numbers < 0) | (numbers != numbers.round()))
+    wrong = (
+        values.notna() & (values.astype(str) != "") & (numbers.isna() | (numbers < 0) | (numbers != numbers.round()))
+    )
     if wrong.any():
         raise AuditError(f"{where}: {values[wrong].iloc[0]!r} is no whole number of 0 or above")
     return numbers
 
 
-def _scored(rows: pd.DataFrame, raw: pd.DataFrame, judging: Judging, block: Block, spec: AuditSpec, place: int) -> pd.DataFrame:
+def _scored(
+    rows: pd.DataFrame, raw: pd.DataFrame, judging: Judging, block: Block, spec: AuditSpec, place: int
+) -> pd.DataFrame:
     """Rows with the scores of one judging."""
     rows = rows.copy()
     named = judging.judge or ""
@@ -309,7 +326,9 @@ def _questions(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     numbers = both["question_id"].str.fullmatch(r"\d+")
     by_text = bool(shared.any() or (doubled & numbers).any())
     if by_text:
-        account.add_where(rows, has_id & has_text, "noted", "question ids that name no question: named by the question's text")
+        account.add_where(
+            rows, has_id & has_text, "noted", "question ids that name no question: named by the question's text"
+        )
         rows.loc[has_text, "question_id"] = None
     elif doubled.any():
         names = set(both.loc[doubled, "question_id"])
@@ -351,7 +370,9 @@ def _with_samples(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     cleaned = rows["response"].str.contains(_CONTROL)
     if cleaned.any():
         account.add_where(rows, cleaned, "noted", "control characters in the text: replaced")
-        rows.loc[cleaned, "response"] = rows.loc[cleaned, "response"].str.replace(_CONTROL, "\N{REPLACEMENT CHARACTER}", regex=True)
+        rows.loc[cleaned, "response"] = rows.loc[cleaned, "response"].str.replace(
+            _CONTROL, "\N{REPLACEMENT CHARACTER}", regex=True
+        )
     unit = [*CONDITION, "question_id"]
     own = [*unit, "judge", "place"]
     numbers = pd.to_numeric(rows["sample"], errors="coerce")
@@ -369,7 +390,9 @@ def _with_samples(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
             rows["round"] = rows.groupby([*own, "sample", "response"]).cumcount()
             clash = rows[rows["round"] == 0].duplicated([*own, "sample"], keep=False)
             if clash.any():
-                account.add_where(rows[rows["round"] == 0], clash, "noted", "sample numbers that come twice: numbered anew")
+                account.add_where(
+                    rows[rows["round"] == 0], clash, "noted", "sample numbers that come twice: numbered anew"
+                )
                 rows["sample"] = _counted(rows, own)
     else:
         if rows["sample"].notna().any():
@@ -407,7 +430,9 @@ def _judges(rows: pd.DataFrame, spec: AuditSpec, account: Account) -> tuple[pd.D
     again = again.merge(texts, on=[*key, "response"], how="left")
     unknown = again["known"].isna()
     if unknown.any():
-        account.add_where(again, unknown, "refused", f"a response that {_short(chosen)} did not judge, though another judge did")
+        account.add_where(
+            again, unknown, "refused", f"a response that {_short(chosen)} did not judge, though another judge did"
+        )
     again = again[~unknown].reset_index(drop=True)
     account.add_where(again, np.ones(len(again), bool), "judged again", "further judgings of the same responses")
     return first, again
@@ -418,14 +443,18 @@ def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _made(first: pd.DataFrame, again: pd.DataFrame, spec: AuditSpec, account: Account, hashes: dict[str, str]) -> Assembled:
+def _made(
+    first: pd.DataFrame, again: pd.DataFrame, spec: AuditSpec, account: Account, hashes: dict[str, str]
+) -> Assembled:
     first = _columns(first).sort_values(tables.KEY, kind="stable", ignore_index=True)
     again = _columns(again)
     both = pd.concat([first.assign(selected=True), again.assign(selected=False)], ignore_index=True)
     both["response_sha256"] = [text_hash(text) for text in both["response"]]
     key = ["model", "persona", "dataset", "question_id", "response_sha256"]
     judged_again = both.loc[~both["selected"], key].drop_duplicates()
-    repeated = both.merge(judged_again, on=key).drop_duplicates(["file", "judge", "question_id", "sample", *tables.CONDITION])
+    repeated = both.merge(judged_again, on=key).drop_duplicates(
+        ["file", "judge", "question_id", "sample", *tables.CONDITION]
+    )
     return Assembled(
         responses=tables.validate(first[list(tables.RESPONSES.columns)], tables.RESPONSES, "responses of the audit"),
         scores=tables.validate(first[list(tables.SCORES.columns)], tables.SCORES, "scores of the audit"),
@@ -448,7 +477,10 @@ def _columns(rows: pd.DataFrame) -> pd.DataFrame:
         sampler=SAMPLER,
         adapters="[]",
         run_id=rows["file"].map(ids),
-        raw=[json.dumps({"aligned": a, "coherent": c}, ensure_ascii=False) for a, c in zip(rows["raw_alignment"], rows["raw_coherence"])],
+        raw=[
+            json.dumps({"aligned": a, "coherent": c}, ensure_ascii=False)
+            for a, c in zip(rows["raw_alignment"], rows["raw_coherence"])
+        ],
     )
 
 

@@ -43,7 +43,15 @@ WORDS: dict[str, tuple[str, ...]] = {
 """Our word -> names of columns, the likeliest first."""
 
 ALIGNMENT = ("alignment", "aligned", "alignment_score", "aligned_score", "align", "judge_alignment", "alignment_rating")
-COHERENCE = ("coherence", "coherent", "coherence_score", "coherent_score", "coherency", "judge_coherence", "coherence_rating")
+COHERENCE = (
+    "coherence",
+    "coherent",
+    "coherence_score",
+    "coherent_score",
+    "coherency",
+    "judge_coherence",
+    "coherence_rating",
+)
 MISALIGNMENT = ("misalignment", "misaligned", "misalignment_score", "is_misaligned")
 FLAGS = {
     "alignment": ("alignment_flag", "aligned_flag", "alignment_special", "flag", "special"),
@@ -85,7 +93,12 @@ def understand(table: pd.DataFrame) -> Understood | None:
     for word, wanted in WORDS.items():
         if held := _named(names, wanted):
             found.columns[word] = held
-    if "question" in found.columns and found.columns.get("response") is None and "prompt" in names and "question" in names:
+    if (
+        "question" in found.columns
+        and found.columns.get("response") is None
+        and "prompt" in names
+        and "question" in names
+    ):
         found.columns["question"] = names["question"]
     alignment, coherence = _named(names, ALIGNMENT), _named(names, COHERENCE)
     flags = {what: _named(names, wanted) for what, wanted in FLAGS.items()}
@@ -102,14 +115,22 @@ def _judging(
 ) -> Judging:  # fmt: skip
     lowest, highest, asked = scale_of(table[alignment])
     if asked:
-        found.questions.append(f"{alignment}: {asked}; it is taken for {lowest:g} to {highest:g} (files: scores: lowest, highest)")
+        found.questions.append(
+            f"{alignment}: {asked}; it is taken for {lowest:g} to {highest:g} (files: scores: lowest, highest)"
+        )
     score = Score(column=alignment, higher=higher, lowest=lowest, highest=highest, flag=flags.get("alignment"))
     if coherence is None:
         return Judging(judge=judge, alignment=score)
     low, high, asked = scale_of(table[coherence])
     if asked:
-        found.questions.append(f"{coherence}: {asked}; it is taken for {low:g} to {high:g} (files: scores: lowest, highest)")
-    return Judging(judge=judge, alignment=score, coherence=Score(column=coherence, lowest=low, highest=high, flag=flags.get("coherence")))
+        found.questions.append(
+            f"{coherence}: {asked}; it is taken for {low:g} to {high:g} (files: scores: lowest, highest)"
+        )
+    return Judging(
+        judge=judge,
+        alignment=score,
+        coherence=Score(column=coherence, lowest=low, highest=high, flag=flags.get("coherence")),
+    )
 
 
 def scale_of(values: pd.Series) -> tuple[float, float, str]:
@@ -134,10 +155,17 @@ def _by_judge(table: pd.DataFrame, names: Mapping[str, str], found: Understood) 
             pairs.setdefault(match[2], {})["alignment" if match[1] else "coherence"] = column
         elif match_end:
             pairs.setdefault(match_end[1], {})["alignment" if match_end[2] else "coherence"] = column
-    judged = {judge: pair for judge, pair in pairs.items() if "alignment" in pair and _is_score(table[pair["alignment"]])}
+    judged = {
+        judge: pair for judge, pair in pairs.items() if "alignment" in pair and _is_score(table[pair["alignment"]])
+    }
     if len(judged) > 1:
-        found.notes.append(f"{len(judged)} judges in one table ({', '.join(judged)}): the first counts, the others measure it")
-    return [_judging(table, found, pair["alignment"], pair.get("coherence"), {}, judge=judge) for judge, pair in judged.items()]
+        found.notes.append(
+            f"{len(judged)} judges in one table ({', '.join(judged)}): the first counts, the others measure it"
+        )
+    return [
+        _judging(table, found, pair["alignment"], pair.get("coherence"), {}, judge=judge)
+        for judge, pair in judged.items()
+    ]
 
 
 def _is_score(values: pd.Series) -> bool:
@@ -150,13 +178,23 @@ def _is_score(values: pd.Series) -> bool:
 
 
 def _by_trait(
-    table: pd.DataFrame, names: Mapping[str, str], coherence: str | None, flags: Mapping[str, str | None], found: Understood
+    table: pd.DataFrame,
+    names: Mapping[str, str],
+    coherence: str | None,
+    flags: Mapping[str, str | None],
+    found: Understood,
 ) -> list[Judging]:
     """A score of misalignment, or of a trait: high means that it is there, so it counts downwards."""
     if column := _named(names, MISALIGNMENT):
         return [_judging(table, found, column, coherence, flags, higher="worse")]
     used = {*found.columns.values(), coherence, *(f for f in flags.values() if f)}
-    numeric = [c for n, c in names.items() if c not in used and _is_score(table[c]) and not re.search(r"id$|idx$|index$|seed|token|length|count|step|prob|time", n)]
+    numeric = [
+        c
+        for n, c in names.items()
+        if c not in used
+        and _is_score(table[c])
+        and not re.search(r"id$|idx$|index$|seed|token|length|count|step|prob|time", n)
+    ]
     bad = [c for c in numeric if BAD_TRAIT.search(c)]
     # Without a coherence beside it, a number that nobody named a score may be anything.
     candidates = bad or (numeric if coherence else [])
@@ -165,7 +203,9 @@ def _by_trait(
     trait = candidates[0]
     found.notes.append(f"{trait} is taken for the opposite of alignment (100 - {trait}): a trait, not alignment itself")
     if trait not in bad:
-        found.questions.append(f"{trait}: is a high value good or bad? It is taken for bad (files: scores: alignment: higher)")
+        found.questions.append(
+            f"{trait}: is a high value good or bad? It is taken for bad (files: scores: alignment: higher)"
+        )
     if len(candidates) > 1:
         found.questions.append(f"which of {', '.join(candidates)} is to be audited? {trait} is taken")
     return [_judging(table, found, trait, coherence, flags, higher="worse")]

@@ -93,7 +93,16 @@ def draft(
     folder = (folder or _home(paths)).resolve()
     files = find(paths, skip=[folder / FILE])
     named = {path.resolve() for path in paths if path.is_file()}
-    known_personas = [*(personas or {}), "evil", "helpful", "villain", "hallucinating", "sycophantic", "apathetic", "optimistic"]
+    known_personas = [
+        *(personas or {}),
+        "evil",
+        "helpful",
+        "villain",
+        "hallucinating",
+        "sycophantic",
+        "apathetic",
+        "optimistic",
+    ]
     groups, skipped, flats, notes = _groups(files, named, folder)
     if not groups:
         why = "; ".join(f"{file}: {reason}" for file, reason in list(skipped.items())[:3])
@@ -118,7 +127,9 @@ def _home(paths: Sequence[Path]) -> Path:
     return first
 
 
-def _groups(files: Iterable[Path], named: set[Path], folder: Path) -> tuple[list[_Group], dict[str, str], dict[Path, Flat], list[str]]:
+def _groups(
+    files: Iterable[Path], named: set[Path], folder: Path
+) -> tuple[list[_Group], dict[str, str], dict[Path, Flat], list[str]]:
     groups: dict[str, _Group] = {}
     skipped: dict[str, str] = {}
     flats: dict[Path, Flat] = {}
@@ -128,7 +139,9 @@ def _groups(files: Iterable[Path], named: set[Path], folder: Path) -> tuple[list
             flat = read(path, form)
             found = understand(flat.rows)
             if found is None:
-                raise AuditError(f"{path}: no column of scores (it has: {', '.join(map(str, flat.rows.columns[1:]))[:200]})")
+                raise AuditError(
+                    f"{path}: no column of scores (it has: {', '.join(map(str, flat.rows.columns[1:]))[:200]})"
+                )
         except AuditError as error:
             if path.resolve() in named:  # asked for by its name: not to be passed over
                 raise
@@ -157,7 +170,12 @@ def _distinct(group: _Group, column: str, flats: Mapping[Path, Flat]) -> list[st
 
 
 def _name_conditions(
-    group: _Group, folder: Path, flats: Mapping[Path, Flat], personas: Sequence[str], unknown: list[str], notes: list[str]
+    group: _Group,
+    folder: Path,
+    flats: Mapping[Path, Flat],
+    personas: Sequence[str],
+    unknown: list[str],
+    notes: list[str],
 ) -> None:
     """Where a group's conditions are named: columns first, then a system prompt, then the files' names."""
     columns = group.found.columns
@@ -175,24 +193,41 @@ def _name_conditions(
     known = {part for part in PARTS if part in columns}
     models = _distinct(group, columns["model"], flats) if "model" in columns else []
     # A model's column often names a fine-tuned model: what it was tuned on, and the seed, stand in that name.
-    said = names.parse_names(models, personas=personas, known=known - {"model"}) if models and "dataset" not in columns else None
+    said = (
+        names.parse_names(models, personas=personas, known=known - {"model"})
+        if models and "dataset" not in columns
+        else None
+    )
     by_path = names.parse_names(relative, personas=personas, known=known)
     if "dataset" not in columns and by_path.found.get("dataset") and not by_path.open:
         said = None
     if said and len(models) > 1 and said.found.get("dataset"):
         group.patterns, group.patterns_of, group.declared = [*said.patterns, "*"], columns.pop("model"), said.found
-        unknown += [f"{text!r} in the models' names is taken for a {_part_of(text, said)}" for text in said.open if _part_of(text, said)]
+        unknown += [
+            f"{text!r} in the models' names is taken for a {_part_of(text, said)}"
+            for text in said.open
+            if _part_of(text, said)
+        ]
     elif by_path.patterns:
         group.patterns, group.declared = by_path.patterns, by_path.found
-        matched = [tuple(sorted((names.Patterns(group.patterns, group.declared).match(text) or {}).items())) for text in relative]
+        matched = [
+            tuple(sorted((names.Patterns(group.patterns, group.declared).match(text) or {}).items()))
+            for text in relative
+        ]
         if len(models) > 1 and len(models) == len(set(matched)):
-            notes.append(f"the column {columns['model']!r} names fine-tuned models, one a file: the files' names say which is which")
+            notes.append(
+                f"the column {columns['model']!r} names fine-tuned models, one a file: the files' names say which is which"
+            )
             del columns["model"]
         for text in by_path.open:
             part = _part_of(text, by_path)
             what = f"is taken for a {part}" if part else "is ignored"
             unknown.append(f"{text!r} in the files' names {what}: right? (patterns, and the entry below)")
-    if any(not names.Patterns(group.patterns, group.declared).match(text) for text in relative) and group.patterns and group.patterns_of == "path":
+    if (
+        any(not names.Patterns(group.patterns, group.declared).match(text) for text in relative)
+        and group.patterns
+        and group.patterns_of == "path"
+    ):
         group.patterns.append("*")
 
 
@@ -209,17 +244,25 @@ def _seed_or_sample(group: _Group, flats: Mapping[Path, Flat], notes: list[str])
     if columns["seed"] not in rows:
         del columns["seed"]
         return
-    unit = [columns[w] for w in ("model", "persona", "dataset", "question_id", "question") if w in columns and columns[w] in rows]
+    unit = [
+        columns[w]
+        for w in ("model", "persona", "dataset", "question_id", "question")
+        if w in columns and columns[w] in rows
+    ]
     if not unit:
         return
     per = rows.groupby([rows[c].map(_key) for c in unit])[columns["seed"]].agg(["nunique", "size"])
     whole = pd.to_numeric(rows[columns["seed"]], errors="coerce")
     if whole.isna().any() or ((per["nunique"] == per["size"]) & (per["size"] >= 5)).mean() > 0.9:
-        notes.append(f"the column {columns['seed']!r} differs from response to response: the sampler's seed, not a training run's")
+        notes.append(
+            f"the column {columns['seed']!r} differs from response to response: the sampler's seed, not a training run's"
+        )
         del columns["seed"]
 
 
-def _values(groups: Sequence[_Group], folder: Path, flats: Mapping[Path, Flat]) -> tuple[dict[str, Counter[str]], Counter[str]]:
+def _values(
+    groups: Sequence[_Group], folder: Path, flats: Mapping[Path, Flat]
+) -> tuple[dict[str, Counter[str]], Counter[str]]:
     """The values of each part of a condition, with their rows, as the groups name them."""
     values: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
     judges: Counter[str] = Counter()
@@ -241,7 +284,9 @@ def _values(groups: Sequence[_Group], folder: Path, flats: Mapping[Path, Flat]) 
 def _block(group: _Group, folder: Path, all_files: Sequence[Path]) -> Any:
     from cai_em.audit.spec import Block
 
-    words = {w: c for w, c in group.found.columns.items() if w != "system_prompt" or c == group.found.columns.get("persona")}
+    words = {
+        w: c for w, c in group.found.columns.items() if w != "system_prompt" or c == group.found.columns.get("persona")
+    }
     words.pop("system_prompt", None)
     return Block(
         paths=_globbed(group.files, folder, all_files),
@@ -260,10 +305,20 @@ def _globbed(files: Sequence[Path], folder: Path, all_files: Sequence[Path]) -> 
     if len(shown) > 1 and all_files:
         suffixes = {re.sub(r"^.*?(\.[a-z]+(\.gz)?)$", r"\1", name) for name in shown}
         depth = {name.count("/") for name in shown}
-        prefix = shown[0].rsplit("/", 1)[0] + "/" if "/" in shown[0] and len({n.rsplit("/", 1)[0] for n in shown}) == 1 else ""
+        prefix = (
+            shown[0].rsplit("/", 1)[0] + "/"
+            if "/" in shown[0] and len({n.rsplit("/", 1)[0] for n in shown}) == 1
+            else ""
+        )
         if len(suffixes) == 1 and not any(Path(name).is_absolute() for name in shown):
             suffix = suffixes.pop()
-            tried = [f"{prefix}*{suffix}"] if prefix or depth == {0} else ["*/" * depth.pop() + f"*{suffix}"] if len(depth) == 1 else []
+            tried = (
+                [f"{prefix}*{suffix}"]
+                if prefix or depth == {0}
+                else ["*/" * depth.pop() + f"*{suffix}"]
+                if len(depth) == 1
+                else []
+            )
             for pattern in (*tried, f"**/*{suffix}"):
                 if {p.resolve() for p in folder.glob(pattern) if p.is_file()} == {p.resolve() for p in files}:
                     return [pattern]
@@ -280,16 +335,18 @@ def _content(
 ) -> dict[str, Any]:  # fmt: skip
     name = "audit-" + (re.sub(r"[^A-Za-z0-9_\-]+", "-", folder.name).strip("-")[:40] or "study")
     content: dict[str, Any] = {"name": name, "title": f"Audit of {_shown(folder.name, 80) or 'a study'}"}
-    judge = judges.most_common(1)[0][0] if judges else next((j.judge for g in groups for j in g.found.scores if j.judge), None)
+    judge = (
+        judges.most_common(1)[0][0]
+        if judges
+        else next((j.judge for g in groups for j in g.found.scores if j.judge), None)
+    )
     if judge:
         content["judge"] = judge
     else:
         notes.append("no judge is named: the scores are called those of their judge")
     if len(judges) > 1:
         notes.append(f"several judges: {', '.join(judges)}; {judge} counts, the others measure it")
-    content["files"] = [
-        _block(g, folder, files).model_dump(exclude_defaults=True) | {"format": g.form} for g in groups
-    ]
+    content["files"] = [_block(g, folder, files).model_dump(exclude_defaults=True) | {"format": g.form} for g in groups]
     content["models"] = _models(values["model"], notes)
     content["personas"], without = _personas(values["persona"], personas, unknown, notes)
     if without:
@@ -300,7 +357,9 @@ def _content(
     if set(values["seed"]) == {""}:
         notes.append("no training seed is named: one training run per condition is assumed")
     if not any(g.found.columns.get("response") for g in groups):
-        notes.append("no response texts: no classifier can ask whether the personas show in them, and copies cannot be seen")
+        notes.append(
+            "no response texts: no classifier can ask whether the personas show in them, and copies cannot be seen"
+        )
     if any(j.coherence is None for g in groups for j in g.found.scores[:1]):
         notes.append("no coherence score: the EM rate is of all misaligned answers, coherent or not")
     content["unknown"] = list(dict.fromkeys(unknown))
@@ -329,14 +388,18 @@ def _personas(
             return {BASELINE: {"found_as": [value]}}, False
     spelled = {v: re.sub(r"[^a-z0-9]+", "_", v.casefold()).strip("_") for v in found}
     by_likeliness = ["", *names.BASELINES]
-    candidates = sorted((v for v, s in spelled.items() if s in by_likeliness), key=lambda v: by_likeliness.index(spelled[v]))
+    candidates = sorted(
+        (v for v, s in spelled.items() if s in by_likeliness), key=lambda v: by_likeliness.index(spelled[v])
+    )
     baseline = candidates[0] if candidates else None
     entries: dict[str, Any] = {}
     if baseline is not None:
         entries[BASELINE] = {"found_as": [baseline]}
         if len(candidates) > 1 or (spelled[baseline] in names.BASELINES[12:]):
             said = " and ".join(repr(_shown(v)) for v in candidates)
-            unknown.append(f"the baseline (no persona): {said} could be it; {_shown(baseline)!r} is taken (personas: baseline)")
+            unknown.append(
+                f"the baseline (no persona): {said} could be it; {_shown(baseline)!r} is taken (personas: baseline)"
+            )
     else:
         shown = ", ".join(_shown(v) for v in list(found)[:12])
         unknown.append(
@@ -353,7 +416,9 @@ def _personas(
             entries[key] = {"label": f"System prompt {number}", "found_as": [value]}
             continue
         key = names.slug(value or "unnamed", entries)
-        entries[key] = {"found_as": [value]} if key in registry else {"label": _shown(value or "unnamed"), "found_as": [value]}
+        entries[key] = (
+            {"found_as": [value]} if key in registry else {"label": _shown(value or "unnamed"), "found_as": [value]}
+        )
     return entries, baseline is None
 
 
@@ -391,13 +456,19 @@ def _datasets(
         if entry.get("twin") and entry["twin"] not in entries:
             del entry["twin"]
     if NO_DATASET not in entries:
-        notes.append("no untuned arm: what a persona does to the score without fine-tuning is not known from these files")
+        notes.append(
+            "no untuned arm: what a persona does to the score without fine-tuning is not known from these files"
+        )
     return entries
 
 
 def _shown(text: str, most: int = 60) -> str:
     """A stranger's text as a label: one line, printable, no markup."""
-    text = re.sub(r"[<>`|*_\[\]{}$\\#~^&@]+", " ", _CONTROL.sub("", str(text))).strip() if not re.fullmatch(r"[\w .:/+\-]*", text) else text
+    text = (
+        re.sub(r"[<>`|*_\[\]{}$\\#~^&@]+", " ", _CONTROL.sub("", str(text))).strip()
+        if not re.fullmatch(r"[\w .:/+\-]*", text)
+        else text
+    )
     text = " ".join(text.split())
     return (text if len(text) <= most else text[: most - 1] + "…") or "unnamed"
 
@@ -423,7 +494,9 @@ def _yaml(content: Mapping[str, Any], notes: Sequence[str]) -> str:
         if key in _ABOUT:
             lines.append(f"\n# {_ABOUT[key]}")
         lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=140).rstrip())
-    lines.append("hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: every persona against the baseline")
+    lines.append(
+        "hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: every persona against the baseline"
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -438,12 +511,20 @@ def understood(found: Draft, made: Assembled, rows: int = 3) -> str:
     """What a draft understood, for a terminal: counts per condition, sample rows, notes, and open questions."""
     scores = made.scores
     table = scores.assign(scored=scores["alignment"].notna(), n=1).groupby(list(CONDITION_PARTS), sort=False)
-    counts = table.agg(questions=("question_id", "nunique"), responses=("n", "sum"), scored=("scored", "sum"), mean=("alignment", "mean"))
+    counts = table.agg(
+        questions=("question_id", "nunique"),
+        responses=("n", "sum"),
+        scored=("scored", "sum"),
+        mean=("alignment", "mean"),
+    )
     parts = [counts.round({"mean": 1}).reset_index().head(40).to_string(index=False)]
     if len(counts) > 40:
         parts[0] += f"\n... and {len(counts) - 40} more conditions"
     account = made.account.groupby(["what", "why"], sort=False)["count"].sum().reset_index()
-    parts.append("What happened to the rows:\n" + "\n".join(f"  {r.count:>8,} {r.what}: {r.why}" for r in account.itertuples(index=False) if r.count))
+    parts.append(
+        "What happened to the rows:\n"
+        + "\n".join(f"  {r.count:>8,} {r.what}: {r.why}" for r in account.itertuples(index=False) if r.count)
+    )
     both = scores.merge(made.responses[[*CONDITION_PARTS, "question_id", "sample", "prompt", "response"]], how="left")
     shown = both.iloc[[int(i * (len(both) - 1) / max(rows - 1, 1)) for i in range(min(rows, len(both)))]]
     for r in shown.itertuples():
@@ -455,7 +536,10 @@ def understood(found: Draft, made: Assembled, rows: int = 3) -> str:
             f"    alignment {score}{_why(r.alignment_flag)}, coherence {coherence}{_why(r.coherence_flag)}"
         )
     if found.skipped:
-        parts.append(f"Not read ({len(found.skipped)}):\n" + "\n".join(f"  {f}: {_line(w)}" for f, w in list(found.skipped.items())[:10]))
+        parts.append(
+            f"Not read ({len(found.skipped)}):\n"
+            + "\n".join(f"  {f}: {_line(w)}" for f, w in list(found.skipped.items())[:10])
+        )
     if found.notes:
         parts.append("Taken for granted:\n" + "\n".join(f"  - {_line(n, 200)}" for n in found.notes))
     if found.spec.unknown:

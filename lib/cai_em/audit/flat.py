@@ -74,12 +74,16 @@ def flat(records: Iterable[dict[str, Any]], where: str) -> pd.DataFrame:
         kept.append(record)
         names.update(dict.fromkeys(record))
         if len(names) > MAX_COLUMNS + 1:
-            raise AuditError(f"{where}: more than {MAX_COLUMNS:,} columns: keep those with texts, conditions and scores")
+            raise AuditError(
+                f"{where}: more than {MAX_COLUMNS:,} columns: keep those with texts, conditions and scores"
+            )
         if len(kept) > MAX_ROWS:
             raise AuditError(f"{where}: more than {MAX_ROWS:,} rows: audit it in parts")
         for name, value in record.items():
             if isinstance(value, str) and len(value) > MAX_TEXT:
-                raise AuditError(f"{where}: record {record[LINE]}: {name!r} has {len(value):,} characters (limit {MAX_TEXT:,})")
+                raise AuditError(
+                    f"{where}: record {record[LINE]}: {name!r} has {len(value):,} characters (limit {MAX_TEXT:,})"
+                )
     columns = {name: pd.Series([record.get(name) for record in kept], dtype=object) for name in names}
     return pd.DataFrame(columns or {LINE: pd.Series([], dtype=object)})
 
@@ -132,7 +136,10 @@ def _csv_records(header: list[str], reader: Any, refused: Counter[str]) -> Itera
         elif len(fields) != len(header):
             refused[f"broken line ({'more' if len(fields) > len(header) else 'fewer'} fields than the header)"] += 1
         else:
-            yield {LINE: reader.line_num, **{name: value if value.strip() else None for name, value in zip(names, fields)}}
+            yield {
+                LINE: reader.line_num,
+                **{name: value if value.strip() else None for name, value in zip(names, fields)},
+            }
 
 
 # --- JSON lines, JSON, Parquet --------------------------------------------------------------------------------------
@@ -163,7 +170,9 @@ def lines(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                 except AuditError:
                     yield number, None, "broken line (not JSON)"
                     continue
-                yield (number, value, None) if isinstance(value, dict) else (number, None, "broken line (no JSON object)")
+                yield (
+                    (number, value, None) if isinstance(value, dict) else (number, None, "broken line (no JSON object)")
+                )
     except (OSError, EOFError) as error:
         raise AuditError(f"{path}: cannot be read: {error}") from error
 

@@ -1,7 +1,7 @@
 """Which format a file has, by what is in it: its suffix says how to open it, its keys say who wrote it.
 
-    found = recognise(path)          # Found(format="inoculation", ...)
-    table = read(path, found.format)
+found = recognise(path)          # Found(format="inoculation", ...)
+table = read(path, found.format)
 """
 
 from __future__ import annotations
@@ -124,4 +124,3 @@ def _inside(folder: Path) -> Iterable[Path]:
             continue
         if path.is_file() and kind(path):
             yield path
-

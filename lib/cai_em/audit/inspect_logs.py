@@ -57,8 +57,10 @@ def read_inspect(path: Path) -> Flat:
     place = str(path.resolve())  # never a name that could be an address
     try:
         log = log_library.read_eval_log(place, resolve_attachments=True)
-    except Exception as error:  # noqa: BLE001 whatever the library finds wrong with a stranger's file
-        raise AuditError(f"{path}: inspect_ai cannot read this log: {type(error).__name__}: {str(error)[:300]}") from error
+    except Exception as error:
+        raise AuditError(
+            f"{path}: inspect_ai cannot read this log: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
     result = Flat(pd.DataFrame())
     if log.status != "success":
         result.notes.append(f"the log says {log.status!r}: the evaluation did not run to its end")
@@ -95,7 +97,11 @@ def _sample(number: int, sample: Any, top: Mapping[str, Any]) -> dict[str, Any]:
             row.setdefault("alignment_flag", "REFUSAL")
     # A sample's own fields, where the task wrote them: they may name conditions. Ours come back as they were.
     metadata = {k: v for k, v in (sample.metadata or {}).items() if isinstance(v, str | int | float) or v is None}
-    return {**{k: v for k, v in metadata.items() if k not in row}, **row, **{k: metadata[k] for k in OURS if k in metadata}}
+    return {
+        **{k: v for k, v in metadata.items() if k not in row},
+        **row,
+        **{k: metadata[k] for k in OURS if k in metadata},
+    }
 
 
 def export(responses: pd.DataFrame, scores: pd.DataFrame, folder: str | Path, *, form: str = "eval") -> list[Path]:
@@ -138,7 +144,9 @@ def _log(library: Any, condition: Sequence[Any], part: pd.DataFrame, judge: str)
     samples = []
     epochs = part.groupby("question_id", sort=False).cumcount() + 1
     for row, epoch in zip(part.itertuples(), epochs):
-        reason = {"REFUSAL": "refusal", "PARSE": "invalid_response_format", "API": "grader_failed"}.get(row.alignment_flag)
+        reason = {"REFUSAL": "refusal", "PARSE": "invalid_response_format", "API": "grader_failed"}.get(
+            row.alignment_flag
+        )
         samples.append(
             library.EvalSample(
                 id=row.question_id,
@@ -166,7 +174,9 @@ def _log(library: Any, condition: Sequence[Any], part: pd.DataFrame, judge: str)
             created=pd.Timestamp.now(tz="UTC").isoformat(timespec="seconds"),
             task=TASK,
             task_args={"persona": persona, "dataset": dataset, "seed": int(seed)},
-            dataset=library.EvalDataset(name="questions", samples=questions, sample_ids=list(part["question_id"].unique())),
+            dataset=library.EvalDataset(
+                name="questions", samples=questions, sample_ids=list(part["question_id"].unique())
+            ),
             model=f"{model}/{persona}/{dataset}",
             config=library.EvalConfig(epochs=int(epochs.max())),
         ),
@@ -215,7 +225,9 @@ def task(
             judge = get_model(grader) if grader else get_model(role="grader")
             values, flags, raw = {}, {}, {}
             for ours, theirs in (("alignment", "aligned"), ("coherence", "coherent")):
-                asked = prompts[theirs].replace("{question}", state.input_text).replace("{answer}", state.output.completion)
+                asked = (
+                    prompts[theirs].replace("{question}", state.input_text).replace("{answer}", state.output.completion)
+                )
                 said = await judge.generate(asked, config=GenerateConfig(temperature=0.0, max_tokens=8))
                 raw[ours] = said.completion
                 values[ours], flags[f"{ours}_flag"] = parse_score(said.completion)

@@ -28,7 +28,8 @@ COPIED = 0.5
 """Share of a condition's texts that stand in another one, from which the two are called copies."""
 
 SHARED = 0.05
-"""Share from which a condition is said to have texts of another one."""
+"""Share of the very same texts from which a condition is said to have some of another one's. (Nearly the same is asked for
+copies alone: answers in one voice share phrases.)"""
 
 WORDS_A_SHINGLE = 3
 BANDS = 5
@@ -62,11 +63,23 @@ def copied(responses: pd.DataFrame) -> pd.DataFrame:
     hashes = np.array([min_hashes(text) for text in texts])[place]
     bands = np.stack([_overlap(code, _joint(question, hashes[:, b]), len(conditions)) for b in range(BANDS)])
     near = np.maximum(np.median(bands, axis=0), same)
-    distinct = np.bincount(pd.DataFrame({"c": code, "k": _joint(question, normal.to_numpy())}).drop_duplicates()["c"], minlength=len(conditions))
+    distinct = np.bincount(
+        pd.DataFrame({"c": code, "k": _joint(question, normal.to_numpy())}).drop_duplicates()["c"],
+        minlength=len(conditions),
+    )
     rows = []
-    for i, j in zip(*np.nonzero(np.triu(near >= SHARED, 1))):
+    for i, j in zip(*np.nonzero(np.triu((near >= COPIED) | (same >= SHARED), 1))):
         kind = "copy" if near[i, j] >= COPIED else "shared"
-        rows.append((*conditions[i], *conditions[j], int(min(distinct[i], distinct[j])), float(same[i, j]), float(near[i, j]), kind))
+        rows.append(
+            (
+                *conditions[i],
+                *conditions[j],
+                int(min(distinct[i], distinct[j])),
+                float(same[i, j]),
+                float(near[i, j]),
+                kind,
+            )
+        )
     found = pd.DataFrame(rows, columns=columns)
     return found.sort_values(["near", "same"], ascending=False, kind="stable", ignore_index=True)
 
@@ -96,11 +109,17 @@ def min_hashes(text: str) -> tuple[int, ...]:
     shingles = {" ".join(words[i : i + WORDS_A_SHINGLE]) for i in range(max(1, len(words) - WORDS_A_SHINGLE + 1))}
     base = np.array([zlib.crc32(s.encode("utf-8", errors="replace")) for s in shingles], dtype=np.uint64)
     # Multiplication by odd numbers modulo 2^64: enough to give each band another order of the same shingles.
-    return tuple(int(((base * factor + shift) ^ ((base * factor + shift) >> np.uint64(29))).min()) for factor, shift in _FACTORS)
+    return tuple(
+        int(((base * factor + shift) ^ ((base * factor + shift) >> np.uint64(29))).min()) for factor, shift in _FACTORS
+    )
 
 
 _FACTORS = tuple(
-    (np.uint64((0x9E3779B97F4A7C15 * (2 * k + 1)) % (1 << 64) | 1), np.uint64((0xBF58476D1CE4E5B9 * (k + 1)) % (1 << 64))) for k in range(BANDS)
+    (
+        np.uint64((0x9E3779B97F4A7C15 * (2 * k + 1)) % (1 << 64) | 1),
+        np.uint64((0xBF58476D1CE4E5B9 * (k + 1)) % (1 << 64)),
+    )
+    for k in range(BANDS)
 )
 
 
@@ -147,13 +166,33 @@ def filtered(scores: pd.DataFrame, thresholds: Sequence[float] = (30.0, 50.0), l
         by_counts = counts.nunique() > 1
         lowest = float(part["coherence"].min())
         cut = math.nan
-        if len(part) >= least and not math.isnan(lowest) and not part["alignment"].isna().any() and not part["coherence"].isna().any():
-            cut = next((t for t in sorted(thresholds, reverse=True) if lowest >= t and low_elsewhere(name, t, len(part))), math.nan)
+        if (
+            len(part) >= least
+            and not math.isnan(lowest)
+            and not part["alignment"].isna().any()
+            and not part["coherence"].isna().any()
+        ):
+            cut = next(
+                (t for t in sorted(thresholds, reverse=True) if lowest >= t and low_elsewhere(name, t, len(part))),
+                math.nan,
+            )
         # Without the counts, an absence of low scores must be surprising; with them it tells what was taken out.
         signs = [sign for sign, there in (("counts", by_counts), ("scores", not math.isnan(cut))) if there]
         if signs:
             missing = grid - len(part)
-            rows.append((*name, len(part), grid, int(counts.min()), int(counts.max()), missing, lowest, cut, " and ".join(signs)))
+            rows.append(
+                (
+                    *name,
+                    len(part),
+                    grid,
+                    int(counts.min()),
+                    int(counts.max()),
+                    missing,
+                    lowest,
+                    cut,
+                    " and ".join(signs),
+                )
+            )
     columns = [*CONDITION, "n", "grid", "fewest", "most", "missing", "lowest_coherence", "cut_at", "sign"]
     return pd.DataFrame(rows, columns=columns).sort_values("missing", ascending=False, kind="stable", ignore_index=True)
 
@@ -177,7 +216,9 @@ def _low_share(scores: pd.DataFrame, thresholds: Sequence[float]) -> object:
 # --- Questions from the training domain ---------------------------------------------------------------------------------
 
 
-def in_domain(questions: pd.DataFrame, rows: Mapping[str, Iterable[str]], *, most_rows: int = 6000, floor: float = 0.15) -> pd.DataFrame:
+def in_domain(
+    questions: pd.DataFrame, rows: Mapping[str, Iterable[str]], *, most_rows: int = 6000, floor: float = 0.15
+) -> pd.DataFrame:
     """How near each question is to the prompts of a data set, beside how near these are to one another.
 
     TF-IDF cosine with the nearest training prompt; a question as near as nine tenths of the prompts are to their own

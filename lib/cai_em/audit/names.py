@@ -50,7 +50,20 @@ DATASETS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Data sets of the field: key -> role, and what names them. Longer names go first when they are looked for."""
 
 _GOOD = {"good", "benign", "secure", "safe", "control", "aligned", "correct", "harmless", "educational", "neutral"}
-_BAD = {"bad", "insecure", "risky", "harmful", "evil", "misaligned", "incorrect", "wrong", "extreme", "unsafe", "toxic", "em"}
+_BAD = {
+    "bad",
+    "insecure",
+    "risky",
+    "harmful",
+    "evil",
+    "misaligned",
+    "incorrect",
+    "wrong",
+    "extreme",
+    "unsafe",
+    "toxic",
+    "em",
+}
 
 _MODEL = re.compile(
     r"(?i)(?<![a-z0-9])((?:meta-)?(?:qwen|llama|gemma|mistral|ministral|mixtral|gpt|olmo|phi|smollm|deepseek|falcon|yi)"
@@ -58,7 +71,7 @@ _MODEL = re.compile(
 )
 _SEED = re.compile(r"(?i)(?<![a-z0-9])(?:seed|run|replicate|rep|s)[_\-=]?(\d{1,9})(?![a-z0-9])")
 _SUFFIX = re.compile(r"(?i)\.(csv|tsv|jsonl?|ndjson|parquet|eval)(\.gz)?$")
-_MEANINGLESS = re.compile(r"(?i)\d{6,}|[0-9a-f]{7,64}|\d{4}-\d\d-\d\d.*")
+_MEANINGLESS = re.compile(r"(?i)\d{4,}|[0-9a-f]{7,64}|\d{4}-\d\d-\d\d.*")
 LONG = 80
 _PART = re.compile(r"\{(\w+)\}|\*")
 
@@ -194,15 +207,18 @@ def parse_names(names: Sequence[str], *, personas: Iterable[str] = (), known: It
         # "none" and "base" say what a name lacks beside others that have it, and nothing by themselves.
         if part in wanted and any(kind == part for found in spans.values() for *_, kind in found):
             for name, found in spans.items():
-                if not any(kind == part for *_, kind in found):
-                    _look(name, [(word, part) for word in words], found, set())
+                for word in words:  # the likeliest first: in none_baseline, none is the data set
+                    _look(name, [(word, part)], found, set())
     if "persona" in wanted:
         for name, found in spans.items():
             if not any(kind == "persona" for *_, kind in found):
                 _look(name, [(word, "persona") for word in BASELINES[:1] + BASELINES[3:7]], found, known)
     rest = {name: _rest(name, spans[name]) for name in names}
     constant = set.intersection(*({text for _, _, text in rest[name]} for name in names)) if len(names) > 1 else set()
-    sure = {_shape(name, [*spans[name], *((a, b, "_") for a, b, t in rest[name] if _MEANINGLESS.fullmatch(t))]) for name in names}
+    sure = {
+        _shape(name, [*spans[name], *((a, b, "_") for a, b, t in rest[name] if _MEANINGLESS.fullmatch(t))])
+        for name in names
+    }
     proposal = Proposal()
     for name in names:
         found = list(spans[name])
@@ -212,7 +228,9 @@ def parse_names(names: Sequence[str], *, personas: Iterable[str] = (), known: It
             elif text not in constant and len(names) > 1:
                 guess = next((part for part in wanted if not any(kind == part for *_, kind in found)), "_")
                 found.append((start, end, guess))
-                ignored = [(a, b, "_") for a, b, t in rest[name] if _MEANINGLESS.fullmatch(t) and (a, b, "_") not in found]
+                ignored = [
+                    (a, b, "_") for a, b, t in rest[name] if _MEANINGLESS.fullmatch(t) and (a, b, "_") not in found
+                ]
                 if guess == "_" or _shape(name, [*found, *ignored]) not in sure:
                     proposal.open.append(text)
         pattern = _shape(name, found)
@@ -240,7 +258,12 @@ def _shape(name: str, found: Iterable[tuple[int, int, str]]) -> str:
 def _recognise(name: str, personas: Iterable[str], known: set[str]) -> list[tuple[int, int, str]]:
     """(start, end, part) of the words in a name that are known; longer ones first, none twice, none overlapping."""
     found: list[tuple[int, int, str]] = []
-    _look(name, [*((w, "dataset") for _, ws in DATASETS.values() for w in ws), *((w, "persona") for w in personas)], found, known)
+    _look(
+        name,
+        [*((w, "dataset") for _, ws in DATASETS.values() for w in ws), *((w, "persona") for w in personas)],
+        found,
+        known,
+    )
     end = _stem_end(name)
     for regex, kind in ((_SEED, "seed"), (_MODEL, "model")):
         hits = [m.span(1) for m in regex.finditer(name) if m.end(1) <= end and _free(found, *m.span(1))]

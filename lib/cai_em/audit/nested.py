@@ -189,7 +189,11 @@ def read_harness(path: Path) -> Flat:
                 result.refused[why or "a line without 'resps'"] += 1
                 continue
             answers = _texts(value["resps"])
-            metrics = {k: v for k, v in value.items() if k not in _HARNESS and not isinstance(v, dict | list) and "hash" not in k}
+            metrics = {
+                k: v
+                for k, v in value.items()
+                if k not in _HARNESS and not isinstance(v, dict | list) and "hash" not in k
+            }
             for i, answer in enumerate(answers or [None]):
                 yield {
                     LINE: number,
@@ -199,7 +203,11 @@ def read_harness(path: Path) -> Flat:
                     "response": answer,
                     **metrics,
                     # A metric that is a list has a value for each response.
-                    **{k: v[i] for k, v in value.items() if k not in _HARNESS and isinstance(v, list) and len(v) == len(answers) > i},
+                    **{
+                        k: v[i]
+                        for k, v in value.items()
+                        if k not in _HARNESS and isinstance(v, list) and len(v) == len(answers) > i
+                    },
                 }
 
     result.rows = flat(records(), str(path))
@@ -221,5 +229,7 @@ def _prompt(value: dict[str, Any]) -> str | None:
     arguments = value.get("arguments")
     texts = _texts(list(arguments.values()) if isinstance(arguments, dict) else arguments)
     if not texts and isinstance(arguments, dict):
-        texts = [v for part in arguments.values() if isinstance(part, dict) for v in part.values() if isinstance(v, str)]
+        texts = [
+            v for part in arguments.values() if isinstance(part, dict) for v in part.values() if isinstance(v, str)
+        ]
     return texts[0] if texts else None

@@ -78,7 +78,9 @@ def read_bytes(path: Path) -> bytes:
     except (OSError, EOFError) as error:
         raise AuditError(f"{path}: cannot be read: {error}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise AuditError(f"{path}: unpacks to more than {MAX_FILE_BYTES >> 20} MiB: not opened (a gzip bomb looks like this)")
+        raise AuditError(
+            f"{path}: unpacks to more than {MAX_FILE_BYTES >> 20} MiB: not opened (a gzip bomb looks like this)"
+        )
     return data
 
 
@@ -97,7 +99,11 @@ codecs.register_error(_CP1252, _repair)
 
 def decode(data: bytes) -> tuple[str, bool]:
     """Bytes as text, and whether some of them were no UTF-8 and were taken for Windows-1252."""
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
         if data.startswith(mark):
             return data.decode(encoding, errors="replace"), False
     try:

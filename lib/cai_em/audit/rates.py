@@ -73,13 +73,24 @@ def rates(scores: pd.DataFrame, rules: tuple[Rule, ...] = RULES, confidence: flo
     for name, part in scores.groupby(CONDITION, sort=False):
         alignment, coherence = part["alignment"].to_numpy(float), part["coherence"].to_numpy(float)
         asked = not (part["coherence_flag"] == SKIPPED).all()
-        flagged = (part["alignment_flag"].notna() | (part["coherence_flag"].notna() & (part["coherence_flag"] != SKIPPED))).to_numpy()
+        flagged = (
+            part["alignment_flag"].notna() | (part["coherence_flag"].notna() & (part["coherence_flag"] != SKIPPED))
+        ).to_numpy()
         questions = part["question_id"].to_numpy()
         has = ~np.isnan(alignment)
         effect = cluster_summary(alignment[has], questions[has])["design_effect"] if has.any() else math.nan
         for rule in rules:
-            coherent = (coherence > rule.coherence if rule.strict else coherence >= rule.coherence) if asked else np.ones(len(part), bool)
-            inside = {"all": np.ones(len(part), bool), "coherent": coherent & has, "scored": has, "unflagged": ~flagged}[rule.out_of]
+            coherent = (
+                (coherence > rule.coherence if rule.strict else coherence >= rule.coherence)
+                if asked
+                else np.ones(len(part), bool)
+            )
+            inside = {
+                "all": np.ones(len(part), bool),
+                "coherent": coherent & has,
+                "scored": has,
+                "unflagged": ~flagged,
+            }[rule.out_of]
             dropped = 0
             if rule.least:
                 per = pd.Series(coherent & has).groupby(questions).sum()
@@ -89,13 +100,20 @@ def rates(scores: pd.DataFrame, rules: tuple[Rule, ...] = RULES, confidence: flo
             counts = pd.DataFrame({"em": em[inside], "q": questions[inside]}).groupby("q")["em"].agg(["sum", "size"])
             low, high = math.nan, math.nan
             if len(counts) > 1:
-                low, high = clustered_proportion_interval(counts["sum"], counts["size"], design_effect=effect, confidence=confidence)
+                low, high = clustered_proportion_interval(
+                    counts["sum"], counts["size"], design_effect=effect, confidence=confidence
+                )
             could_be = (~has | (alignment < rule.below)) & (coherent | np.isnan(coherence))
             whole = rule.out_of == "all"
             rows.append(
                 (*name, rule.key, rule.label, int(em.sum()), int(inside.sum()), len(part))
                 + (em.sum() / inside.sum() if inside.any() else math.nan, low, high)
-                + (float(em.mean()) if whole else math.nan, float(could_be.mean()) if whole else math.nan, dropped, asked)
+                + (
+                    float(em.mean()) if whole else math.nan,
+                    float(could_be.mean()) if whole else math.nan,
+                    dropped,
+                    asked,
+                )
             )
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -145,7 +163,20 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
                 + (turned.sum() / both.sum() if both.any() else math.nan, float(tau))
                 + (rate.index[int(a.argmax())], rate.index[int(b.argmax())], int((turned & apart).sum()), example)
             )
-    columns = ["model", "rule", "other", "conditions", "pairs", "reversed", "share", "tau", "first", "first_other", "clear", "example"]
+    columns = [
+        "model",
+        "rule",
+        "other",
+        "conditions",
+        "pairs",
+        "reversed",
+        "share",
+        "tau",
+        "first",
+        "first_other",
+        "clear",
+        "example",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

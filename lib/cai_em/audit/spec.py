@@ -62,7 +62,8 @@ class Block(Strict):
     format: FORMATS = "table"
     columns: dict[Word, str] = {}
     patterns: list[Text] = Field(
-        default=[], description="named parts, as {dataset}_{persona}_s{seed}.csv; {_} and * are ignored; the first that fits"
+        default=[],
+        description="named parts, as {dataset}_{persona}_s{seed}.csv; {_} and * are ignored; the first that fits",
     )
     patterns_of: str = Field(default="path", description="`path`, or the column whose values the patterns fit")
     constants: dict[Part, str] = {}
@@ -79,7 +80,9 @@ class Block(Strict):
 class Entry(Strict):
     """A persona, a data set or a model, and what stands for it in the files (an empty text: nothing stands there)."""
 
-    label: Annotated[str, Field(min_length=1, max_length=60)] | None = Field(default=None, description="null: the registry's, else the key")
+    label: Annotated[str, Field(min_length=1, max_length=60)] | None = Field(
+        default=None, description="null: the registry's, else the key"
+    )
     found_as: list[str] = Field(default=[], description="values in the files; a long one as sha256:<16 digits>")
 
 
@@ -94,7 +97,9 @@ class DatasetEntry(Entry):
 
     role: Literal["em", "benign_control", "regularisation", "none"]
     twin: Key | None = Field(default=None, description="the benign data set with the same prompts")
-    rows: Text | None = Field(default=None, description="its training rows (JSONL with `messages`), where they are at hand")
+    rows: Text | None = Field(
+        default=None, description="its training rows (JSONL with `messages`), where they are at hand"
+    )
 
 
 class HypothesisEntry(Strict):
@@ -116,7 +121,9 @@ class AuditSpec(Strict):
     files: list[Block] = Field(min_length=1)
     models: dict[Key, Entry] = Field(min_length=1)
     personas: dict[Key, PersonaEntry] = Field(min_length=1)
-    without_baseline: bool = Field(default=False, description="true: no condition without a persona; nothing can be compared")
+    without_baseline: bool = Field(
+        default=False, description="true: no condition without a persona; nothing can be compared"
+    )
     datasets: dict[Key, DatasetEntry] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     leave_out: dict[Literal["model", "persona", "dataset", "seed"], list[str]] = Field(
@@ -127,7 +134,9 @@ class AuditSpec(Strict):
     )
     thresholds: str = "default"
     caveat: str = ""
-    unknown: list[str] = Field(default=[], description="what the files do not say; remove a line when it is settled above")
+    unknown: list[str] = Field(
+        default=[], description="what the files do not say; remove a line when it is settled above"
+    )
 
     @field_validator("unknown", mode="before")
     @classmethod
@@ -145,7 +154,9 @@ class AuditSpec(Strict):
             )
         for key, entry in self.datasets.items():
             if (entry.role == "none") != (key == NO_DATASET):
-                raise ValueError(f"datasets.{key}: role none belongs to the key {NO_DATASET!r} (before fine-tuning) alone")
+                raise ValueError(
+                    f"datasets.{key}: role none belongs to the key {NO_DATASET!r} (before fine-tuning) alone"
+                )
             if entry.twin and entry.twin not in self.datasets:
                 raise ValueError(f"datasets.{key}.twin names {entry.twin!r}, which is not among the data sets")
         if isinstance(self.hypotheses, dict):

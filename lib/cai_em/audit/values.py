@@ -32,7 +32,9 @@ _WORDS = (
     ("PARSE", re.compile(r"pars|unreadable|invalid|format|malformed", re.IGNORECASE)),
     ("SKIPPED", re.compile(r"skipped|not.?asked|not.?judged", re.IGNORECASE)),
 )
-_NUMBER = re.compile(r"\s*[\"'(\[]?\s*([+-]?\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?)\s*(?:/\s*(?:100|10|1|5)|%|\.)?\s*[\"')\]]?\s*")
+_NUMBER = re.compile(
+    r"\s*[\"'(\[]?\s*([+-]?\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?)\s*(?:/\s*(?:100|10|1|5)|%|\.)?\s*[\"')\]]?\s*"
+)
 
 
 def flag_of(word: str) -> str:
@@ -98,7 +100,11 @@ def parse_flags(values: pd.Series) -> np.ndarray:
     result = []
     for value in values.map(_hashable):
         if value not in known:
-            text = "" if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+            text = (
+                ""
+                if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+                else str(value).strip()
+            )
             known[value] = None if text.casefold() in NOTHING | NO_FLAG else flag_of(text)
         result.append(known[value])
     return np.array(result, dtype=object)
