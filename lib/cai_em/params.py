@@ -593,7 +593,7 @@ class Profile(Strict):
     """A study: names from the registries, and the grid."""
 
     title: str
-    source: Literal["trained", "published"]
+    source: Literal["trained", "published", "audit"]
     models: list[str] = Field(min_length=1)
     grid: list[Block] = []
     seeds: list[Seed] = Field(default=[0], min_length=1)
@@ -625,7 +625,7 @@ class Profile(Strict):
             if missing or not self.grid:
                 raise ValueError(f"a trained profile needs {', '.join(missing or ['grid'])}")
         elif self.grid:
-            raise ValueError("a published profile takes its cells from the published selection: remove grid")
+            raise ValueError("a profile of scores that others made takes its cells from them: remove grid")
         for name in ("models", "seeds", "hypotheses"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
@@ -693,8 +693,17 @@ def _registry(name: str, folder: Path) -> dict[str, Any]:
 class Study:
     """A profile with everything that it names, its cells, and the places of its artefacts."""
 
-    def __init__(self, name: str, profile: Profile, registries: dict[str, dict[str, Any]], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        profile: Profile,
+        registries: dict[str, dict[str, Any]],
+        folder: Path,
+        audit: Any = None,
+        audit_file: Path | None = None,
+    ) -> None:
         self.name = name
+        self.audit, self.audit_file = audit, audit_file
         self.profile = profile
         self.folder = folder
         self._registries = registries
@@ -714,6 +723,12 @@ class Study:
         judge = os.environ.get("CAI_EM_JUDGE") or profile.judge
         self.judge: JudgePreset | None = self._get("judges", judge, "judge (or CAI_EM_JUDGE)") if judge else None
         self._check()
+
+    audit: Any
+    """The `AuditSpec` of a study whose source is `audit`."""
+
+    audit_file: Path | None
+    """Where that is written: paths in it are relative to its folder."""
 
     generator: GeneratorPreset | None
     persona_training: DpoPreset | None
@@ -749,7 +764,7 @@ class Study:
     def _check(self) -> None:
         """Contradictions between entries, found before any work."""
         p = self.profile
-        if p.source == "published":
+        if p.source != "trained":
             return
         if not isinstance(self.persona_training, DpoPreset) or not isinstance(self.em_training, SftPreset):
             raise ParamsError(
@@ -874,6 +889,9 @@ class Study:
             with (self.folder / "published_selection.csv").open(newline="", encoding="utf-8") as file:
                 found = {Cell(r["model"], r["persona"], r["dataset"], 0) for r in csv.DictReader(file)}
             return sorted((c for c in found if c.model in self.models), key=self._order)
+        if self.audit is not None:  # what may be in the files; which of them are is seen when they are read
+            every = itertools.product(self.models, self.personas, self.datasets, self.profile.seeds)
+            return sorted((Cell(*c) for c in every), key=self._order)
         found = set()
         for block in self.profile.grid:
             models = block.models or self.profile.models
@@ -958,11 +976,17 @@ class Study:
         """Where a stage with one job per profile writes, e.g. `05_validity`."""
         return self.dir / stage
 
+    @property
+    def imported(self) -> Path | None:
+        """Where the import stage of scores that others made writes; None for a trained study."""
+        stage = {"published": "07_published", "audit": "07_audit"}.get(self.profile.source)
+        return self.stage_dir(stage) if stage else None
+
     def artefact_dirs(self) -> list[Path]:
         """Every folder in which a finished run leaves a manifest, the run's own last."""
         p, trained = self.profile, self.profile.source == "trained"
         found = [self.persona_dir(m, persona) for m, persona in self.persona_cells()] if trained else []
-        found += [self.em_dir(c) for c in self.em_cells()] if trained else [self.stage_dir("07_published")]
+        found += [self.em_dir(c) for c in self.em_cells()] if trained else [self.imported]
         for model, shard in self.shards() if trained else ():
             found += [self.sample_dir(model, shard), self.judge_dir(model, shard)]
         stages = ["05_validity", "06_results", "08_claims"]
@@ -971,14 +995,14 @@ class Study:
 
     def response_files(self) -> list[Path]:
         """The response tables that the analysis reads, whatever their source."""
-        if self.profile.source == "published":
-            return [self.stage_dir("07_published") / "responses.parquet"]
+        if self.imported:
+            return [self.imported / "responses.parquet"]
         return [self.sample_dir(m, s) / "responses.parquet" for m, s in self.shards()]
 
     def score_files(self) -> list[Path]:
         """The score tables that the analysis reads, whatever their source."""
-        if self.profile.source == "published":
-            return [self.stage_dir("07_published") / "scores.parquet"]
+        if self.imported:
+            return [self.imported / "scores.parquet"]
         return [self.judge_dir(m, s) / "scores.parquet" for m, s in self.shards()]
 
     def builtin(self, *parts: str) -> Path:
@@ -1048,6 +1072,8 @@ class Study:
             if p.source == "published":
                 lists = ("published_selection.csv", "published_repeated.csv")
                 yield "selection", [file_hash(self.folder / name) for name in lists]
+            if self.audit is not None:
+                yield "audit", self.audit
             if stage in ("09_trajectories", "10_steering") and p.source == "trained":
                 yield from self._judge_settings()
                 names = (self.profile.questions, "probe", *(["general"] if stage == "10_steering" else []))
@@ -1182,4 +1208,20 @@ def load(profile: str | Path, folder: str | Path | None = None) -> Study:
     path = Path(profile)
     if path.suffix != ".yaml":
         path = folder / "profiles" / f"{profile}.yaml"
+    elif is_audit(path):
+        return _load_audit(path, folder)
     return Study(path.stem, read_as(path, Profile), _registries(folder), folder)
+
+
+def is_audit(path: str | Path) -> bool:
+    """Whether a YAML file is an `audit.yaml`: it names files, which no profile does."""
+    data, _ = read_yaml(path)
+    return isinstance(data, dict) and "files" in data and "source" not in data
+
+
+def _load_audit(path: Path, folder: Path) -> Study:
+    """The study that an `audit.yaml` describes."""
+    from cai_em.audited import settled  # it is made of what is defined here
+
+    spec, profile, registries = settled(path, _registries(folder))
+    return Study(spec.name, profile, registries, folder, spec, path.resolve())

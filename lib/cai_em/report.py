@@ -673,6 +673,8 @@ def results_document(
     extra: Sequence[tuple[str, str]] = (),
     figures: Sequence[Any] = (),
     figures_folder: str = "06_results/figures",
+    title: str = TITLE,
+    top: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The whole results document as Markdown.
 
@@ -694,16 +696,19 @@ def results_document(
         extra: further sections, (heading, Markdown), e.g. gates, inference, claims.
         figures: records as in `figures_section`.
         figures_folder: where they lie, relative to the document.
+        title: the document's.
+        top: sections that stand before all others: what an audit found in the files.
     """
     there = list(tables["design"]["model"])
     models = [m for m in models if m in there] if models is not None else there
-    head = [f"# {TITLE}", ""]
+    head = [f"# {title}", ""]
     if generated:
         head += [f"**Generated:** {datetime.fromisoformat(generated):%Y-%m-%d %H:%M}"]
     parts = ["\n".join([*head, f"**Judge Model:** {judge_label(judge)}"])]
     parts += [f"> **Left out: {look.model(m)}.** {_cell(why)}" for m, why in (missing or {}).items()]
     if caveat:
         parts.append(f"> **What this run cannot show.** {_cell(caveat)}")
+    parts += [f"## {heading}\n\n{text.strip()}" for heading, text in top]
     for model in models:
         sections = model_sections(
             model,

@@ -5,13 +5,14 @@ files into the tables that every other stage reads. `rates` gives each condition
 has used, `copies` and `leaks` look for responses that are no observations of their own. Strangers' files are data.
 """
 
-from cai_em.audit.assemble import Assembled, assemble
+from cai_em.audit.assemble import Assembled, assemble, files_of, training_prompts
 from cai_em.audit.draft import Draft, draft, understood
+from cai_em.audit.findings import findings
 from cai_em.audit.inspect_logs import export
-from cai_em.audit.leaks import copied, filtered, in_domain
+from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
 from cai_em.audit.opening import AuditError
 from cai_em.audit.rates import RULES, order, rates
-from cai_em.audit.spec import AuditSpec, read_spec
+from cai_em.audited import AuditSpec, read_spec
 
 __all__ = [
     "RULES",
@@ -23,10 +24,14 @@ __all__ = [
     "copied",
     "draft",
     "export",
+    "files_of",
     "filtered",
+    "findings",
     "in_domain",
     "order",
     "rates",
     "read_spec",
+    "repeated_within",
+    "training_prompts",
     "understood",
 ]

@@ -23,16 +23,18 @@ import numpy as np
 import pandas as pd
 
 from cai_em import scores as tables
-from cai_em.audit.flat import LINE, Flat, as_text
+from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
 from cai_em.audit.names import Patterns, check_patterns, slug, value_name
-from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, text_hash
-from cai_em.audit.spec import CONDITION_PARTS, AuditSpec, Block, Judging
+from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size, text_hash
+from cai_em.audited import CONDITION_PARTS, AuditSpec, Block, Judging
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
 from cai_em.params import BASELINE, NO_DATASET, file_hash
 from cai_em.run import run_id, valid_unicode
 
-SAMPLER = "audit"
+SAMPLER = "published"
+"""As of every score that others made: which adapters were active is not recorded, and the design gate says so."""
+
 PROMPT_VERSION = "audit"
 ACCOUNT = ["file", "what", "why", "count"]
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -144,6 +146,33 @@ def assemble(spec: AuditSpec, folder: str | Path, *, read_file: Any = read) -> A
     for file, count in first["file"].value_counts(sort=False).items():
         account.add(str(file), "read", "responses", count)
     return _made(first, again, spec, account, hashes)
+
+
+def training_prompts(spec: AuditSpec, folder: Path) -> dict[str, list[str]]:
+    """The prompts of the training rows that `audit.yaml` names: data set -> the first user turn of each row.
+
+    Rows are `{"messages": [{"role", "content"}, ...]}`, or have `prompt`, `question` or `instruction`.
+
+    Raises:
+        AuditError: a file cannot be read, or no row of it has a prompt.
+    """
+    found = {}
+    for key, entry in spec.datasets.items():
+        if not entry.rows:
+            continue
+        path, prompts = folder / entry.rows, []
+        check_size(path)
+        for _, row, _why in lines(path):
+            turns = (row or {}).get("messages")
+            if isinstance(turns, list):
+                said = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
+            else:
+                said = [(row or {}).get(name) for name in ("prompt", "question", "instruction")]
+            prompts += [text for text in said if isinstance(text, str)][:1]
+        if not prompts:
+            raise AuditError(f"{path}: no row with a user's turn (messages), a prompt, a question or an instruction")
+        found[key] = prompts
+    return found
 
 
 def shown_path(path: Path, folder: Path) -> str:

@@ -93,6 +93,8 @@ def _sample(number: int, sample: Any, top: Mapping[str, Any]) -> dict[str, Any]:
         values = score.value if isinstance(score.value, Mapping) else {name: score.value}
         for key, value in values.items():
             row[key] = None if isinstance(value, float) and math.isnan(value) else value
+        flags = {k: v for k, v in (score.metadata or {}).items() if k in ("alignment_flag", "coherence_flag")}
+        row |= {k: v for k, v in flags.items() if isinstance(v, str)}
         if getattr(score, "reason", None) == "refusal":
             row.setdefault("alignment_flag", "REFUSAL")
     # A sample's own fields, where the task wrote them: they may name conditions. Ours come back as they were.

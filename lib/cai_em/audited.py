@@ -1,4 +1,4 @@
-"""`audit.yaml`: what a stranger's files mean, as validated data; drafted by `draft`, corrected by a person.
+"""`audit.yaml`: what a stranger's files mean, as validated data; drafted by `cai_em.audit.draft`, corrected by a person.
 
     spec = read_spec("audit.yaml")
     spec.personas["baseline"].found_as        # what stands in the files where no persona is
@@ -9,12 +9,24 @@ while a line is left there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cai_em.params import BASELINE, NO_DATASET, Strict, read_as
+from cai_em.params import (
+    BASELINE,
+    NO_DATASET,
+    Dataset,
+    Hypothesis,
+    ModelSpec,
+    ParamsError,
+    Persona,
+    Profile,
+    Strict,
+    read_as,
+)
 
 Word = Literal[
     "model", "persona", "dataset", "seed", "question_id", "question", "sample", "response", "system_prompt", "judge",
@@ -184,3 +196,92 @@ def read_spec(path: str | Path) -> AuditSpec:
         ParamsError: not valid; file, line and key are named.
     """
     return read_as(path, AuditSpec)
+
+
+# --- As a study ---------------------------------------------------------------------------------------------------
+
+COLOURS = (
+    "#d55e00", "#0072b2", "#14a37c", "#8f4f9f", "#e69f00", "#56b4e9", "#a50026", "#999933", "#882255", "#44aa99", "#a89a00",
+    "#117733",
+)  # fmt: skip
+"""Colours of personas that the registry does not have, in order; the registry's own ones in another order."""
+
+
+def registries(spec: AuditSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The registries of an audit's study: its own personas, data sets, models and hypotheses, looks made for any number.
+
+    Args:
+        spec: a settled `audit.yaml`.
+        known: the repository's registries. An entry of a key that they have keeps its label, colour and place; its role is
+            what the audit says.
+    """
+    personas: dict[str, Persona] = {}
+    order = [BASELINE] if BASELINE in spec.personas else []
+    order += sorted((k for k in spec.personas if k != BASELINE and k in known["personas"]), key=lambda k: known["personas"][k].order)
+    order += [k for k in spec.personas if k not in order]
+    free = iter(COLOURS * (len(order) // len(COLOURS) + 1))
+    taken = {known["personas"][k].colour for k in order if k in known["personas"]}
+    for place, key in enumerate(order):
+        entry, listed = spec.personas[key], known["personas"].get(key)
+        colour = entry.colour or (listed.colour if listed else "#1a1a1a" if key == BASELINE else next(c for c in free if c not in taken or len(order) > len(COLOURS)))
+        # A stranger's persona has no constitution here; its key stands in the place of one.
+        kind = {"kind": "baseline"} if key == BASELINE else {"constitution": "none"}
+        more = {"custom": listed.custom} if listed else {}
+        label = entry.label or (listed.label if listed else key)
+        personas[key] = Persona(key=key, label=label, order=place, colour=colour, **kind, **more)
+    datasets = {}
+    order = sorted((k for k in spec.datasets if k in known["datasets"] and k != NO_DATASET), key=lambda k: known["datasets"][k].order)
+    order += [k for k in spec.datasets if k not in order and k != NO_DATASET]
+    order += [NO_DATASET] if NO_DATASET in spec.datasets else []
+    for place, key in enumerate(order):
+        entry, listed = spec.datasets[key], known["datasets"].get(key)
+        label = entry.label or (listed.label if listed else key)
+        about = listed.description if listed else ""
+        datasets[key] = Dataset(key=key, label=label, order=place, role=entry.role, twin=entry.twin, description=about)
+    models = {}
+    for place, (key, entry) in enumerate(spec.models.items()):
+        listed = known["models"].get(key)
+        label = entry.label or (listed.label if listed else key)
+        models[key] = ModelSpec(key=key, label=label, order=place, source="path", path="(scores only)")
+    hypotheses = dict(known["hypotheses"])
+    if isinstance(spec.hypotheses, dict):
+        hypotheses = {
+            key: Hypothesis(key=key, order=i, **(h.model_dump() | {"label": h.label or key.upper()})) for i, (key, h) in enumerate(spec.hypotheses.items())
+        }
+    return {**known, "personas": personas, "datasets": datasets, "models": models, "hypotheses": hypotheses}
+
+
+def profile(spec: AuditSpec) -> Profile:
+    """The profile of an audit's study."""
+    return Profile(
+        title=spec.title,
+        source="audit",
+        models=list(spec.models),
+        seeds=spec.seeds,
+        hypotheses=list(spec.hypotheses),
+        thresholds=spec.thresholds,
+        caveat=spec.caveat,
+    )
+
+
+def settled(path: str | Path, known: Mapping[str, Mapping[str, Any]]) -> tuple[AuditSpec, Profile, dict[str, dict[str, Any]]]:
+    """An `audit.yaml` that can run, as spec, profile and registries.
+
+    Raises:
+        ParamsError: not valid, or something in it is not settled yet; what is open is listed.
+    """
+    spec = read_spec(path)
+    if spec.unknown:
+        open_ = "\n".join(f"  - {line}" for line in spec.unknown)
+        raise ParamsError(
+            f"{path}: not settled yet ({len(spec.unknown)}); say it above and remove its line from `unknown`:\n{open_}"
+        )
+    try:
+        found = registries(spec, known)
+    except ValidationError as error:
+        raise ParamsError(f"{path}: {error.errors()[0]['msg']}") from error
+    for hypothesis in spec.hypotheses if isinstance(spec.hypotheses, list) else []:
+        listed = known["hypotheses"].get(hypothesis)
+        if listed and (absent := [p for p in listed.personas if p not in spec.personas]) and len(absent) == len(listed.personas):
+            raise ParamsError(f"{path}: hypotheses: {hypothesis} is about {absent[0]!r}, which is not among the personas")
+    return spec, profile(spec), found
