@@ -12,8 +12,8 @@ import os
 import shlex
 from pathlib import Path
 
+from cai_em import code, run
 from cai_em import params as study_params
-from cai_em import run
 
 STUDY = study_params.load(config.get("profile", "demo"))
 PROFILE = config.get("profile", "demo")
@@ -54,7 +54,7 @@ def adapters(cell):
 def one_job(stage):
     """`params` of a rule with one job per profile."""
     return {
-        "code": run.code_hash(f"notebooks/{stage}.ipynb"),
+        "code": code.code_hash(f"notebooks/{stage}.ipynb"),
         "settings": STUDY.settings(stage),
         "executed": f"{R}/notebooks/{stage}.ipynb",
         "arguments": arguments(),
@@ -114,7 +114,7 @@ rule persona:
         f"{R}/01_personas/{{model}}/{{persona}}/adapter/adapter_model.safetensors",
         f"{R}/01_personas/{{model}}/{{persona}}/manifest.json",
     params:
-        code=run.code_hash("notebooks/01_personas.ipynb"),
+        code=code.code_hash("notebooks/01_personas.ipynb"),
         settings=lambda wc: STUDY.settings("01_personas", model=wc.model, persona=wc.persona),
         executed=f"{R}/notebooks/01_personas/{{model}}/{{persona}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, persona=wc.persona),
@@ -139,7 +139,7 @@ rule finetune:
         f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/adapter/adapter_model.safetensors",
         f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/manifest.json",
     params:
-        code=run.code_hash("notebooks/02_finetune.ipynb"),
+        code=code.code_hash("notebooks/02_finetune.ipynb"),
         settings=lambda wc: STUDY.settings(
             "02_finetune", model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)
         ),
@@ -165,7 +165,7 @@ rule sample:
         f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
         f"{R}/03_sample/{{model}}/{{shard}}/manifest.json",
     params:
-        code=run.code_hash("notebooks/03_sample.ipynb"),
+        code=code.code_hash("notebooks/03_sample.ipynb"),
         settings=lambda wc: STUDY.settings("03_sample", model=wc.model, shard=wc.shard),
         executed=f"{R}/notebooks/03_sample/{{model}}/{{shard}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
@@ -191,7 +191,7 @@ rule judge:
         f"{R}/04_judge/{{model}}/{{shard}}/scores.parquet",
         f"{R}/04_judge/{{model}}/{{shard}}/manifest.json",
     params:
-        code=run.code_hash("notebooks/04_judge.ipynb"),
+        code=code.code_hash("notebooks/04_judge.ipynb"),
         settings=lambda wc: STUDY.settings("04_judge", model=wc.model, shard=wc.shard),
         executed=f"{R}/notebooks/04_judge/{{model}}/{{shard}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
@@ -295,7 +295,7 @@ rule paper:
     output:
         f"{R}/paper/index.html",
     params:
-        code=run.code_hash("notebooks/11_report.ipynb"),
+        code=code.code_hash("notebooks/11_report.ipynb"),
         prose=study_params.digest([study_params.file_hash(p) for p in PROSE]),
     log:
         f"{R}/logs/paper.log",

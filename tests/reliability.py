@@ -220,7 +220,7 @@ def _unsafe(node: ast.AST) -> str | None:
 
 def own_code(root: Path = ROOT) -> list[tuple[str, str]]:
     """The library's modules and the notebooks' code cells, by name."""
-    from cai_em.run import code_cells
+    from cai_em.code import code_cells
 
     files = [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in sorted((root / "lib").rglob("*.py"))]
     return files + [(f"notebooks/{p.name}", code_cells(p)) for p in sorted((root / "notebooks").glob("*.ipynb"))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cai_em import run
+from cai_em.code import modules_of
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -77,11 +77,10 @@ def test_no_path_or_key_of_somebodys_machine(notebook):
 
 
 def test_its_library_modules_exist(notebook, root):
-    source = "\n".join(
+    code_cells = "\n".join(
         line for c in code(notebook) for line in c.source.splitlines() if not line.lstrip().startswith(("%", "!"))
     )
-    for name in run._imports(source):
-        assert (root / "lib" / "cai_em" / f"{name}.py").is_file(), name
+    assert modules_of(code_cells, root / "lib" / "cai_em")
 
 
 def test_the_questions_are_those_of_the_data(notebook):

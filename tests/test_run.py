@@ -21,51 +21,6 @@ def write_notebook(path, *cells, parameters="x = 1"):
     return path
 
 
-# --- Staleness ---
-
-
-def test_code_hash_ignores_prose_and_comments(tmp_path):
-    one = write_notebook(tmp_path / "a.ipynb", "y = x + 1")
-    same = write_notebook(tmp_path / "b.ipynb", "# why\ny = (x +\n     1)\n%matplotlib inline")
-    other = write_notebook(tmp_path / "c.ipynb", "y = x + 2")
-    assert run.code_hash(one) == run.code_hash(same) != run.code_hash(other)
-
-
-def test_code_hash_ignores_injected_parameters(tmp_path):
-    one = write_notebook(tmp_path / "a.ipynb", "y = x")
-    nb = nbformat.read(one, 4)
-    nb.cells.insert(1, nbformat.v4.new_code_cell("x = 7", metadata={"tags": ["injected-parameters"]}))
-    nbformat.write(nb, tmp_path / "b.ipynb")
-    assert run.code_hash(one) == run.code_hash(tmp_path / "b.ipynb")
-
-
-def test_code_hash_ignores_the_values_that_a_notebook_opens_with_but_not_their_names(tmp_path):
-    def opened_with(text):
-        nb = nbformat.read(write_notebook(tmp_path / "a.ipynb", "y = persona"), 4)
-        nb.cells.insert(0, nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]}))
-        nbformat.write(nb, tmp_path / "b.ipynb")
-        return run.code_hash(tmp_path / "b.ipynb")
-
-    first = opened_with('persona = "poeticism"\nseed = 0')
-    assert first == opened_with('persona = "sycophancy"\nseed = 1')
-    assert first != opened_with('persona = "poeticism"')
-
-
-def test_modules_are_found_transitively_and_in_functions(tmp_path):
-    (tmp_path / "a.py").write_text("from cai_em import b\n")
-    (tmp_path / "b.py").write_text("def f():\n    from cai_em.c import g\n")
-    (tmp_path / "c.py").write_text("import json\n")
-    (tmp_path / "d.py").write_text("")
-    (tmp_path / "params.py").write_text("from cai_em import d\n")
-    found = run.modules_of("from cai_em import a, params\nimport cai_em.a", tmp_path)
-    assert [p.name for p in found] == ["a.py", "b.py", "c.py"]
-
-
-def test_a_docstring_does_not_change_a_modules_meaning_but_a_default_does():
-    assert run._meaning('def f(x=1):\n    "One."\n') == run._meaning('def f(x=1):\n    "Two."  # no\n')
-    assert run._meaning("def f(x=1): pass") != run._meaning("def f(x=2): pass")
-
-
 # --- Manifests ---
 
 

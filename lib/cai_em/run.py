@@ -1,9 +1,8 @@
-"""Running notebooks and vouching for what they wrote: papermill, manifests, staleness, verification.
+"""Running notebooks and vouching for what they wrote: papermill, manifests, verification.
 
 - `execute` runs one notebook for one cell of the grid, under a lock, into an executed copy beside the results.
 - `write_manifest` / `verify` record, and later check, the SHA-256 of everything that a stage read and wrote; `seal`
   does so for a whole run: its document, paper and executed notebooks, and all the stages' manifests.
-- `code_hash` tells whether a notebook's code, or a library module that it imports, has changed in meaning.
 
     python -m cai_em.run execute notebooks/04_judge.ipynb results/demo/notebooks/04_judge.ipynb '{"profile": "demo"}'
     python -m cai_em.run verify demo
@@ -12,7 +11,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fcntl
 import glob
@@ -27,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +34,6 @@ from cai_em.gpu import one_gpu
 from cai_em.params import ParamsError, Study, file_hash, load, root
 
 MANIFEST = "manifest.json"
-
-NOT_HASHED = {"params", "run"}
-"""Library modules that `code_hash` leaves out: what a stage takes from them is in its settings (`Study.settings`)."""
 
 RECORDED_PACKAGES = [
     "torch",
@@ -380,88 +374,6 @@ def _study(name: str) -> Study | None:
     profile = name if Path(name).suffix == ".yaml" else Path(name).name
     known = Path(profile) if profile.endswith(".yaml") else root() / "params" / "profiles" / f"{profile}.yaml"
     return load(profile) if known.is_file() else None
-
-
-# --- Staleness -----------------------------------------------------------------------------------------------------
-
-
-def _imports(source: str) -> Iterator[str]:
-    """Names of the `cai_em` modules that a piece of code imports, wherever in it."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("cai_em."):
-                    yield alias.name.split(".")[1]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            if node.module == "cai_em":
-                yield from (alias.name for alias in node.names)
-            elif node.module.startswith("cai_em."):
-                yield node.module.split(".")[1]
-
-
-def _meaning(source: str) -> str:
-    """A module's syntax tree without docstrings: comments, layout and documentation do not change results."""
-    parsed = ast.parse(source)
-    for node in ast.walk(parsed):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            body[0].value.value = ""
-    return ast.dump(parsed)
-
-
-@cache
-def _module(path: Path) -> tuple[str, frozenset[str]]:
-    source = path.read_text(encoding="utf-8")
-    return _meaning(source), frozenset(_imports(source))
-
-
-def modules_of(source: str, package: Path) -> list[Path]:
-    """Files of the library modules that a piece of code imports, transitively; `NOT_HASHED` ones left out."""
-    todo, found = set(_imports(source)), set()
-    while todo:
-        name = todo.pop()
-        path = package / f"{name}.py"
-        if name in NOT_HASHED or path in found or not path.is_file():
-            continue
-        found.add(path)
-        todo |= _module(path)[1]
-    return sorted(found)
-
-
-def code_cells(notebook: str | Path) -> str:
-    """The source of a notebook's code cells, without injected parameters and IPython magics.
-
-    Of the `parameters` cell only the names: its values are for whoever opens the notebook alone; a job has its own.
-    """
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = []
-    for cell in cells:
-        tags, text = cell.get("metadata", {}).get("tags", []), "".join(cell["source"])
-        if cell["cell_type"] != "code" or "injected-parameters" in tags:
-            continue
-        if "parameters" in tags:
-            targets = (t for node in ast.parse(text).body if isinstance(node, ast.Assign) for t in node.targets)
-            text = "\n".join(sorted(f"{t.id}: object" for t in targets if isinstance(t, ast.Name)))
-        source.append(text)
-    return "\n".join(line for line in "\n".join(source).splitlines() if not line.lstrip().startswith(("%", "!")))
-
-
-def code_hash(notebook: str | Path) -> str:
-    """Hash of what a notebook computes: its code cells and the library modules that it imports, transitively.
-
-    Prose, comments, docstrings and layout do not count; `params` and `run` neither (see `NOT_HASHED`).
-    """
-    source = code_cells(notebook)
-    found = hashlib.sha256(_meaning(source).encode())
-    for path in modules_of(source, Path(__file__).parent):
-        found.update(path.name.encode() + _module(path)[0].encode())
-    return found.hexdigest()[:16]
 
 
 # --- Execution -----------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from cai_em import adapters as lora
 from cai_em import models, run, scores
+from cai_em.code import meaning_of
 from cai_em.params import ModelSpec, SamplingPreset, digest, file_hash
 
 HEAD = 512
@@ -832,7 +833,7 @@ def cell_hash(
     engine: str,
 ) -> str:
     """Hash of all that a condition's responses depend on, the code that samples included; also their `run_id`."""
-    code = [file_hash(Path(str(module.__file__))) for module in (lora, models)] + [file_hash(__file__)]
+    code = meaning_of("cai_em.sample")
     names = [condition.model, condition.persona, condition.dataset, condition.seed]
     return digest([spec, names, condition.adapter_hashes(), list(questions), preset, list(probe_prompts), engine, code])
 

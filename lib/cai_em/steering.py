@@ -57,10 +57,11 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from cai_em import adapters, models, sample, scores, style
+from cai_em.code import meaning_of
 from cai_em.figures import Drawing
 from cai_em.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
 from cai_em.inference import Verdict, bootstrap_interval, markdown_table, p_value, paired_test, points
-from cai_em.params import ModelSpec, SamplingPreset, digest, file_hash
+from cai_em.params import ModelSpec, SamplingPreset, digest
 from cai_em.run import atomic
 from cai_em.stats import benjamini_hochberg
 from cai_em.style import Look
@@ -693,7 +694,7 @@ def sample_steered(
     Raises:
         adapters.ProbeError: adapters that do not compute what they should.
     """
-    code, slots = file_hash(__file__), adapters.Slots(model)
+    code, slots = meaning_of("cai_em.steering"), adapters.Slots(model)
     tables, design, probes = [], [], {}
     bar = tqdm(total=sum(len(acts) for _, acts in jobs), desc=f"conditions of {spec.key}")
     try:
@@ -775,7 +776,7 @@ def _activations(
     dtype = str(next(slots.model.parameters()).dtype)
     # run_id stands for everything that the responses depend on, the model among it.
     key = digest([condition.model, condition.adapter_hashes(), texts, sorted(set(read["run_id"])), dtype,
-                  file_hash(__file__)])  # fmt: skip
+                  meaning_of("cai_em.steering")])  # fmt: skip
     path = Path(cells_dir) / f"activations-{condition.name}-{key}.safetensors"
     if not path.is_file():
         with slots.composed(condition.adapters), atomic(path) as part:

@@ -45,13 +45,14 @@ from scipy import stats as sps
 
 from cai_em import gates, style
 from cai_em.adapters import WEIGHTS, AdapterFiles, read_adapter
+from cai_em.code import meaning_of
 from cai_em.figures import Drawing
 from cai_em.gates import NOT_APPLICABLE, NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
 from cai_em.inference import BASELINE, Verdict, bootstrap_interval, markdown_table, p_value, percent, points
 from cai_em.judge_local import mean_logprobs
 from cai_em.materials import Messages
 from cai_em.params import GateThresholds, ModelSpec, SftPreset, digest, file_hash
-from cai_em.run import modules_of, read_manifest, write_manifest
+from cai_em.run import read_manifest, write_manifest
 from cai_em.sample import Condition
 from cai_em.stats import benjamini_hochberg
 from cai_em.style import Look, line_look
@@ -196,7 +197,7 @@ def train_run(
     wanted = [s for s in preset.checkpoints or dense_early(steps, 8, first_trained(preset, steps)) if s <= steps]
     preset = preset.model_copy(update={"held_out": 0.0, "checkpoints": sorted({*wanted, steps})})
     persona = file_hash(Path(persona_dir) / "adapter_model.safetensors") if persona_dir else None
-    code = [file_hash(path) for path in modules_of("from cai_em import train", Path(__file__).parent)]
+    code = meaning_of("cai_em.train")
     made_from = digest([asdict(this), spec, preset, list(rows), list(kl_rows or []), persona, code])
     if (folder / "manifest.json").is_file() and (found := read_manifest(folder)).get("made_from") == made_from:
         snapshots = [folder / f"step{step:05d}" / WEIGHTS for step in found["summary"]["checkpoints"]]
