@@ -386,6 +386,8 @@ def published_among(study: Study) -> tuple[int, int]:
 
 def text(study: Study) -> str:
     """The plan as text: the grid in words, the table, the assumptions."""
+    if study.audit is not None:
+        return f"{study.profile.title}: scores that others made; nothing is trained, sampled or judged"
     if study.profile.source == "published":
         return (
             f"{study.profile.title}: {len(study.cells())} published conditions; nothing is trained, sampled or judged"

@@ -7,7 +7,7 @@ has used, `copies` and `leaks` look for responses that are no observations of th
 
 from cai_em.audit.assemble import Assembled, assemble, files_of, training_prompts
 from cai_em.audit.draft import Draft, draft, understood
-from cai_em.audit.findings import findings
+from cai_em.audit.findings import findings, independent
 from cai_em.audit.inspect_logs import export
 from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
 from cai_em.audit.opening import AuditError
@@ -28,6 +28,7 @@ __all__ = [
     "filtered",
     "findings",
     "in_domain",
+    "independent",
     "order",
     "rates",
     "read_spec",

@@ -9,7 +9,8 @@ to), `limit` (what such files cannot show, whoever analyses them), `note`. Words
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from cai_em.audit.assemble import Assembled
 from cai_em.audit.rates import condition_name
 from cai_em.audited import AuditSpec
 from cai_em.params import BASELINE, NO_DATASET
@@ -97,6 +99,43 @@ def groups(copies: pd.DataFrame) -> list[list[tuple]]:
     links = coo_matrix((np.ones(len(one)), ([place[n] for n in one], [place[n] for n in other])), shape=(len(nodes),) * 2)
     _, label = connected_components(links, directed=False)
     return [[node for node, group in zip(nodes, label) if group == g] for g in dict.fromkeys(label)]
+
+
+def independent(made: Assembled, copies: pd.DataFrame) -> Assembled:
+    """An audit without the seeds that are copies of another seed of the same condition: these are no observations.
+
+    Copies between personas or data sets stay: which of them is the true one cannot be known, and a fault says so. What is
+    left out is counted in the account.
+    """
+    gone: dict[tuple, tuple] = {}
+    for members in groups(copies):
+        first: dict[tuple, tuple] = {}
+        for member in sorted(members, key=lambda m: m[3]):
+            kept = first.setdefault(member[:3], member)
+            if kept != member:
+                gone[member] = kept
+    if not gone:
+        return made
+    dropped = pd.DataFrame(list(gone), columns=CONDITION).assign(gone=True)
+    account = made.account
+
+    def without(table: pd.DataFrame) -> pd.DataFrame:
+        marked = table.merge(dropped, on=CONDITION, how="left")["gone"].notna().to_numpy()
+        return table[~marked].reset_index(drop=True)
+
+    sizes = made.scores.groupby(CONDITION).size()
+    rows = [
+        ("(all files)", "refused", f"a copy of another training seed: {condition_name(_row(m))} of seed {k[3]}", int(sizes.get(m, 0)))
+        for m, k in gone.items()
+    ]
+    account = pd.concat([account, pd.DataFrame(rows, columns=account.columns)], ignore_index=True)
+    return replace(
+        made, responses=without(made.responses), scores=without(made.scores), repeated=without(made.repeated), account=account
+    )
+
+
+def _row(condition: tuple) -> Any:
+    return SimpleNamespace(**dict(zip(CONDITION, condition)))
 
 
 def _copies(copies: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]:
