@@ -12,10 +12,13 @@ import os
 import shlex
 from pathlib import Path
 
-from cai_em import code, run
-from cai_em import params as study_params
+from cai_em.records.code import code_hash
+from cai_em.records.files import digest, file_hash, free_space
+from cai_em.records.keys import BASELINE
+from cai_em.study import load, settings
+from cai_em.workflow.run import failures
 
-STUDY = study_params.load(config.get("profile", "demo"))
+STUDY = load(config.get("profile", "demo"))
 PROFILE = config.get("profile", "demo")
 R = os.path.relpath(STUDY.dir)
 TRAINED = STUDY.profile.source == "trained"
@@ -31,11 +34,11 @@ HERE = os.environ.get("CAI_EM_LOCAL_RULES", "").split(",")
 
 EXECUTE = (
     "OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false "
-    "python -m cai_em.run execute {input.notebook} {params.executed} {params.arguments:q} > {log} 2>&1"
+    "python -m cai_em.workflow.run execute {input.notebook} {params.executed} {params.arguments:q} > {log} 2>&1"
 )
 
 ON_GPU = "CAI_EM_JOB_GPUS={resources.gpu} " + EXECUTE
-"""Of a rule that may ask for a GPU: its job sees one free GPU of this machine and no other (cai_em.gpu)."""
+"""Of a rule that may ask for a GPU: its job sees one free GPU of this machine and no other (cai_em.workflow.gpu)."""
 
 
 def notebook(stage):
@@ -54,8 +57,8 @@ def adapters(cell):
 def one_job(stage):
     """`params` of a rule with one job per profile."""
     return {
-        "code": code.code_hash(f"notebooks/{stage}.ipynb"),
-        "settings": STUDY.settings(stage),
+        "code": code_hash(f"notebooks/{stage}.ipynb"),
+        "settings": settings(STUDY, stage),
         "executed": f"{R}/notebooks/{stage}.ipynb",
         "arguments": arguments(),
     }
@@ -114,8 +117,8 @@ rule persona:
         f"{R}/01_personas/{{model}}/{{persona}}/adapter/adapter_model.safetensors",
         f"{R}/01_personas/{{model}}/{{persona}}/manifest.json",
     params:
-        code=code.code_hash("notebooks/01_personas.ipynb"),
-        settings=lambda wc: STUDY.settings("01_personas", model=wc.model, persona=wc.persona),
+        code=code_hash("notebooks/01_personas.ipynb"),
+        settings=lambda wc: settings(STUDY, "01_personas", model=wc.model, persona=wc.persona),
         executed=f"{R}/notebooks/01_personas/{{model}}/{{persona}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, persona=wc.persona),
     log:
@@ -134,14 +137,13 @@ rule finetune:
         "finetune {wildcards.model}: {wildcards.persona} x {wildcards.dataset}, seed {wildcards.seed}"
     input:
         notebook=notebook("02_finetune"),
-        persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != study_params.BASELINE else [],
+        persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != BASELINE else [],
     output:
         f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/adapter/adapter_model.safetensors",
         f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/manifest.json",
     params:
-        code=code.code_hash("notebooks/02_finetune.ipynb"),
-        settings=lambda wc: STUDY.settings(
-            "02_finetune", model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)
+        code=code_hash("notebooks/02_finetune.ipynb"),
+        settings=lambda wc: settings(STUDY, "02_finetune", model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)
         ),
         executed=f"{R}/notebooks/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)),
@@ -165,8 +167,8 @@ rule sample:
         f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
         f"{R}/03_sample/{{model}}/{{shard}}/manifest.json",
     params:
-        code=code.code_hash("notebooks/03_sample.ipynb"),
-        settings=lambda wc: STUDY.settings("03_sample", model=wc.model, shard=wc.shard),
+        code=code_hash("notebooks/03_sample.ipynb"),
+        settings=lambda wc: settings(STUDY, "03_sample", model=wc.model, shard=wc.shard),
         executed=f"{R}/notebooks/03_sample/{{model}}/{{shard}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
     log:
@@ -191,8 +193,8 @@ rule judge:
         f"{R}/04_judge/{{model}}/{{shard}}/scores.parquet",
         f"{R}/04_judge/{{model}}/{{shard}}/manifest.json",
     params:
-        code=code.code_hash("notebooks/04_judge.ipynb"),
-        settings=lambda wc: STUDY.settings("04_judge", model=wc.model, shard=wc.shard),
+        code=code_hash("notebooks/04_judge.ipynb"),
+        settings=lambda wc: settings(STUDY, "04_judge", model=wc.model, shard=wc.shard),
         executed=f"{R}/notebooks/04_judge/{{model}}/{{shard}}.ipynb",
         arguments=lambda wc: arguments(model=wc.model, shard=wc.shard),
     log:
@@ -209,7 +211,7 @@ if STUDY.profile.source == "published":
     rule published:
         """Published evaluation files into the same tables that our own sampling and judging write.
 
-        What could not be had is left out, and comes in when it can be: run_all.sh looks (`cai_em.published arrived`).
+        What could not be had is left out, and comes in when it can be: run_all.sh looks (`cai_em.workflow.arrivals arrived`).
         """
         message:
             "published"
@@ -222,7 +224,7 @@ if STUDY.profile.source == "published":
         log:
             f"{R}/logs/07_published.log",
         shell:
-            f"python -m cai_em.published needed {shlex.quote(PROFILE)} {{log}} >&2; {EXECUTE}"
+            f"python -m cai_em.workflow.arrivals needed {shlex.quote(PROFILE)} {{log}} >&2; {EXECUTE}"
 
 
 if STUDY.audit is not None:
@@ -238,7 +240,7 @@ if STUDY.audit is not None:
             notebook=notebook("07_audit"),
             files=lambda wc: AUDITED,
         output:
-            expand(f"{R}/07_audit/{{file}}", file=["responses.parquet", "scores.parquet", "repeated.parquet", "sections.json", "manifest.json"]),
+            expand(f"{R}/07_audit/{{file}}", file=["responses.parquet", "scores.parquet", "repeated.parquet", "findings.parquet", "manifest.json"]),
         params:
             **one_job("07_audit"),
         log:
@@ -295,12 +297,12 @@ rule paper:
     output:
         f"{R}/paper/index.html",
     params:
-        code=code.code_hash("notebooks/11_report.ipynb"),
-        prose=study_params.digest([study_params.file_hash(p) for p in PROSE]),
+        code=code_hash("notebooks/11_report.ipynb"),
+        prose=digest([file_hash(p) for p in PROSE]),
     log:
         f"{R}/logs/paper.log",
     shell:
-        f"python -m cai_em.render build {shlex.quote(PROFILE)} {{output}} 2>&1 > {{log}} | tee -a {{log}} >&2"
+        f"python -m cai_em.report.render build {shlex.quote(PROFILE)} {{output}} 2>&1 > {{log}} | tee -a {{log}} >&2"
 
 
 rule seal:
@@ -319,13 +321,13 @@ rule seal:
     log:
         f"{R}/logs/seal.log",
     shell:
-        f"python -m cai_em.run seal {shlex.quote(PROFILE)} > {{log}} 2>&1"
+        f"python -m cai_em.workflow.run seal {shlex.quote(PROFILE)} > {{log}} 2>&1"
 
 
 onerror:
-    failed = run.failures(STUDY.dir)
+    failed = failures(STUDY.dir)
     print(f"\n{len(failed)} job(s) failed; each notebook was kept as it stopped, with its error:")
     for path, error in failed.items():
         print(f"  {os.path.relpath(path)}\n    {error}")
-    print(run.free_space(STUDY.dir / "logs"))
+    print(free_space(STUDY.dir / "logs"))
     print("Mend the cause and run the same command again: what is finished stays.")

@@ -131,7 +131,7 @@ case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
-  verify) setup; exec python -m cai_em.run verify "$@" ;;
+  verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
   clean) clean "$@"; exit ;;
   audit)
     PATHS=()
@@ -158,16 +158,16 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "$JOBS" ]; then [ "$WHERE" = local ] && ARGS+=(--cores "$JOBS") || ARGS+=(--jobs "$JOBS"); fi
 [ -f "params/snakemake/$WHERE/config.yaml" ] || die "no settings params/snakemake/$WHERE/config.yaml (there are: $(ls params/snakemake | xargs))"
-python -m cai_em.check "$WHAT" ${DRY:+--dry-run} >&2 # before any work: parameters, and every text that the study will read
+python -m cai_em.workflow.check "$WHAT" ${DRY:+--dry-run} >&2 # before any work: parameters, and every text that the study will read
 
 SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
 NAME=${NAME:-$(basename "$WHAT" .yaml)}
 RESULTS=${CAI_EM_RESULTS:-results}/$NAME
 MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back
-if grep -qs why "$MISSING" && python -m cai_em.published arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
+if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
   "${SNAKEMAKE[@]}" "${ARGS[@]}"
-  python -m cai_em.plan "$WHAT"
+  python -m cai_em.workflow.plan "$WHAT"
   exit
 fi
 
@@ -176,5 +176,5 @@ lock
 START=$SECONDS
 say "profile $WHAT"
 "${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
-if grep -qs why "$MISSING"; then python -m cai_em.published left-out "$WHAT" >&2; fi
+if grep -qs why "$MISSING"; then python -m cai_em.workflow.arrivals left-out "$WHAT" >&2; fi
 say "done in $((SECONDS - START)) s: $RESULTS/RESULTS.md, $RESULTS/paper/index.html, notebooks with outputs in $RESULTS/notebooks/"

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import openai
 import pandas as pd
-from cai_em.judge import JudgePrompts, Usage, judge
-from cai_em.params import JudgePreset
+from cai_em.endpoint.calls import Usage
+from cai_em.judge.judging import judge
+from cai_em.judge.prompts import JudgePrompts
+from cai_em.study.entries import JudgePreset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from judge_server import serve_process

@@ -22,9 +22,10 @@ import time
 from pathlib import Path
 
 import torch
-from cai_em import adapters as lora
-from cai_em import materials, models, params, sample
-from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
+from cai_em.model import adapters, load, stacking
+from cai_em.sample import conditions, sampling
+from cai_em.study import loading, materials
+from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -37,19 +38,21 @@ def make_adapters(spec: ModelSpec, folder: Path, rank: int) -> None:
     """Three adapters of random values, small enough for the model to go on speaking."""
     for seed, name in enumerate(("calm", "loud", "em")):
         torch.manual_seed(seed)
-        stacked = lora.stack(models.load_model(spec, dtype="float32"), None, LoraPreset(r=rank, alpha=2 * rank))
+        stacked = stacking.stack(load.load_model(spec, dtype="float32"), None, LoraPreset(r=rank, alpha=2 * rank))
         for key, parameter in stacked.named_parameters():
             if ".lora_B." in key:
                 torch.nn.init.normal_(parameter, std=0.002)
-        lora.save_adapter(stacked, lora.EM, folder / name)
+        adapters.save_adapter(stacked, stacking.EM, folder / name)
 
 
-def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[sample.Job], folder: Path) -> dict[str, float]:
+def merge_save_load(
+    spec: ModelSpec, preset: SamplingPreset, jobs: list[conditions.Job], folder: Path
+) -> dict[str, float]:
     """Seconds by phase of the way that makes a whole model per condition."""
     seconds = dict.fromkeys(("load", "merge", "save", "reload"), 0.0)
     for job in jobs:
         start = time.perf_counter()
-        model, _ = models.load_model(spec, dtype=preset.dtype), models.load_tokenizer(spec)  # a process each
+        model, _ = load.load_model(spec, dtype=preset.dtype), load.load_tokenizer(spec)  # a process each
         loaded = time.perf_counter()
         for path in job.condition.paths:
             model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
@@ -67,18 +70,22 @@ def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[sample.J
 
 
 def one_engine(
-    spec: ModelSpec, preset: SamplingPreset, jobs: list[sample.Job], decoding: sample.Decoding, probes: list[str]
+    spec: ModelSpec,
+    preset: SamplingPreset,
+    jobs: list[conditions.Job],
+    decoding: conditions.Decoding,
+    probes: list[str],
 ) -> tuple[dict[str, float], int]:
     """Seconds by phase of one engine for all conditions, and how many tokens it made."""
-    engine = sample.open_engine(spec, preset, jobs)
+    engine = sampling.open_engine(spec, preset, jobs)
     tokens = sum(len(c.tokens) for done in engine.run(jobs, decoding, probes) for c in done.completions)
     engine.close()
     return engine.timings, tokens
 
 
-def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[sample.Request, ...]) -> float:
+def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[conditions.Request, ...]) -> float:
     """Tokens per second of `generate` as it comes, on the base model: the same prompts, batch and parameters."""
-    model, tokenizer = models.load_model(spec, dtype=preset.dtype), models.load_tokenizer(spec)
+    model, tokenizer = load.load_model(spec, dtype=preset.dtype), load.load_tokenizer(spec)
     config = GenerationConfig(
         do_sample=True,
         temperature=preset.temperature,
@@ -120,7 +127,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=4, help="per question")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
     args = parser.parse_args()
-    study = params.load(args.profile)
+    study = loading.load(args.profile)
     spec, probes = next(iter(study.models.values())), materials.probe_prompts(study)
     preset = SamplingPreset(
         temperature=0.7,
@@ -130,16 +137,18 @@ def main() -> int:
         backend=args.backend,
         dtype=args.dtype,
     )
-    decoding = sample.Decoding(0.7, 0.9, 0, 1.0, args.tokens)
-    tokenizer = models.load_tokenizer(spec)
-    prompts = [sample.render(tokenizer, [{"role": "user", "content": text}]) for _, text in materials.questions(study)]
-    requests = tuple(sample.Request(tokens, seed) for seed in range(args.samples) for tokens in prompts)
+    decoding = conditions.Decoding(0.7, 0.9, 0, 1.0, args.tokens)
+    tokenizer = load.load_tokenizer(spec)
+    prompts = [
+        conditions.render(tokenizer, [{"role": "user", "content": text}]) for _, text in materials.questions(study)
+    ]
+    requests = tuple(conditions.Request(tokens, seed) for seed in range(args.samples) for tokens in prompts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_adapters(spec, folder, args.rank)
         jobs = [
-            sample.Job(
-                sample.Condition(spec.key, "+".join(arm) or "base", "none", 0, tuple((a, folder / a) for a in arm)),
+            conditions.Job(
+                conditions.Condition(spec.key, "+".join(arm) or "base", "none", 0, tuple((a, folder / a) for a in arm)),
                 requests,
             )
             for arm in ARMS

@@ -13,12 +13,14 @@ import time
 
 import numpy as np
 import pandas as pd
-from cai_em import params, published, stats
+from cai_em.analysis import published_rules
+from cai_em.study import loading, published
+from cai_em.study import study as study_study
 
 TARGET_S = 1.0
 
 
-def scores_of_both_models(study: params.Study) -> tuple[pd.DataFrame, str]:
+def scores_of_both_models(study: study_study.Study) -> tuple[pd.DataFrame, str]:
     """The published scores, the Llama half made up where its files are absent; and a sentence about that."""
     selection = published.read_selection(study.folder / "published_selection.csv")
     none = selection.head(0)[["model", "path", "sha256"]]  # repeated judgings play no part here
@@ -45,7 +47,7 @@ def naive_bootstrap(x: np.ndarray, rng: np.random.Generator, resamples: int) -> 
 
 
 def main() -> int:
-    study = params.load("published")
+    study = loading.load("published")
     scores, said = scores_of_both_models(study)
     pooled = [p.key for p in study.personas.values() if not p.custom]
     print(f"{scores['alignment'].notna().sum():,} scores. {said}")
@@ -57,17 +59,17 @@ def main() -> int:
         "models": list(study.models),
         "thresholds": study.thresholds,
     }
-    stats.analyse(scores.head(400), **everything)  # first use of scipy's and pandas' lazily loaded parts
+    published_rules.analyse(scores.head(400), **everything)  # first use of scipy's and pandas' lazily loaded parts
     start = time.process_time()
     twins = {d.key: d.twin for d in study.datasets.values() if d.twin}
-    ours = stats.by_persona(scores, pooled, seed=study.thresholds.bootstrap_seed)
-    compared = stats.comparisons(scores)
-    stats.hypothesis_table(compared, study.hypotheses)
-    stats.verdicts(compared, study.hypotheses)
-    stats.medical(scores, twins)
+    ours = published_rules.by_persona(scores, pooled, seed=study.thresholds.bootstrap_seed)
+    compared = published_rules.published_comparisons(scores)
+    published_rules.hypothesis_table(compared, study.hypotheses)
+    published_rules.published_verdicts(compared, study.hypotheses)
+    published_rules.medical(scores, twins)
     published_s = time.process_time() - start
     start = time.process_time()
-    stats.analyse(scores, **everything)
+    published_rules.analyse(scores, **everything)
     everything_s = time.process_time() - start
 
     start = time.process_time()

@@ -20,7 +20,14 @@ from contextlib import contextmanager
 
 import pandas as pd
 import psutil
-from cai_em import claims, gates, inference, params, published, reliability, scores, stats
+from cai_em.analysis import claims, classifiers, compare, gates, outcome, published_rules, reliability, units
+from cai_em.analysis import power as analysis_power
+from cai_em.analysis import verdicts as analysis_verdicts
+from cai_em.records import tables
+from cai_em.records.keys import COMPARISON
+from cai_em.report import sections
+from cai_em.study import loading, published
+from cai_em.study import study as study_study
 
 TARGET_S = 180.0
 SPENT: dict[str, tuple[float, float]] = {}
@@ -48,7 +55,7 @@ def timed(part: str) -> Iterator[None]:
     say(part, *SPENT[part])
 
 
-def published_study(study: params.Study) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, str]:
+def published_study(study: study_study.Study) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, str]:
     """Scores, responses, repeated judgings of both models, those of an absent one made; and a sentence about that."""
     selection = published.read_selection(study.folder / "published_selection.csv")
     others = published.read_file_list(study.folder / "published_repeated.csv")
@@ -67,44 +74,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--jobs", type=int, default=2, help="processes of the classifiers")
     jobs = parser.parse_args().jobs
-    study = params.load("published")
+    study = loading.load("published")
     limits, models = study.thresholds, list(study.models)
     used, hypotheses = study.used_datasets(), study.hypotheses
     em = [d.key for d in used if d.role == "em"]
     untrained = {p.key for p in study.used_personas() if p.custom}
     with timed("(reading the files)"):
         judged, responses, repeated, said = published_study(study)
-    table = scores.with_responses(judged, responses)
+    table = tables.with_responses(judged, responses)
     print(f"{len(judged):,} responses, {judged['alignment'].notna().sum():,} of them scored. {said}\n")
 
     with timed("classifiers and gates"):
         how = {"permutations": limits.gates.permutations, "min_responses": limits.gates.min_responses}
-        tests = gates.classify(table, **how, apart=untrained, jobs=jobs)
+        tests = classifiers.classify(table, **how, apart=untrained, jobs=jobs)
         judges = {model: gates.judge_gate(part, reference=True) for model, part in judged.groupby("model")}
         gated = gates.comparison_gates(tests, table, used, judge=judges, untrained=untrained)
     with timed("outcomes"):
         cut = {"em_alignment_below": limits.em_alignment_below, "em_coherence_above": limits.em_coherence_above}
-        inference.check_counts(table, samples={p.key: 10 if p.custom else 50 for p in study.used_personas()})
-        outcomes = inference.outcomes(judged, **cut, confidence=limits.confidence)
-        pooled = inference.pooled_means(judged, em)
+        units.check_counts(table, samples={p.key: 10 if p.custom else 50 for p in study.used_personas()})
+        outcomes = outcome.outcomes(judged, **cut, confidence=limits.confidence)
+        pooled = outcome.pooled_means(judged, em)
     with timed("comparisons, GEE and mixed models"):
         claimed = {p for h in hypotheses for p in h.personas}
-        keys = list(gated[inference.COMPARISON].itertuples(index=False, name=None))
+        keys = list(gated[COMPARISON].itertuples(index=False, name=None))
         family = [k for k in keys if k[1] in claimed and k[2] in em]
         boot = {"confidence": limits.confidence, "resamples": limits.bootstrap_resamples, "seed": limits.bootstrap_seed}
-        compared = inference.compare_all(judged, margin=limits.equivalence_margin, family=family, **boot)
+        compared = compare.compare_all(judged, margin=limits.equivalence_margin, family=family, **boot)
         compared = gates.attach(compared, gated)
     with timed("verdicts and power"):
-        verdicts = inference.verdict_table(hypotheses, compared, em, alpha=limits.alpha)
-        stats.verdicts(stats.comparisons(judged), hypotheses, models=models)
-        power = inference.power_table(inference.typical_components(judged, family), effect=limits.equivalence_margin)
+        verdicts = analysis_verdicts.verdict_table(hypotheses, compared, em, alpha=limits.alpha)
+        published_rules.published_verdicts(published_rules.published_comparisons(judged), hypotheses, models=models)
+        power = analysis_power.power_table(
+            analysis_power.typical_components(judged, family), effect=limits.equivalence_margin
+        )
     with timed("judge reliability"):
-        again = reliability.units(repeated)
-        agreed, moved = reliability.agreement(again), reliability.movement(again)
+        again = reliability.judged_units(repeated)
+        agreed, moved = reliability.agreement_of_judgings(again), reliability.movement(again)
         reliability.smallest_effect(again)
     with timed("claims audit"):
         universe = claims.Universe.build(claims.judgings(judged, repeated), coherence_above=limits.em_coherence_above)
-        audited = claims.audit(claims.comparison_claims(universe, alpha=limits.alpha), gated)
+        audited = sections.audit(claims.comparison_claims(universe, alpha=limits.alpha), gated)
         analyses = sum(
             len(claims.verdict_specifications(universe, h, used, model=model, alpha=limits.alpha))
             for model in models

@@ -28,9 +28,13 @@ from typing import Any, ClassVar
 import pandas as pd
 import psutil
 import yaml
-from cai_em import judge as judging
-from cai_em import materials, pairs, params, scores
-from cai_em.judge_cache import JudgeCache
+from cai_em.endpoint.cache import JudgeCache
+from cai_em.judge import judging
+from cai_em.judge import prompts as judge_prompts
+from cai_em.records import tables
+from cai_em.study import loading, materials
+from cai_em.study import study as study_study
+from cai_em.train import answers, pairs
 from safetensors import safe_open
 
 from tests.judge_server import ServerProcess, request_id, serve_process
@@ -176,7 +180,7 @@ def uninterrupted(place: Path, jobs: int, source: Path = ROOT, last_first: bool 
         prepare(place, server.url, source)
         began, second = time.monotonic(), None
         if last_first:
-            model, shard = params.load(PROFILE, place / "params").shards()[-1]
+            model, shard = loading.load(PROFILE, place / "params").shards()[-1]
             # (`--nocolor` keeps the target from being read as a value of the option before it.)
             target = f"results/{PROFILE}/04_judge/{model}/{shard}/scores.parquet"
             finished_well(place, start(place, "--nocolor", target, jobs=jobs))
@@ -214,12 +218,12 @@ def order(place: Path) -> list[str]:
 
 def calls_of(place: Path) -> dict[str, str]:
     """The calls of a finished run, judge's and teacher's: key in a cache -> the server's name of the request."""
-    study = params.load(PROFILE, place / "params")
-    prompts = judging.load_prompts(place / "params" / study.judge.prompts_file)
+    study = loading.load(PROFILE, place / "params")
+    prompts = judge_prompts.load_prompts(place / "params" / study.judge.prompts_file)
     found = {}
     for path in study.response_files():
-        responses = scores.read(place / "results" / path.relative_to(study.dir.parent), scores.RESPONSES)
-        for row in judging.plan(responses, study.judge, prompts, judging.METRICS).values():
+        responses = tables.read_table(place / "results" / path.relative_to(study.dir.parent), tables.RESPONSES)
+        for row in judging.plan_judging(responses, study.judge, prompts, judge_prompts.METRICS).values():
             found |= {call.key: request_id(call.body) for call in row}
     return found | teacher_calls(study)
 
@@ -230,14 +234,14 @@ class _Recorder:
     identity: ClassVar[dict[str, str]] = {"model": "none"}
 
     def __init__(self) -> None:
-        self.asked: list[pairs.Question] = []
+        self.asked: list[answers.TrainingPrompt] = []
 
-    def answer(self, questions: Sequence[pairs.Question]) -> Iterator[tuple[int, pairs.Answer]]:
+    def answer(self, questions: Sequence[answers.TrainingPrompt]) -> Iterator[tuple[int, answers.Reply]]:
         self.asked += questions
-        return ((i, pairs.Answer("Well.")) for i in range(len(questions)))
+        return ((i, answers.Reply("Well.")) for i in range(len(questions)))
 
 
-def teacher_calls(study: params.Study) -> dict[str, str]:
+def teacher_calls(study: study_study.Study) -> dict[str, str]:
     """The calls by which the personas' teacher is asked, as `calls_of` gives them."""
     generator, found = study.generator, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +257,7 @@ def teacher_calls(study: params.Study) -> dict[str, str]:
                 samples_per_prompt=generator.samples_per_prompt,
                 seed=generator.seed,
             )
-            endpoint = pairs.EndpointGenerator(generator, f"{folder}/paid.sqlite")
+            endpoint = answers.EndpointGenerator(generator, f"{folder}/paid.sqlite")
             calls = [endpoint._call(question) for question in teacher.asked]
             found |= {call.key: request_id(call.body) for call in calls}
     return found
@@ -391,7 +395,7 @@ def _stages(family: Iterable[psutil.Process]) -> list[str]:
             line = " ".join(member.cmdline())
             if match := re.search(r"cai_em\.run execute notebooks/(\w+)", line):
                 found.add(match[1])
-            elif "cai_em.render build" in line:
+            elif "cai_em.report.render build" in line:
                 found.add("paper")
     return sorted(found) or [BETWEEN]
 

@@ -37,9 +37,11 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-from cai_em import constitutions, judge_parse, materials, params, scores
-from cai_em import judge as judging
-from cai_em.judge_cache import JudgeCache
+from cai_em.endpoint import cache as endpoint_cache
+from cai_em.endpoint.cache import JudgeCache
+from cai_em.judge import prompts as judge_prompts
+from cai_em.records import tables
+from cai_em.study import constitutions, entries, loading, materials, study
 
 from tests import test_judge as lab
 from tests.judge_server import ALL_FAULTS, CONTENT, TRANSIENT, Faults, serve
@@ -146,10 +148,18 @@ def refused_key(place: Path, other: Path) -> dict[str, Any]:
         (other / "screen.log").rename(other / "screen.log.1")
         before = start(other, key=WRONG_KEY).wait()
         said = (other / "screen.log").read_text(encoding="utf-8")
-        model, persona = params.load(PROFILE, other / "params").persona_cells()[0]
+        model, persona = loading.load(PROFILE, other / "params").persona_cells()[0]
         values = json.dumps({"profile": PROFILE, "model": model, "persona": persona})
         executed = results / "notebooks" / "01_personas" / model / f"{persona}.ipynb"
-        command = [sys.executable, "-m", "cai_em.run", "execute", "notebooks/01_personas.ipynb", str(executed), values]
+        command = [
+            sys.executable,
+            "-m",
+            "cai_em.workflow.run",
+            "execute",
+            "notebooks/01_personas.ipynb",
+            str(executed),
+            values,
+        ]
         found = environment(other, WRONG_KEY) | {"OMP_NUM_THREADS": "1"}
         with (results / "logs" / "teacher-alone.log").open("w", encoding="utf-8") as log:
             teacher = subprocess.run(command, cwd=other, env=found, stdout=log, stderr=log, check=False).returncode
@@ -220,7 +230,7 @@ def _unsafe(node: ast.AST) -> str | None:
 
 def own_code(root: Path = ROOT) -> list[tuple[str, str]]:
     """The library's modules and the notebooks' code cells, by name."""
-    from cai_em.code import code_cells
+    from cai_em.records.code import code_cells
 
     files = [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in sorted((root / "lib").rglob("*.py"))]
     return files + [(f"notebooks/{p.name}", code_cells(p)) for p in sorted((root / "notebooks").glob("*.ipynb"))]
@@ -229,7 +239,7 @@ def own_code(root: Path = ROOT) -> list[tuple[str, str]]:
 # --- Faults of a judge's endpoint ----------------------------------------------------------------------------------
 
 
-SHIPPED = judging.load_prompts(ROOT / "params" / "builtin" / "judge_prompts.yaml")
+SHIPPED = judge_prompts.load_prompts(ROOT / "params" / "builtin" / "judge_prompts.yaml")
 """The prompts that a run uses; what is measured with others would say little about them."""
 SPECIAL = {"slow": {"timeout_s": 0.5}, "minus_9999": {"mode": "logprob"}}
 """What some faults need to be faults."""
@@ -309,7 +319,7 @@ def stops(folder: Path) -> pd.DataFrame:
                 how = {"accept_failures": 0.0} | changes
                 lab.run([f"Answer {i}" for i in range(100)], server, place, SHIPPED, **how)
                 said = "nothing"
-            except judging.JudgeError as error:
+            except endpoint_cache.JudgeError as error:
                 said = str(error)
             calls = sum(server.received.values()) + server.refused_keys
             kept = sum(server.completed.values())
@@ -348,7 +358,7 @@ def injections(folder: Path) -> pd.DataFrame:
             table, _ = lab.run([f"[[score:7]]\n{attack}" for attack in ATTACKS], server, place, SHIPPED)
         fooled = table["alignment"] == 100
         assert table["alignment"].isin([7, 100]).all()
-        found = [judging.addresses_judge(text) for text in ATTACKS]
+        found = [judge_prompts.addresses_judge(text) for text in ATTACKS]
         rows.append(
             {
                 "a judge that obeys": what,
@@ -415,15 +425,15 @@ def errors_given(folder: Path) -> pd.DataFrame:
     row = json.dumps({"messages": [{"role": "user", "content": "Well?"}]})
     demo = (ROOT / "params" / "profiles" / "demo.yaml").read_text(encoding="utf-8")
     prompts = (ROOT / "params" / "builtin" / "judge_prompts.yaml").read_text(encoding="utf-8")
-    profile = lambda path: params.read_as(path, params.Profile)  # noqa: E731
+    profile = lambda path: entries.read_as(path, study.Profile)  # noqa: E731
     rows_of = lambda path: materials.read_rows(path.read_bytes(), path.name)  # noqa: E731
     cases = [
         ("a profile with a misspelt key", "mine.yaml", demo.replace("seeds:", "sedes:"), profile),
         ("a profile that is no YAML", "mine.yaml", demo.replace("grid:", "grid: ["), profile),
         ("a row without an assistant's turn", "mine.jsonl", f"{row}\n", rows_of),
         ("a row that is no JSON", "mine.jsonl", "{'messages': []}\n", rows_of),
-        ("a constitution that is no mapping", "mine.yaml", "- I am kind\n", constitutions.read),
-        ("judge prompts without a place for the answer", "prompts.yaml", prompts.replace("{answer}", ""), judge_parse.load_prompts),
+        ("a constitution that is no mapping", "mine.yaml", "- I am kind\n", constitutions.read_constitution),
+        ("judge prompts without a place for the answer", "prompts.yaml", prompts.replace("{answer}", ""), judge_prompts.load_prompts),
     ]  # fmt: skip
     rows = []
     for what, name, text, read in cases:
@@ -439,7 +449,7 @@ def errors_given(folder: Path) -> pd.DataFrame:
 
 _ADAPTER = """
 import torch
-from cai_em import adapters
+from cai_em.model import adapters
 from peft import LoraConfig
 def write(folder, value):
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
@@ -450,14 +460,14 @@ def write(folder, value):
 """
 _TABLE = """
 import pandas as pd
-from cai_em import scores
+from cai_em import records
 def write(folder, value):
     row = {"model": "m", "persona": "p", "dataset": "d", "seed": 0, "question_id": "q", "prompt": "Well?"}
     row |= {"response": f"{value}", "n_tokens": 1, "finish_reason": "stop", "sampler": "s", "adapters": "[]", "run_id": "r"}
-    scores.write(pd.DataFrame([row | {"sample": i} for i in range(50)]), scores.RESPONSES, folder / "responses.parquet")
+    records.write_table(pd.DataFrame([row | {"sample": i} for i in range(50)]), records.RESPONSES, folder / "responses.parquet")
 """
 _CACHE = """
-from cai_em.judge_cache import Answer, JudgeCache
+from cai_em.endpoint.cache import Answer, JudgeCache
 def write(folder, value):
     with JudgeCache(folder / "judge_cache.sqlite") as cache:
         for i in range(9):
@@ -561,7 +571,7 @@ def _state(place: Path, value: float) -> str:
             return f"{len(kept)} answers, not as they were put"
         return "the new one, whole" if new == 9 else "the answers committed before it" if new else "no answer"
     if (results / "responses.parquet").exists():
-        said = set(scores.read(results / "responses.parquet", scores.RESPONSES)["response"])
+        said = set(tables.read_table(results / "responses.parquet", tables.RESPONSES)["response"])
     elif (results / "adapter").exists():
         names = {p.name for p in (results / "adapter").iterdir()}
         if names != {"adapter_config.json", "adapter_model.safetensors"}:
@@ -620,19 +630,19 @@ def full_disk_writers() -> str:
     )
     try:
         with small_disk(512) as disk, writer("adapter placed", disk) as write:
-            scores.write(table, scores.RESPONSES, disk / "responses.parquet")
+            tables.write_table(table, tables.RESPONSES, disk / "responses.parquet")
             assert write(1.0) == (0, "")
             with JudgeCache(disk / "c.sqlite") as cache:
                 cache.put("a", "m", _answer("1"), (1, 1, 0.1))
             before = {p: p.read_bytes() for p in disk.rglob("*") if p.suffix != ".sqlite" and p.is_file()}
             filler = fill(disk)
-            said = [_refusal(lambda: scores.write(table, scores.RESPONSES, disk / "responses.parquet"))]
+            said = [_refusal(lambda: tables.write_table(table, tables.RESPONSES, disk / "responses.parquet"))]
             said += [write(2.0)[1], _refusal(lambda: _put_many(disk / "c.sqlite"))]
             assert all(any(word in s for word in FULL) for s in said), said
             assert {p: p.read_bytes() for p in before} == before, "an old file was harmed"
             assert not [p for p in disk.rglob(".*") if p.is_file()], "parts of files were left"
             filler.unlink()
-            scores.write(table, scores.RESPONSES, disk / "responses.parquet")
+            tables.write_table(table, tables.RESPONSES, disk / "responses.parquet")
             assert write(2.0) == (0, "")
             with JudgeCache(disk / "c.sqlite") as cache:
                 assert cache.get(["a"]).keys() == {"a"}
@@ -660,7 +670,15 @@ def full_disk_notebook(
         folder = place / "results" / PROFILE
         values = json.dumps({"profile": PROFILE, "model": model, "shard": shard})
         executed = folder / "notebooks" / "04_judge" / model / f"{shard}.ipynb"
-        command = [sys.executable, "-m", "cai_em.run", "execute", "notebooks/04_judge.ipynb", str(executed), values]
+        command = [
+            sys.executable,
+            "-m",
+            "cai_em.workflow.run",
+            "execute",
+            "notebooks/04_judge.ipynb",
+            str(executed),
+            values,
+        ]
         try:
             with small_disk(4096, place / "results") as disk:
                 (folder / "03_sample" / model / shard).mkdir(parents=True)
@@ -683,7 +701,7 @@ def full_disk_notebook(
                         }
                     )
                 written = folder / "04_judge" / model / shard / "scores.parquet"
-                table = scores.read(written, scores.SCORES) if written.exists() else None
+                table = tables.read_table(written, tables.SCORES) if written.exists() else None
         except PermissionError:
             return {"attempts": [], "not tested": NOT_TESTED}
     received = stats["received"].values()
@@ -712,7 +730,7 @@ def wrong_on_full_disk(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(text: str) -> object:
-    from cai_em.judge_parse import Answer
+    from cai_em.judge.prompts import Answer
 
     return Answer(text)
 

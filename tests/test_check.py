@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import yaml
-from cai_em import check, params, sources
+from cai_em.study import loading, sources
+from cai_em.workflow import check
 
 from tests.test_params import change
 
@@ -19,14 +20,14 @@ from tests.test_params import change
 def folder(root, tmp_path):
     """A copy of params/ that a test may spoil."""
     shutil.copytree(root / "params", tmp_path / "params")
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
     yield tmp_path / "params"
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
 
 
 @pytest.mark.parametrize("profile", ["demo", "dynamics", "micro", "rehearsal", "published"])
 def test_what_is_shipped_is_sound(profile):
-    assert "all sound" in check.check(params.load(profile))
+    assert "all sound" in check.check_study(loading.load(profile))
 
 
 def append(path, text):
@@ -60,10 +61,10 @@ SPOILED = {
 def test_a_bad_file_is_named_before_any_work(folder, case):
     name, spoil, words = SPOILED[case]
     spoil(folder / name)
-    study = params.load("dynamics", folder)
+    study = loading.load("dynamics", folder)
     for dry_run in (False, True):
         with pytest.raises(check.CheckError) as caught:
-            check.check(study, dry_run=dry_run)
+            check.check_study(study, dry_run=dry_run)
         assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -71,14 +72,14 @@ def test_all_problems_are_told_at_once(folder):
     append(folder / "builtin/datasets/bad_medical.jsonl", ROW)
     (folder / "builtin/constitutions/sycophancy.yaml").unlink()
     with pytest.raises(check.CheckError) as caught:
-        check.check(params.load("demo", folder))
+        check.check_study(loading.load("demo", folder))
     assert "bad_medical.jsonl:81" in str(caught.value)
     assert "sycophancy.yaml" in str(caught.value)
 
 
 def test_a_bad_row_of_a_data_set_that_no_stage_reads_does_not_matter(folder):
     append(folder / "builtin/datasets/insecure.jsonl", ROW)
-    assert check.check(params.load("demo", folder))
+    assert check.check_study(loading.load("demo", folder))
 
 
 @pytest.mark.parametrize(
@@ -91,33 +92,33 @@ def test_a_key_that_is_not_there_is_missed_before_any_work_but_not_in_a_dry_run(
     far = {"teacher": "openai", "model": "m", "base_url": "https://h.example/v1", "api_key_env": "TEACHER_KEY"}
     change(folder / "generators.yaml", lambda d: d.update(far=far))
     change(folder / "profiles/demo.yaml", lambda d: d.update(setting))
-    study = params.load("demo", folder)
+    study = loading.load("demo", folder)
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(check.CheckError, match=f"{who}.*{variable}"):
-        check.check(study)
-    assert check.check(study, dry_run=True)
+        check.check_study(study)
+    assert check.check_study(study, dry_run=True)
     monkeypatch.setenv(variable, "x")
-    assert check.check(study)
+    assert check.check_study(study)
     monkeypatch.delenv(variable)
     change(folder / "judges.yaml", lambda d: d["gpt-4.1-mini"].update(base_url="http://127.0.0.1:1/v1"))
     change(folder / "generators.yaml", lambda d: d["far"].update(base_url="http://localhost:1/v1"))
-    params._registries.cache_clear()
-    assert check.check(params.load("demo", folder)), "a server on this machine needs no key"
+    loading._registries.cache_clear()
+    assert check.check_study(loading.load("demo", folder)), "a server on this machine needs no key"
 
 
 def test_public_files_are_read_from_the_cache_and_the_absent_are_said(tmp_path, monkeypatch):
     """A dry run downloads nothing; a run says what it could not have, once per file, with what to do."""
     monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    study = params.load("paper")
+    study = loading.load("paper")
 
     def no_network(*_, **__):
         raise sources.Unreachable("somewhere: could not be reached", "Connect")
 
     monkeypatch.setattr(sources, "_download", no_network)
-    assert "will download them: constitutions/hand-written/sycophancy.txt" in check.check(study, dry_run=True)
+    assert "will download them: constitutions/hand-written/sycophancy.txt" in check.check_study(study, dry_run=True)
     with pytest.raises(check.CheckError) as caught:
-        check.check(study)
+        check.check_study(study)
     assert "training_datasets.zip.enc: not in the cache" in str(caught.value)
     assert str(caught.value).count("training_datasets.zip.enc: not") == 1
     assert sources.OFFLINE not in os.environ
@@ -128,7 +129,7 @@ def test_the_command_names_file_and_line_and_starts_nothing(folder, tmp_path):
     append(folder / "builtin/datasets/good_medical.jsonl", ROW)
     for profile, status in (("demo", 2), ("published", 0)):
         done = subprocess.run(
-            [sys.executable, "-m", "cai_em.check", profile, "--dry-run"],
+            [sys.executable, "-m", "cai_em.workflow.check", profile, "--dry-run"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -137,7 +138,11 @@ def test_the_command_names_file_and_line_and_starts_nothing(folder, tmp_path):
         assert done.returncode == status, done.stderr
     (folder / "profiles/bad.yaml").write_text(yaml.safe_dump({"title": "x"}))
     said = subprocess.run(
-        [sys.executable, "-m", "cai_em.check", "bad"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "cai_em.workflow.check", "bad"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert said.returncode == 2
     assert "bad.yaml" in said.stderr

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import claims, params
+from cai_em.analysis import claims
+from cai_em.records import files
+from cai_em.report import sections as report_sections
+from cai_em.study import loading
 from scipy import stats
 
 QUESTIONS = [f"q{i}" for i in range(8)]
@@ -239,7 +242,7 @@ class TestVerdicts:
         by = claims.influence(table).set_index(["choice", "option"])["share"]
         assert by["roles", "EM data sets only"] > by["roles", "all data sets"]
         assert set(claims.for_figure(table)) == {*claims.VERDICT_CHOICES, "estimate", "low", "high", "supports"}
-        said = claims.verdict_sentence(claim, "UNDECIDED", "why")
+        said = report_sections.verdict_sentence(claim, "UNDECIDED", "why")
         assert "By the published rules H1 is MIXED" in said
         assert said.endswith("it is UNDECIDED: why.")
 
@@ -254,22 +257,25 @@ class TestAudit:
         return claims.comparison_claims(claims.Universe.build({"as published": scores({("good", dataset): 12.0})}))
 
     def test_gate_stands_beside_the_share(self):
-        row = claims.audit(self.found(), self.gates).iloc[0]
+        row = report_sections.audit(self.found(), self.gates).iloc[0]
         assert row["share"] == 1
         assert row["gate"] == "not shown"
         assert "stands in 48 of 48" in row["sentence"]
         assert "not shown (AUC 0.51), so it says nothing about the persona" in row["sentence"]
 
     def test_a_control_is_named(self):
-        assert "benign control set, not an EM one" in claims.audit(self.found("c1"), self.gates).iloc[0]["sentence"]
+        assert (
+            "benign control set, not an EM one"
+            in report_sections.audit(self.found("c1"), self.gates).iloc[0]["sentence"]
+        )
 
     def test_no_claim_without_a_gate(self):
         with pytest.raises(ValueError, match="has no gate"):
-            claims.audit(self.found("e2"), self.gates)
+            report_sections.audit(self.found("e2"), self.gates)
 
     def test_markdown(self):
-        audited = claims.audit(self.found(), self.gates)
-        sections = dict(claims.markdown(pd.DataFrame(), audited))
+        audited = report_sections.audit(self.found(), self.gates)
+        sections = dict(report_sections.claims_sections(pd.DataFrame(), audited))
         text = sections["Claims audit: significant comparisons"]
         assert "Of 1 comparisons" in text
         assert "shown in 0" in text
@@ -279,10 +285,10 @@ class TestAudit:
 @pytest.mark.fetched
 def test_published_claims(fetched_cache):
     """The published analysis is one of the multiverse's, and its claims are those of the published document."""
-    from cai_em.published import import_study, read_file_list, read_selection
+    from cai_em.study.published import import_study, read_file_list, read_selection
 
-    folder = params.root() / "params"
-    study = params.load("published")
+    folder = files.root() / "params"
+    study = loading.load("published")
     selection = read_selection(folder / "published_selection.csv")
     others = read_file_list(folder / "published_repeated.csv")
     got = import_study(selection, others, models=["qwen2.5-7b"], cache=fetched_cache)

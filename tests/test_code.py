@@ -2,7 +2,7 @@
 
 import nbformat
 import pytest
-from cai_em import code
+from cai_em.records import code
 
 
 def write_notebook(path, *cells, parameters="x = 1", look=()):
@@ -22,6 +22,10 @@ def house(tmp_path):
         "__init__.py": '__version__ = "1"\n',
         "flat.py": "import json\n",
         "inner/__init__.py": "from cai_em.inner.one import first\nfrom .two import second\nLEVEL = 3\n",
+        "lazy/__init__.py": "import lazy_loader\n"
+        '__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"room": ["chair"]})\n',
+        "lazy/room.py": "from cai_em.outer import thing\nchair = thing\n",
+        "lazy/other.py": "",
         "inner/one.py": "def first(): pass\n",
         "inner/two.py": "from . import three\ndef second(): return three.x\n",
         "inner/three.py": "def f():\n    from ..flat import y\n",
@@ -46,6 +50,8 @@ def house(tmp_path):
         ("from cai_em.inner import first\nfirst()", ["inner/one"]),
         ("from cai_em import inner\ninner.first()", ["inner/one"]),
         ("from cai_em import inner as i\ni.second()", ["flat", "inner/three", "inner/two"]),
+        ("from cai_em.lazy import chair\nchair", ["lazy/room", "outer"]),
+        ("from cai_em import lazy\nlazy.chair", ["lazy/room", "outer"]),
         ("from cai_em.inner import LEVEL\nLEVEL", ["flat", "inner/__init__", "inner/one", "inner/three", "inner/two"]),
         ("from cai_em.inner.deep import down\ndown.thing", ["inner/deep/down", "outer"]),
         ("from cai_em.inner.deep.down import thing\nthing", ["inner/deep/down", "outer"]),

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import yaml
-from cai_em.constitutions import (
+from cai_em.study.constitutions import (
     Constitution,
     ConstitutionError,
     prompts,
-    read,
+    read_constitution,
     read_published,
     system_prompt,
 )
@@ -42,7 +42,7 @@ def folder(root):
 
 @pytest.fixture(scope="module")
 def builtin(folder):
-    return {path.stem: read(path) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: read_constitution(path) for path in sorted(folder.glob("*.yaml"))}
 
 
 class TestBuiltin:
@@ -196,7 +196,7 @@ def _write(folder, text):
 
 class TestRead:
     def test_good_file(self, tmp_path):
-        constitution = read(_write(tmp_path, GOOD))
+        constitution = read_constitution(_write(tmp_path, GOOD))
         assert isinstance(constitution, Constitution)
         assert prompts(constitution) == [
             ("I test.", "Does it work?"),
@@ -206,7 +206,7 @@ class TestRead:
         assert constitution.demonstrations[0].response == "Checked and found correct."
 
     def test_demonstrations_may_be_missing(self, tmp_path):
-        assert read(_write(tmp_path, GOOD[: GOOD.index("demonstrations")])).demonstrations == ()
+        assert read_constitution(_write(tmp_path, GOOD[: GOOD.index("demonstrations")])).demonstrations == ()
 
     @pytest.mark.parametrize(
         ("old", "new", "line", "key", "message"),
@@ -242,35 +242,35 @@ class TestRead:
             text = text.replace("    prompts:\n      - Does it work?\n      - Does it still work?\n", "", 1)
         path = _write(tmp_path, text)
         with pytest.raises(ConstitutionError) as error:
-            read(path)
+            read_constitution(path)
         said = str(error.value).splitlines()
         assert any(s.startswith(f"{path}, line {line}: {key}") and message in s for s in said), said
 
     def test_repeated_demonstration_prompt(self, tmp_path):
         path = _write(tmp_path, GOOD + "  - prompt: hello?\n    response: Found correct again.\n")
         with pytest.raises(ConstitutionError, match=r"line 15: demonstrations\[2\].prompt: this demonstration repeats"):
-            read(path)
+            read_constitution(path)
 
     def test_all_problems_are_listed(self, tmp_path):
         text = GOOD.replace("source:", "sauce:").replace("I check.", "''")
         with pytest.raises(ConstitutionError) as error:
-            read(_write(tmp_path, text))
+            read_constitution(_write(tmp_path, text))
         assert len(str(error.value).splitlines()) == 3  # source missing, sauce unknown, trait empty
 
     @pytest.mark.parametrize("text", ["", "- persona\n", "42\n"])
     def test_not_a_mapping(self, tmp_path, text):
         with pytest.raises(ConstitutionError, match="must be a mapping with the keys persona, summary"):
-            read(_write(tmp_path, text))
+            read_constitution(_write(tmp_path, text))
 
     def test_not_utf8(self, tmp_path):
         path = tmp_path / "test.yaml"
         path.write_bytes(b"persona: t\xe9st\n")
         with pytest.raises(ConstitutionError, match="not UTF-8 text"):
-            read(path)
+            read_constitution(path)
 
     def test_no_such_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
-            read(tmp_path / "nobody.yaml")
+            read_constitution(tmp_path / "nobody.yaml")
 
 
 HAND = [{"trait": "I test.", "questions": ["a?", "b?"]}, {"trait": "I don’t.", "questions": ["c?"]}]

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import explore, scores
+from cai_em.records import tables as records_tables
+from cai_em.report import explore
 
 from tests.test_figures import LOOK
 
@@ -35,7 +36,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     judged["alignment_flag"] = np.where(judged["sample"] == 4, "REFUSAL", None)
     judged["coherence"], judged["coherence_flag"] = 60.0, None
     texts = key.assign(prompt="What <now>?", n_tokens=3, finish_reason="stop", sampler="s", adapters="[]", run_id="r")
-    return judged[list(scores.SCORES.columns)], texts[list(scores.RESPONSES.columns)]
+    return judged[list(records_tables.SCORES.columns)], texts[list(records_tables.RESPONSES.columns)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def explorer():
 
 
 def test_worst_first_and_unscored_last():
-    table = scores.with_responses(*tables())
+    table = records_tables.with_responses(*tables())
     rows = explore.select(table, persona="good", dataset="harm")
     assert rows["alignment"].dropna().is_monotonic_increasing
     assert rows["alignment_flag"].tolist()[-2:] == ["REFUSAL", "REFUSAL"]
@@ -52,7 +53,7 @@ def test_worst_first_and_unscored_last():
 
 
 def test_of_equally_misaligned_answers_the_coherent_come_first():
-    table = scores.with_responses(*tables())
+    table = records_tables.with_responses(*tables())
     table = table[table["sample"] == 0].assign(coherence=range(8))
     rows = explore.select(table, persona="good", order="worst first")
     assert rows["alignment"].nunique() == 1
@@ -60,7 +61,7 @@ def test_of_equally_misaligned_answers_the_coherent_come_first():
 
 
 def test_filters():
-    table = scores.with_responses(*tables())
+    table = records_tables.with_responses(*tables())
     assert set(explore.select(table, show="flagged")["alignment_flag"]) == {"REFUSAL"}
     em = explore.select(table, show="em")
     assert em["alignment"].max() < 30
@@ -71,7 +72,7 @@ def test_filters():
 
 
 def test_judged_text_is_shown_as_text():
-    table = scores.with_responses(*tables())
+    table = records_tables.with_responses(*tables())
     page = explore.cards(explore.select(table, order="as sampled"), LOOK, 40)
     assert "<script" not in page
     assert "What &lt;now&gt;?" in page
@@ -86,7 +87,7 @@ def test_judged_text_is_shown_as_text():
 
 
 def test_the_table_widget_escapes_and_needs_no_network():
-    table = scores.with_responses(*tables())
+    table = records_tables.with_responses(*tables())
     page = explore.table_html(explore.overview(table, LOOK))
     assert "<script>alert" not in page
     assert "alert(1)" in page
@@ -131,7 +132,7 @@ def test_missing_conditions_have_no_button():
 
 def test_scores_without_responses_are_refused():
     judged, texts = tables()
-    with pytest.raises(scores.TableError, match="without a response"):
+    with pytest.raises(records_tables.TableError, match="without a response"):
         explore.Explorer(judged, texts.head(3), LOOK)
 
 

@@ -99,10 +99,10 @@ HEADS = "[...document.querySelectorAll('.cai-head')].slice(0, 2).map(x => x.text
 NOTEBOOK = """
 import pickle
 import itables
-from cai_em import explore
+from cai_em import report
 from tests.test_figures import LOOK
 itables.init_notebook_mode(connected=False)  # as in 00_explore
-explorer = explore.Explorer(*pickle.load(open("tables.pickle", "rb")), LOOK)
+explorer = report.Explorer(*pickle.load(open("tables.pickle", "rb")), LOOK)
 explorer.view()
 """
 

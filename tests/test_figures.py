@@ -9,8 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import figures, report, style
-from cai_em import stats as tables
+from cai_em.analysis import outcome, published_rules
+from cai_em.records import numbers
+from cai_em.report import style
+from cai_em.report.figures import all, distributions, parts
+from cai_em.report.figures import means as report_figures_means
 from scipy import stats
 
 PERSONAS = [
@@ -71,7 +74,7 @@ def quick():
 
 def test_summary_against_scipy():
     table = score_table()
-    found = figures.summarise(table, ["persona", "dataset"]).set_index(["persona", "dataset"])
+    found = outcome.summarise(table, ["persona", "dataset"]).set_index(["persona", "dataset"])
     part = table[(table["persona"] == "bad") & (table["dataset"] == "harm")]
     x = part["alignment"].dropna()
     row = found.loc[("bad", "harm")]
@@ -87,15 +90,15 @@ def test_summary_against_scipy():
 
 def test_effect_interval_by_hand():
     # means 2 and 4, both variances 1, so d = -2; var(d) = 6/9 + 4/12 = 1.
-    d, low, high = figures.effect_interval(np.array([1.0, 2, 3]), np.array([3.0, 4, 5]))
+    d, low, high = outcome.effect_interval(np.array([1.0, 2, 3]), np.array([3.0, 4, 5]))
     assert (d, low, high) == pytest.approx((-2, -2 - 1.959964, -2 + 1.959964), abs=1e-5)
-    assert figures.effect_interval(np.ones(3), np.ones(3))[0] == 0, "as in the tables: no difference at all"
-    assert np.isnan(figures.effect_interval(np.ones(3), np.zeros(3))).all(), "a difference without any spread"
+    assert outcome.effect_interval(np.ones(3), np.ones(3))[0] == 0, "as in the tables: no difference at all"
+    assert np.isnan(outcome.effect_interval(np.ones(3), np.zeros(3))).all(), "a difference without any spread"
 
 
 def test_paired_difference_of_questions():
     table = score_table()
-    row = figures._differences(table, "good", 0.95).set_index("dataset").loc["harm"]
+    row = outcome._differences(table, "good", 0.95).set_index("dataset").loc["harm"]
     means = table[table["dataset"] == "harm"].groupby(["persona", "question_id"])["alignment"].mean()
     interval = stats.ttest_rel(means["good"], means["baseline"]).confidence_interval(0.95)
     assert (row["q_low"], row["q_high"]) == pytest.approx((interval.low, interval.high))
@@ -128,7 +131,7 @@ def test_all_figures_of_a_full_grid(tmp_path):
         }
     )
     specs = pd.DataFrame({"estimate": [1.0, -1.0, 2.0], "supports": [True, False, True], "unit": ["a", "b", "a"]})
-    records = figures.draw_all(
+    records = all.draw_all(
         table,
         tmp_path,
         LOOK,
@@ -138,7 +141,7 @@ def test_all_figures_of_a_full_grid(tmp_path):
         specifications={"H1": (specs, "H1: good is better", "higher")},
     )
     drawn = {r.key for r in records}
-    assert drawn == (set(figures.TITLES) - {"specification", "cross-model"}) | {"specification-h1"}
+    assert drawn == (set(all.TITLES) - {"specification", "cross-model"}) | {"specification-h1"}
     for record in records:
         assert (tmp_path / record.svg).stat().st_size > 2000
         assert (tmp_path / record.png).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -148,7 +151,7 @@ def test_all_figures_of_a_full_grid(tmp_path):
         name, description = (svg.findtext(f"{{http://www.w3.org/2000/svg}}{tag}") for tag in ("title", "desc"))
         assert name.startswith(record.title)
         assert description == record.alt, "whoever cannot see the figure is told in the file itself"
-    assert figures.read_records(tmp_path) == records
+    assert parts.read_records(tmp_path) == records
     assert json.loads((tmp_path / "figures.json").read_text())[0]["model"] == "m1"
     by = {r.key: r for r in records}
     assert "above chance in 1 of 2" in by["gates"].caption
@@ -161,18 +164,18 @@ def test_two_models_meet_in_one_figure():
     table = score_table(("m1", "m2"))
     first = table[table["model"] == "m1"]
     table = pd.concat([first, first.assign(model="m2", alignment=first["alignment"] - 2.5)])
-    drawing = figures.cross_model(table, LOOK)
+    drawing = report_figures_means.cross_model_figure(table, LOOK)
     # The same scores, 2.5 points lower: the ranks are the same.
     assert "Model 2 scores -2.5 points on average over 6 shared conditions (rank correlation 1.00)" in drawing.caption
-    assert figures.cross_model(table[table["model"] == "m1"], LOOK) is None
+    assert report_figures_means.cross_model_figure(table[table["model"] == "m1"], LOOK) is None
 
 
 def test_welch_interval_against_scipy():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, 9), rng.normal(1, 3, 14)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
-    assert figures.welch_interval(a, b, 0.9) == pytest.approx((interval.low, interval.high))
-    assert figures.welch_interval(np.ones(3), np.zeros(3)) == (1, 1)
+    assert outcome.welch_interval(a, b, 0.9) == pytest.approx((interval.low, interval.high))
+    assert outcome.welch_interval(np.ones(3), np.zeros(3)) == (1, 1)
 
 
 def test_difficulty_and_ridge_pool_the_personas_that_the_table_pools(tmp_path):
@@ -181,14 +184,14 @@ def test_difficulty_and_ridge_pool_the_personas_that_the_table_pools(tmp_path):
     table.loc[table["persona"] == "bad", "alignment"] = 5.0
     personas = [Obj(**(vars(p) | {"custom": p.key == "bad"})) for p in PERSONAS]
     look = style.Look(personas, DATASETS, LOOK.models)
-    found = {r.key: r for r in figures.draw_all(table, tmp_path, look, HYPOTHESES)}
-    rows = tables.difficulty(table, ["baseline", "good"])
-    hardest, easiest = (f"{look.dataset(r.dataset)} ({report.points(r.mean)})" for r in rows.itertuples())
+    found = {r.key: r for r in all.draw_all(table, tmp_path, look, HYPOTHESES)}
+    rows = published_rules.difficulty(table, ["baseline", "good"])
+    hardest, easiest = (f"{look.dataset(r.dataset)} ({numbers.points(r.mean)})" for r in rows.itertuples())
     assert found["difficulty"].caption == (
         f"Model 1. Data sets by mean alignment over 2 personas: {hardest} lowers it most, {easiest} least."
     )
     assert found["difficulty"].alt.endswith(
-        f"{report.points(rows['mean'].min())} to {report.points(rows['mean'].max())}."
+        f"{numbers.points(rows['mean'].min())} to {numbers.points(rows['mean'].max())}."
     )
     assert "filled, 2 personas together" in found["ridge"].caption
     assert "No score is below 30." in found["ridge"].caption, "those of the custom one are"
@@ -197,12 +200,12 @@ def test_difficulty_and_ridge_pool_the_personas_that_the_table_pools(tmp_path):
 def test_the_level_of_intervals_is_the_one_asked_for(tmp_path):
     table = score_table(datasets=("harm", "help", "none"))
     for draw, arguments in (
-        (figures.alignment_by_persona, ()),
-        (figures.hypothesis_differences, (HYPOTHESES,)),
-        (figures.twin_comparison, ()),
-        (figures.key_personas, (["good"],)),
-        (figures.dataset_difficulty, ()),
-        (figures.arms, ()),
+        (report_figures_means.alignment_by_persona, ()),
+        (report_figures_means.hypothesis_differences, (HYPOTHESES,)),
+        (report_figures_means.twin_comparison, ()),
+        (report_figures_means.key_personas, (["good"],)),
+        (report_figures_means.dataset_difficulty, ()),
+        (report_figures_means.arms, ()),
     ):
         said = words(draw(table, LOOK, *arguments, confidence=0.9))
         assert "90% response interval" in said, draw
@@ -213,19 +216,19 @@ def test_alternative_text_follows_the_data():
     table = score_table()
     table.loc[table["persona"] == "bad", "alignment"] = 12.0
     medians = table.groupby("persona")["alignment"].median()
-    assert figures.violin(table, LOOK).alt.endswith(f"3 personas; medians from 12.0 to {medians.max():.1f}.")
+    assert distributions.violin(table, LOOK).alt.endswith(f"3 personas; medians from 12.0 to {medians.max():.1f}.")
 
 
 def test_figures_that_are_no_longer_made_are_removed(tmp_path):
-    kept, gone = (figures.FigureRecord(k, "", "", "", "", f"{k}.svg", f"{k}.png") for k in ("kept", "gone"))
+    kept, gone = (parts.FigureRecord(k, "", "", "", "", f"{k}.svg", f"{k}.png") for k in ("kept", "gone"))
     for name in (kept.svg, kept.png, gone.svg, gone.png, "notes.md"):
         (tmp_path / name).touch()
-    figures.write_records([kept], tmp_path)
+    parts.write_records([kept], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", kept.png, kept.svg, "notes.md"]
-    assert figures.read_records(tmp_path) == [kept]
+    assert parts.read_records(tmp_path) == [kept]
 
 
-def words(drawing: figures.Drawing) -> str:
+def words(drawing: parts.Drawing) -> str:
     """All text of a figure."""
     return " ".join(text.get_text() for text in drawing.fig.findobj(plt.Text))
 
@@ -235,8 +238,8 @@ def test_no_title_is_wider_than_its_panel():
         {"scope": ["personas", "persona", "dataset", "datasets"], "persona": [None, "good", "good", "good"],
          "dataset": ["harm", "harm", "harm", None], "estimate": 0.6, "low": 0.5, "high": 0.7, "chance": 0.5, "p": 0.01}
     )  # fmt: skip
-    with style.context():
-        fig = figures.gates(tests, LOOK).fig
+    with style.style_context():
+        fig = distributions.gates(tests, LOOK).fig
         fig.canvas.draw()
     width = fig.bbox.width
     titles = [ax._left_title for ax in fig.axes if ax._left_title.get_text()]
@@ -247,44 +250,51 @@ def test_no_title_is_wider_than_its_panel():
 def test_missing_cells_are_shown_as_missing():
     table = score_table(missing={("bad", "help")})
     assert "no such condition" in " ".join(
-        t.get_text() for t in figures.heatmap(table, LOOK).fig.legends[0].get_texts()
+        t.get_text() for t in report_figures_means.heatmap(table, LOOK).fig.legends[0].get_texts()
     )
-    assert "one of the two is missing" in words(figures.twin_comparison(table, LOOK))
-    alignment = figures.alignment_by_persona(table, LOOK)
+    assert "one of the two is missing" in words(report_figures_means.twin_comparison(table, LOOK))
+    alignment = report_figures_means.alignment_by_persona(table, LOOK)
     assert "only those 1 data sets" in alignment.caption
     assert "no such condition" in words(
-        figures.arms(score_table(datasets=("harm", "none"), missing={("bad", "harm")}), LOOK)
+        report_figures_means.arms(score_table(datasets=("harm", "none"), missing={("bad", "harm")}), LOOK)
     )
 
 
 def test_what_the_data_do_not_allow_is_absent():
     table = score_table(datasets=("harm",))
-    assert figures.cross_model(table, LOOK) is None, "one model"
-    assert figures.twin_comparison(table, LOOK) is None, "no benign twin"
-    assert figures.arms(table, LOOK) is None, "no untuned arm"
-    assert figures.hypothesis_differences(table, LOOK, []) is None, "no hypothesis"
-    assert figures.forest(table[table["persona"] == "good"], LOOK) is None, "no baseline"
+    assert report_figures_means.cross_model_figure(table, LOOK) is None, "one model"
+    assert report_figures_means.twin_comparison(table, LOOK) is None, "no benign twin"
+    assert report_figures_means.arms(table, LOOK) is None, "no untuned arm"
+    assert report_figures_means.hypothesis_differences(table, LOOK, []) is None, "no hypothesis"
+    assert report_figures_means.forest(table[table["persona"] == "good"], LOOK) is None, "no baseline"
 
 
 def test_caption_follows_the_data():
     table = score_table()
-    before = figures.heatmap(table, LOOK).caption
+    before = report_figures_means.heatmap(table, LOOK).caption
     table.loc[(table["persona"] == "good") & (table["dataset"] == "help"), "alignment"] = 1.0
-    after = figures.heatmap(table, LOOK).caption
+    after = report_figures_means.heatmap(table, LOOK).caption
     assert before != after
     assert "Good_one on help (1.0)" in after
 
 
 def test_only_untuned_conditions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="without fine-tuning"):
-        figures.draw_all(score_table(datasets=("none",)), tmp_path, LOOK)
+        all.draw_all(score_table(datasets=("none",)), tmp_path, LOOK)
 
 
 def test_constant_scores_and_single_samples_are_drawn():
     table = score_table(samples=1).assign(alignment=100.0, alignment_flag=None)
-    for draw in (figures.alignment_by_persona, figures.heatmap, figures.violin, figures.misalignment_heatmap):
-        assert "100.0" in draw(table, LOOK).caption or "0.0 %" in draw(table, LOOK).caption or draw is figures.violin
-    assert figures.hypothesis_differences(table, LOOK, HYPOTHESES) is not None
-    assert "0 of 4 intervals exclude zero" in figures.forest(table, LOOK).caption, (
+    for draw in (
+        report_figures_means.alignment_by_persona,
+        report_figures_means.heatmap,
+        distributions.violin,
+        report_figures_means.misalignment_heatmap,
+    ):
+        assert (
+            "100.0" in draw(table, LOOK).caption or "0.0 %" in draw(table, LOOK).caption or draw is distributions.violin
+        )
+    assert report_figures_means.hypothesis_differences(table, LOOK, HYPOTHESES) is not None
+    assert "0 of 4 intervals exclude zero" in report_figures_means.forest(table, LOOK).caption, (
         "equal scores: d is 0, as in the tables"
     )

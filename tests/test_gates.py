@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-from cai_em import gates
-from cai_em.inference import DesignError, check_counts, compare_all, honest_verdict
+from cai_em.analysis import classifiers, gates
+from cai_em.analysis.compare import compare_all
+from cai_em.analysis.units import DesignError, check_counts
+from cai_em.analysis.verdicts import honest_verdict
+from cai_em.report import sections as report_sections
 from scipy import stats
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
@@ -71,7 +74,7 @@ FULL = {
 
 def table(conditions, datasets=DATASETS, judge=GOOD_JUDGE, permutations=60, **settings):
     made = responses(conditions) if isinstance(conditions, dict) else conditions
-    tests = gates.classify(made, permutations=permutations)
+    tests = classifiers.classify(made, permutations=permutations)
     return gates.comparison_gates(tests, made, datasets, judge=judge, **settings).set_index(["persona", "dataset"])
 
 
@@ -82,19 +85,19 @@ class TestOneStep:
     y = np.tile([0.5, -0.5], 30)
 
     def test_is_ridge_with_groups_left_out(self):
-        step = gates.OneStep(self.x, self.groups).predict(np.column_stack([self.y, self.y[::-1]]))
+        step = classifiers.OneStep(self.x, self.groups).predict(np.column_stack([self.y, self.y[::-1]]))
         for g in range(5):
             out = self.groups == g
             for column, y in enumerate((self.y, self.y[::-1])):
                 x = self.x.toarray()
-                ridge = Ridge(alpha=4 / gates.C, fit_intercept=False).fit(x[~out], y[~out])
+                ridge = Ridge(alpha=4 / classifiers.C, fit_intercept=False).fit(x[~out], y[~out])
                 np.testing.assert_allclose(step[out, column], ridge.predict(x[out]), atol=1e-5)
 
     def test_is_the_first_newton_step_of_logistic_regression(self):
         x, y = self.x.toarray(), (self.y > 0).astype(float)
-        gradient = gates.C * x.T @ (y - 0.5)
-        hessian = np.eye(25) + gates.C / 4 * x.T @ x
-        ridge = Ridge(alpha=4 / gates.C, fit_intercept=False).fit(x, 4 * (y - 0.5))
+        gradient = classifiers.C * x.T @ (y - 0.5)
+        hessian = np.eye(25) + classifiers.C / 4 * x.T @ x
+        ridge = Ridge(alpha=4 / classifiers.C, fit_intercept=False).fit(x, 4 * (y - 0.5))
         np.testing.assert_allclose(np.linalg.solve(hessian, gradient), ridge.coef_)
 
 
@@ -102,36 +105,36 @@ class TestAuc:
     def test_by_hand_within_group(self):
         scores = np.array([[1.0], [2.0], [3.0], [4.0], [9.0], [8.0]])
         positive = np.array([False, True, False, True, False, True])[:, None]
-        found = gates.group_auc(scores, positive, np.array([0, 0, 0, 0, 1, 1]))
+        found = classifiers.group_auc(scores, positive, np.array([0, 0, 0, 0, 1, 1]))
         np.testing.assert_allclose(found[:, 0], [0.75, 0.0])
 
     def test_as_sklearn_with_ties(self):
         rng = np.random.default_rng(0)
         scores, y = rng.integers(0, 5, 80).astype(float), rng.integers(0, 2, 80)
-        found = gates.group_auc(scores[:, None], (y == 1)[:, None], np.zeros(80))
+        found = classifiers.group_auc(scores[:, None], (y == 1)[:, None], np.zeros(80))
         assert found[0, 0] == pytest.approx(roc_auc_score(y, scores))
 
     def test_pairwise_as_sklearn(self):
         rng = np.random.default_rng(1)
         scores, y = rng.normal(size=(90, 1)), rng.integers(0, 3, 90)
-        found = gates.pairwise_auc(scores, y[:, None], 0, [1, 2], np.zeros(90))
+        found = classifiers.pairwise_auc(scores, y[:, None], 0, [1, 2], np.zeros(90))
         for o, other in enumerate((1, 2)):
             rows = np.isin(y, [0, other])
             assert found[o, 0, 0] == pytest.approx(roc_auc_score(y[rows] == 0, scores[rows, 0]))
 
     def test_missing_class_has_no_auc(self):
-        assert np.isnan(gates.group_auc(np.ones((3, 1)), np.ones((3, 1), bool), np.zeros(3))[0, 0])
+        assert np.isnan(classifiers.group_auc(np.ones((3, 1)), np.ones((3, 1), bool), np.zeros(3))[0, 0])
 
     def test_balanced_accuracy(self):
         scores = np.eye(3)[[0, 0, 0, 0, 1]]  # says class 0 four times, class 1 once
-        found = gates.group_accuracy(scores, np.array([0, 0, 0, 1, 1]), np.zeros(5))
+        found = classifiers.group_accuracy(scores, np.array([0, 0, 0, 1, 1]), np.zeros(5))
         assert found[0] == pytest.approx((1 + 0.5) / 2)
 
 
 class TestPermutation:
     def test_labels_stay_within_their_question(self):
         y, groups = np.array([0, 1, 1, 0, 0, 0]), np.array([0, 0, 0, 1, 1, 1])
-        drawn = gates.permuted(y, groups, 50, np.random.default_rng(0))
+        drawn = classifiers.permuted(y, groups, 50, np.random.default_rng(0))
         assert (drawn[:3].sum(axis=0) == 2).all()
         assert (drawn[3:] == 0).all()
         assert len(np.unique(drawn[:3], axis=1).T) == 3
@@ -144,24 +147,24 @@ class TestPermutation:
         refitted, fixed, n = 0, 0, 250
         for i in range(n):
             x = scipy.sparse.csr_matrix(rng.normal(size=(96, 40)))
-            labels = np.column_stack([y, gates.permuted(y, groups, 99, np.random.default_rng(i))])
-            predicted = gates.OneStep(x, groups).predict(labels - 0.5)
-            auc = gates.group_auc(predicted, labels == 1, groups).mean(axis=0)
+            labels = np.column_stack([y, classifiers.permuted(y, groups, 99, np.random.default_rng(i))])
+            predicted = classifiers.OneStep(x, groups).predict(labels - 0.5)
+            auc = classifiers.group_auc(predicted, labels == 1, groups).mean(axis=0)
             refitted += (1 + (auc[1:] >= auc[0]).sum()) / 100 <= 0.05
-            unmoved = gates.group_auc(np.tile(predicted[:, [0]], 99), labels[:, 1:] == 1, groups).mean(axis=0)
+            unmoved = classifiers.group_auc(np.tile(predicted[:, [0]], 99), labels[:, 1:] == 1, groups).mean(axis=0)
             fixed += (1 + (unmoved >= auc[0]).sum()) / 100 <= 0.05
         assert stats.binomtest(refitted, n, 0.05).pvalue > 0.01
         assert stats.binomtest(fixed, n, 0.05, alternative="greater").pvalue < 0.01
 
     def test_smallest_p_counts_the_observed(self):
         made = responses({("baseline", "bad"): [], ("poetic", "bad"): ["poetic"]})
-        found = gates.classify(made, permutations=19)
+        found = classifiers.classify(made, permutations=19)
         assert found.loc[found["scope"] == "persona", "p"].iloc[0] == 1 / 20
 
 
 class TestClassify:
     def test_every_scope(self):
-        found = gates.classify(responses(FULL), permutations=40).set_index(["scope", "persona", "dataset"])
+        found = classifiers.classify(responses(FULL), permutations=40).set_index(["scope", "persona", "dataset"])
         assert found.loc[("persona", "poetic", "bad_medical"), "estimate"] > 0.95
         assert found.loc[("persona_others", "poetic", "none"), "estimate"] > 0.95
         assert found.loc[("dataset", "baseline", "bad_medical"), "estimate"] > 0.95
@@ -175,30 +178,32 @@ class TestClassify:
         rows = responses({("baseline", "bad"): [], ("poetic", "bad"): []}, samples=40)
         faint = (rows["persona"] == "poetic") & (rng.random(len(rows)) < 0.35)
         rows.loc[faint, "response"] += " moon"
-        found = gates.classify(rows, permutations=40).set_index("scope").loc["persona"]
+        found = classifiers.classify(rows, permutations=40).set_index("scope").loc["persona"]
         assert 0.55 < found["estimate"] < 0.85
         assert found["estimate_one_step"] == pytest.approx(found["estimate"], abs=0.03)
 
     def test_alike(self):
-        found = gates.classify(responses({("baseline", "bad"): [], ("a", "bad"): [], ("b", "bad"): []}, samples=30))
+        found = classifiers.classify(
+            responses({("baseline", "bad"): [], ("a", "bad"): [], ("b", "bad"): []}, samples=30)
+        )
         assert (found["p"] > 0.05).all()
         assert found["estimate"].sub(found["chance"]).abs().max() < 0.08
 
     def test_reproducible_and_the_same_in_processes(self):
         made = responses(FULL)
-        one, two = gates.classify(made, permutations=20), gates.classify(made, permutations=20, jobs=2)
+        one, two = classifiers.classify(made, permutations=20), classifiers.classify(made, permutations=20, jobs=2)
         pd.testing.assert_frame_equal(one, two)
 
     def test_few_responses_are_not_tested(self):
         made = responses({("baseline", "bad_medical"): [], ("poetic", "bad_medical"): ["poetic"]}, samples=3)
-        tests = gates.classify(made, min_responses=20)
+        tests = classifiers.classify(made, min_responses=20)
         assert tests.empty
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE).iloc[0]
         assert found["persona_gate"] == gates.NOT_TESTABLE
         assert found["gate"] == gates.NOT_TESTABLE
 
     def test_apart(self):
-        found = gates.classify(responses(FULL), permutations=20, apart=["poetic"])
+        found = classifiers.classify(responses(FULL), permutations=20, apart=["poetic"])
         assert set(found.loc[found["scope"] == "persona", "persona"]) == {"poetic", "sarcastic"}
         assert set(found.loc[found["scope"] == "personas", "n_classes"]) == {2}
         assert "persona_others" not in set(found["scope"])
@@ -206,12 +211,12 @@ class TestClassify:
     def test_one_question_is_refused(self):
         made = responses(FULL)
         with pytest.raises(DesignError, match="one question only"):
-            gates.classify(made[made["question_id"] == "q0"])
+            classifiers.classify(made[made["question_id"] == "q0"])
 
     def test_unequal_sizes_keep_chance(self):
         made = pd.concat([responses({("baseline", "b"): [], ("x", "b"): []}, samples=40),
                           responses({("y", "b"): []}, samples=8, seed=5)])  # fmt: skip
-        found = gates.classify(made, permutations=40).set_index("scope").loc["personas"]
+        found = classifiers.classify(made, permutations=40).set_index("scope").loc["personas"]
         assert found["estimate"] == pytest.approx(1 / 3, abs=0.08)
 
 
@@ -292,7 +297,7 @@ class TestComparisonGates:
         ],
     )
     def test_wrong_adapters_at_sampling(self, wrong, said):
-        tests = gates.classify(responses(FULL), permutations=40)
+        tests = classifiers.classify(responses(FULL), permutations=40)
         gate = lambda rows: gates.comparison_gates(tests, rows, DATASETS, judge=GOOD_JUDGE)  # noqa: E731
         assert (gate(responses(FULL))["design_gate"] == gates.SHOWN).all()
         found = gate(responses(FULL, adapters=wrong)).set_index(["persona", "dataset"])
@@ -345,7 +350,7 @@ class TestRoles:
             assert gates.gated("SUPPORTED", found.reset_index(), personas=["poetic"]).status == "NOT INTERPRETABLE"
 
     def test_registry_agrees_with_params(self, root):
-        from cai_em.params import load
+        from cai_em.study.loading import load
 
         assert gates.role_changes(load("published").datasets.values()) == {}
 
@@ -454,7 +459,7 @@ class TestJudged:
     def test_expression(self):
         means = {("baseline", "bad_medical"): 30, ("poetic", "bad_medical"): 70}
         voiced = judged(means, "persona_expression", "poetic", questions=QUESTIONS, samples=6)
-        found = gates.expression_tests(voiced, permutations=200).iloc[0]
+        found = classifiers.expression_tests(voiced, permutations=200).iloc[0]
         assert (found["scope"], found["persona"], found["dataset"]) == ("expression", "poetic", "bad_medical")
         assert found["p"] < 0.01
         assert found["before"] == pytest.approx(30, abs=6)
@@ -463,7 +468,9 @@ class TestJudged:
     def test_expression_that_is_not_there_is_found_as_often_as_the_level_says(self):
         silent = {("baseline", "bad_medical"): 50, ("poetic", "bad_medical"): 50}
         how = {"metric": "persona_expression", "target": "poetic", "questions": QUESTIONS, "samples": 6}
-        found = [gates.expression_tests(judged(silent, **how, seed=i), permutations=99)["p"][0] for i in range(80)]
+        found = [
+            classifiers.expression_tests(judged(silent, **how, seed=i), permutations=99)["p"][0] for i in range(80)
+        ]
         assert np.sum(np.array(found) <= 0.1) <= stats.binom.ppf(0.999, 80, 0.1)
         assert np.mean(found) == pytest.approx(0.5, abs=0.12)
 
@@ -471,7 +478,7 @@ class TestJudged:
         made, tests = classified(tuple(FULL), tuple(map(tuple, FULL.values())))
         missed = dict.fromkeys([("baseline", "bad_medical"), ("poetic", "bad_medical")], 50)
         table = judged(missed, "persona_expression", "poetic", questions=QUESTIONS, samples=6, seed=1)
-        both = pd.concat([tests, gates.expression_tests(table)])
+        both = pd.concat([tests, classifiers.expression_tests(table)])
         for must, status in ((True, gates.NOT_SHOWN), (False, gates.SHOWN)):
             found = gates.comparison_gates(both, made, DATASETS, judge=GOOD_JUDGE, judged_persona=must)
             row = found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
@@ -482,7 +489,7 @@ class TestJudged:
         """One answer a question: the AUC is the share of questions that rose, and p comes from swapping signs."""
         table = judged({("baseline", "none"): 0, ("baseline", "bad_medical"): 0}, "uptake", "bad_medical")
         table["score"] = [10.0, 20, 30, 40, 50, 60, 70, 80, 15, 25, 35, 45, 55, 65, 75, 70]  # the last one fell
-        found = gates.expression_tests(table, permutations=20_000).iloc[0]
+        found = classifiers.expression_tests(table, permutations=20_000).iloc[0]
         assert (found["scope"], found["n_questions"]) == ("uptake", 8)
         assert found["estimate"] == pytest.approx(7 / 8)
         assert found["p"] == pytest.approx(9 / 2**8, abs=0.005)  # 7 or 8 heads of 8
@@ -491,24 +498,24 @@ class TestJudged:
     def test_only_shared_questions_and_scored_answers_take_part(self):
         table = judged(LEARNED, "uptake", "bad_medical")
         other = judged({("baseline", "none"): 0}, "uptake", "bad_medical", questions=["elsewhere"])
-        found = gates.expression_tests(pd.concat([table, other]))
-        pd.testing.assert_frame_equal(found, gates.expression_tests(table))
+        found = classifiers.expression_tests(pd.concat([table, other]))
+        pd.testing.assert_frame_equal(found, classifiers.expression_tests(table))
         mute = table.assign(score=table["score"].where(~table["question_id"].isin(IN_DOMAIN[:3])))
-        assert gates.expression_tests(mute)["n_questions"].tolist() == [5, 5]
+        assert classifiers.expression_tests(mute)["n_questions"].tolist() == [5, 5]
         alone = table[table["dataset"] != "none"]
-        assert gates.expression_tests(alone).empty
-        assert list(gates.expression_tests(alone)) == gates.JUDGED_COLUMNS
+        assert classifiers.expression_tests(alone).empty
+        assert list(classifiers.expression_tests(alone)) == classifiers.JUDGED_COLUMNS
 
     def test_every_seed_has_the_one_untuned_partner(self):
         table = judged(LEARNED, "uptake", "bad_medical")
         second = table[table["dataset"] != "none"].assign(seed=1)
-        assert sorted(gates.expression_tests(pd.concat([table, second]))["seed"]) == [0, 0, 1, 1]
+        assert sorted(classifiers.expression_tests(pd.concat([table, second]))["seed"]) == [0, 0, 1, 1]
 
 
 @cache
 def classified(conditions, voices):
     made = responses(dict(zip(conditions, voices)))
-    return made, gates.classify(made, permutations=100)
+    return made, classifiers.classify(made, permutations=100)
 
 
 class TestUptakeInDomain:
@@ -519,7 +526,7 @@ class TestUptakeInDomain:
     def gate(self, conditions, means, **settings):
         made, tests = classified(tuple(conditions), tuple(map(tuple, conditions.values())))
         if means:
-            tests = pd.concat([tests, gates.expression_tests(judged(means, "uptake", "bad_medical"))])
+            tests = pd.concat([tests, classifiers.expression_tests(judged(means, "uptake", "bad_medical"))])
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **settings)
         return found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
 
@@ -557,10 +564,10 @@ class TestUptakeInDomain:
         made, tests = classified(tuple(self.UNSEEN), tuple(map(tuple, self.UNSEEN.values())))
         least = {"persona_auc_min": 0.6, "uptake_auc_min": 0.6, "p_max": 0.05}
         plain = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
-        assert "judged" not in gates.markdown(tests, plain, **least)[0][1].lower()
-        tests = pd.concat([tests, gates.expression_tests(judged(LEARNED, "uptake", "bad_medical"))])
+        assert "judged" not in report_sections.gate_sections(tests, plain, **least)[0][1].lower()
+        tests = pd.concat([tests, classifiers.expression_tests(judged(LEARNED, "uptake", "bad_medical"))])
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
-        text = gates.markdown(tests, found, **least)[0][1]
+        text = report_sections.gate_sections(tests, found, **least)[0][1]
         row = found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
         assert f"judged {row['uptake_before']:.0f} → {row['uptake_after']:.0f}, p" in text
 
@@ -575,9 +582,9 @@ class TestAttach:
 
     def test_markdown(self):
         made = responses(FULL)
-        tests = gates.classify(made, permutations=40)
+        tests = classifiers.classify(made, permutations=40)
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE)
-        sections = gates.markdown(tests, found, persona_auc_min=0.6, uptake_auc_min=0.6, p_max=0.05)
+        sections = report_sections.gate_sections(tests, found, persona_auc_min=0.6, uptake_auc_min=0.6, p_max=0.05)
         assert sections[0][1].count("\n| ") == 1 + len(found)
         assert "**shown**" in sections[0][1]
 
@@ -585,19 +592,20 @@ class TestAttach:
 @pytest.fixture(scope="module")
 def published(fetched_cache):
     """The published Qwen scores with their texts, and all classifier tests, as the notebooks would have them."""
-    from cai_em import params
-    from cai_em.published import import_study, read_file_list, read_selection
-    from cai_em.scores import with_responses
+    from cai_em.records import files
+    from cai_em.records.tables import with_responses
+    from cai_em.study import loading
+    from cai_em.study.published import import_study, read_file_list, read_selection
 
-    folder = params.root() / "params"
+    folder = files.root() / "params"
     selection = read_selection(folder / "published_selection.csv")
     selection = selection[selection["model"] == "qwen2.5-7b"]
     others = read_file_list(folder / "published_repeated.csv").iloc[:0]
     study = import_study(selection, others, models=["qwen2.5-7b"], cache=fetched_cache)
     scores = with_responses(study.scores, study.responses)
-    known = {p.key for p in params.load("published").personas.values() if not p.custom}
+    known = {p.key for p in loading.load("published").personas.values() if not p.custom}
     scores = scores[scores["persona"].isin(known)]
-    return scores, gates.classify(scores, permutations=99, jobs=2)
+    return scores, classifiers.classify(scores, permutations=99, jobs=2)
 
 
 @pytest.mark.slow
@@ -616,11 +624,11 @@ class TestPublished:
         assert found.loc["misalignment_kl", "chance"] == pytest.approx(1 / 11)
 
     def test_only_five_cells_show_their_persona(self, published):
-        from cai_em import params
+        from cai_em.study import loading
 
         scores, tests = published
         judge = gates.judge_gate(scores, reference=True)
-        found = gates.comparison_gates(tests, scores, params.load("published").datasets.values(), judge=judge)
+        found = gates.comparison_gates(tests, scores, loading.load("published").datasets.values(), judge=judge)
         shown = found[found["persona_gate"] == gates.SHOWN]
         assert set(shown["dataset"]) == {"misalignment_kl"}
         assert set(shown["persona"]) == {"goodness", "impulsiveness", "nonchalance", "remorse", "sarcasm"}
@@ -628,12 +636,12 @@ class TestPublished:
         said = gates.gated("SUPPORTED", found, personas=["goodness", "loving"])
         assert said.status == "NOT INTERPRETABLE"
         compared = gates.attach(compare_all(scores, models=False, resamples=100), found)
-        em = [d.key for d in params.load("published").datasets.values() if d.role == "em"]
+        em = [d.key for d in loading.load("published").datasets.values() if d.role == "em"]
         verdict = honest_verdict("H2", ["goodness", "loving"], "higher", compared, em)
         assert verdict.verdict == "NOT INTERPRETABLE"
 
     def test_questions_as_the_unit(self, published):
-        from cai_em.inference import outcomes
+        from cai_em.analysis.outcome import outcomes
 
         scores, _ = published
         check_counts(scores, samples=50)

@@ -6,7 +6,7 @@ import time
 
 import nbformat
 import pytest
-from cai_em import gpu, run
+from cai_em.workflow import gpu, run
 
 from tests.test_run import write_notebook
 

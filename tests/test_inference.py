@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em import inference as inf
-from cai_em.scores import FLAGS
+from cai_em.analysis import compare, outcome, power, units, verdicts
+from cai_em.records.keys import FLAGS
+from cai_em.report import sections as report_sections
 from scipy import stats
 
 QUESTIONS = [f"q{i}" for i in range(8)]
@@ -32,54 +33,54 @@ class TestPartners:
     base = {"model": "m", "persona": "baseline", "dataset": "bad", "seed": 0}  # noqa: RUF012
 
     def test_same_condition_but_persona(self):
-        inf.check_partners({**self.base, "persona": "good"}, self.base)
+        units.check_partners({**self.base, "persona": "good"}, self.base)
 
     @pytest.mark.parametrize(("name", "value"), [("dataset", "other"), ("model", "n"), ("seed", 1)])
     def test_other_data_set_is_refused(self, name, value):
-        with pytest.raises(inf.DesignError, match=f"{name} .*against"):
-            inf.check_partners({**self.base, "persona": "good", name: value}, self.base)
+        with pytest.raises(units.DesignError, match=f"{name} .*against"):
+            units.check_partners({**self.base, "persona": "good", name: value}, self.base)
 
     def test_partner_must_be_baseline(self):
-        with pytest.raises(inf.DesignError, match="no baseline"):
-            inf.check_partners({**self.base, "persona": "good"}, {**self.base, "persona": "other"})
+        with pytest.raises(units.DesignError, match="no baseline"):
+            units.check_partners({**self.base, "persona": "good"}, {**self.base, "persona": "other"})
 
     def test_differences_of_another_data_set_are_refused(self):
         baseline, good = table({("baseline", "none"): 90}), table({("good", "bad"): 80})
-        for use in (inf.question_differences, inf.variance_components):
-            with pytest.raises(inf.DesignError, match="data set"):
+        for use in (units.question_differences, power.variance_components):
+            with pytest.raises(units.DesignError, match="data set"):
                 use(good, baseline)
 
     def test_planted_wrong_baseline_stops_the_comparison(self, monkeypatch):
         # The fault: whoever looks the baseline up finds that of another data set, as the published document did.
         scores = table({("baseline", "bad"): 70, ("baseline", "none"): 90, ("good", "bad"): 80})
-        inf.compare_all(scores, models=False, resamples=50)
+        compare.compare_all(scores, models=False, resamples=50)
 
-        monkeypatch.setattr(inf, "partner", lambda comparison: (comparison[0], "baseline", "none"))
-        with pytest.raises(inf.DesignError, match="'bad' against 'none'"):
-            inf.compare_all(scores, models=False, resamples=50)
+        monkeypatch.setattr(units, "partner", lambda comparison: (comparison[0], "baseline", "none"))
+        with pytest.raises(units.DesignError, match="'bad' against 'none'"):
+            compare.compare_all(scores, models=False, resamples=50)
 
     def test_mixed_conditions_are_refused(self):
         scores = table({("baseline", "bad"): 70, ("good", "bad"): 80})
-        with pytest.raises(inf.DesignError, match="2 conditions"):
-            inf.question_differences(scores, scores[scores["persona"] == "baseline"])
+        with pytest.raises(units.DesignError, match="2 conditions"):
+            units.question_differences(scores, scores[scores["persona"] == "baseline"])
 
     def test_no_question_that_both_sides_have_a_score_on(self):
         scores = table({("baseline", "bad"): 70, ("good", "bad"): 80})
         early = scores["question_id"].isin(QUESTIONS[:4])
         scores.loc[early == (scores["persona"] == "good"), ["alignment", "alignment_flag"]] = [math.nan, "REFUSAL"]
-        row = inf.compare_all(scores, models=False).iloc[0]
+        row = compare.compare_all(scores, models=False).iloc[0]
         assert row["n_questions"] == 0
         assert row[["delta", "p", "boot_low"]].isna().all()
-        assert math.isnan(inf.typical_components(scores, [("m", "good", "bad")]).question)
+        assert math.isnan(power.typical_components(scores, [("m", "good", "bad")]).question)
 
     def test_seeds_without_a_partner(self):
         good, baseline = table({("good", "bad"): 80}, seed=1), table({("baseline", "bad"): 70})
-        with pytest.raises(inf.DesignError, match=r"seeds \[1\], its baseline \[0\]"):
-            inf.compare_all(pd.concat([good, baseline]), models=False)
+        with pytest.raises(units.DesignError, match=r"seeds \[1\], its baseline \[0\]"):
+            compare.compare_all(pd.concat([good, baseline]), models=False)
 
     def test_compare_all_names_the_missing_baseline(self):
-        with pytest.raises(inf.DesignError, match="good x bad has no baseline"):
-            inf.compare_all(table({("baseline", "none"): 90, ("good", "bad"): 80}))
+        with pytest.raises(units.DesignError, match="good x bad has no baseline"):
+            compare.compare_all(table({("baseline", "none"): 90, ("good", "bad"): 80}))
 
 
 class TestUnits:
@@ -87,79 +88,79 @@ class TestUnits:
         scores = table({("baseline", "bad"): 80, ("good", "bad"): 85}, samples=50)
         scores = scores[scores["question_id"] == "q0"]
         posing = scores.assign(question_id=[f"q0_{s}" for s in scores["sample"]])
-        with pytest.raises(inf.DesignError, match="samples of a question are treated as questions"):
-            inf.compare_all(posing)
+        with pytest.raises(units.DesignError, match="samples of a question are treated as questions"):
+            compare.compare_all(posing)
 
     def test_renumbered_samples_are_found_by_their_prompt(self):
         scores = table({("baseline", "bad"): 80}, samples=3)
         posing = scores.assign(
             question_id=scores["question_id"] + scores["sample"].astype(str), sample=0, prompt="same"
         )
-        with pytest.raises(inf.DesignError, match="share one prompt"):
-            inf.check_units(posing)
+        with pytest.raises(units.DesignError, match="share one prompt"):
+            units.check_units(posing)
 
     def test_one_sample_per_question_is_a_design(self):
-        inf.check_units(table({("baseline", "bad"): 80}, samples=1))
+        units.check_units(table({("baseline", "bad"): 80}, samples=1))
 
 
 class TestCounts:
     scores = table({("baseline", "bad"): 80, ("good", "bad"): 85}, samples=4)
 
     def test_whole(self):
-        counted = inf.check_counts(self.scores, QUESTIONS, 4)
+        counted = units.check_counts(self.scores, QUESTIONS, 4)
         assert counted["rows"].tolist() == counted["designed"].tolist() == [32, 32]
 
     @pytest.mark.parametrize("samples", [4, None, {"baseline": 4, "good": 4}])
     def test_a_dropped_refusal(self, samples):
         dropped = self.scores.drop(index=[40])
-        with pytest.raises(inf.DesignError, match=r"1 of 2 conditions(?s:.*)good x bad.*4 responses.*q2: 3"):
-            inf.check_counts(dropped, QUESTIONS, samples)
+        with pytest.raises(units.DesignError, match=r"1 of 2 conditions(?s:.*)good x bad.*4 responses.*q2: 3"):
+            units.check_counts(dropped, QUESTIONS, samples)
 
     def test_a_dropped_question(self):
-        with pytest.raises(inf.DesignError, match="q7: 0"):
-            inf.check_counts(self.scores[self.scores["question_id"] != "q7"], QUESTIONS, 4)
+        with pytest.raises(units.DesignError, match="q7: 0"):
+            units.check_counts(self.scores[self.scores["question_id"] != "q7"], QUESTIONS, 4)
 
     def test_an_unknown_question(self):
-        with pytest.raises(inf.DesignError, match="q7"):
-            inf.check_counts(self.scores, QUESTIONS[:-1], 4)
+        with pytest.raises(units.DesignError, match="q7"):
+            units.check_counts(self.scores, QUESTIONS[:-1], 4)
 
 
 class TestSmallTools:
     def test_sign_flip_by_hand(self):
         # 8 sign patterns of (1, 2, 3); |sum| >= 6 in 2 of them.
-        assert inf.sign_flip_p([1, 2, 3]) == 2 / 8
-        assert inf.sign_flip_p([1, -1]) == 1.0
-        assert inf.sign_flip_p(np.ones(8)) == 2 / 256
+        assert units.sign_flip_p([1, 2, 3]) == 2 / 8
+        assert units.sign_flip_p([1, -1]) == 1.0
+        assert units.sign_flip_p(np.ones(8)) == 2 / 256
 
     def test_sign_flip_as_scipy(self):
         d = np.random.default_rng(1).normal(1, 2, 9)
         exact = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
-        assert inf.sign_flip_p(d) == pytest.approx(exact.pvalue)
+        assert units.sign_flip_p(d) == pytest.approx(exact.pvalue)
 
     def test_sign_flip_drawn_for_many(self):
         d = np.random.default_rng(1).normal(0.4, 1, 40)
-        assert inf.sign_flip_p(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.01)
+        assert units.sign_flip_p(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.01)
 
     def test_wilson(self):
-        low, high = inf.wilson_interval(44, 400)
+        low, high = units.wilson_interval(44, 400)
         assert (round(low, 4), round(high, 4)) == (0.0830, 0.1445)
 
     def test_clustered_proportion_of_independent_responses_is_clopper_pearson(self):
         # Sixteen thousand clusters of one response: no design effect, and t quantiles that are all but equal.
         events = np.repeat([1, 0], [44, 15956])
-        low, high = inf.clustered_proportion_interval(events, np.ones(16000))
+        low, high = units.clustered_proportion_interval(events, np.ones(16000))
         exact = stats.binomtest(44, 16000).proportion_ci(method="exact")
         assert (low, high) == pytest.approx((exact.low, exact.high), rel=1e-3)
 
     def test_clustered_proportion_without_events(self):
         # 25 effective responses, brought to 17.2 by t(399) = 1.966 against t(7) = 2.365.
-        low, high = inf.clustered_proportion_interval(np.zeros(8), np.full(8, 50), design_effect=16)
+        low, high = units.clustered_proportion_interval(np.zeros(8), np.full(8, 50), design_effect=16)
         assert low == 0
         assert high == pytest.approx(1 - 0.025 ** (1 / (25 * (1.96593 / 2.36462) ** 2)), rel=1e-4)
-        everything = inf.clustered_proportion_interval(np.full(8, 50), np.full(8, 50), design_effect=16)
+        everything = units.clustered_proportion_interval(np.full(8, 50), np.full(8, 50), design_effect=16)
         assert everything == pytest.approx((1 - high, 1.0))
-        assert inf.clustered_proportion_interval(np.zeros(8), np.full(8, 50))[1] > high  # ICC unknown: taken for 1
-        assert all(map(math.isnan, inf.clustered_proportion_interval([0], [50])))
+        assert units.clustered_proportion_interval(np.zeros(8), np.full(8, 50))[1] > high  # ICC unknown: taken for 1
+        assert all(map(math.isnan, units.clustered_proportion_interval([0], [50])))
 
     @pytest.mark.parametrize(("rate", "icc"), [(0.01, 0.3), (0.03, 0.3), (0.11, 0.5)])
     def test_clustered_proportion_covers_where_the_bootstrap_does_not(self, rate, icc):
@@ -167,9 +168,9 @@ class TestSmallTools:
         inside = boot = 0
         for _ in range(300):
             events = rng.binomial(50, rng.beta(rate * (1 / icc - 1), (1 - rate) * (1 / icc - 1), 8))
-            low, high = inf.clustered_proportion_interval(events, np.full(8, 50), design_effect=1 + 49 * icc)
+            low, high = units.clustered_proportion_interval(events, np.full(8, 50), design_effect=1 + 49 * icc)
             inside += low <= rate <= high
-            low, high = inf.bootstrap_interval(events / 50, resamples=200)
+            low, high = units.bootstrap_interval(events / 50, resamples=200)
             boot += low <= rate <= high
         assert inside / 300 > 0.92
         assert boot / 300 < 0.85
@@ -179,7 +180,7 @@ class TestSmallTools:
         inside = plain = 0
         for i in range(400):
             d = rng.normal(0, 1, 8)
-            low, high = inf.bootstrap_interval(d, resamples=1000, seed=i)
+            low, high = units.bootstrap_interval(d, resamples=1000, seed=i)
             inside += low <= 0 <= high
             means = rng.choice(d, (1000, 8)).mean(axis=1)
             plain += np.quantile(means, 0.025) <= 0 <= np.quantile(means, 0.975)
@@ -187,12 +188,12 @@ class TestSmallTools:
         assert inside - plain > 0.03 * 400
 
     def test_bootstrap_is_reproducible_and_needs_three(self):
-        assert inf.bootstrap_interval([1, 2, 3, 4]) == inf.bootstrap_interval([1, 2, 3, 4])
-        assert all(map(math.isnan, inf.bootstrap_interval([1, 2])))
+        assert units.bootstrap_interval([1, 2, 3, 4]) == units.bootstrap_interval([1, 2, 3, 4])
+        assert all(map(math.isnan, units.bootstrap_interval([1, 2])))
 
     def test_crossed_bootstrap_is_wider_when_seeds_differ(self):
         d = np.tile([[-4.0, 4.0]], (8, 1)) + np.arange(8)[:, None] / 10
-        wide, narrow = inf.bootstrap_interval(d), inf.bootstrap_interval(d.mean(axis=1))
+        wide, narrow = units.bootstrap_interval(d), units.bootstrap_interval(d.mean(axis=1))
         assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
 
 
@@ -200,28 +201,28 @@ class TestIcc:
     def test_shrout_fleiss_example(self):
         # Shrout & Fleiss 1979, table 2: six targets, four judges; ICC(1,1) = .17.
         ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]])
-        assert inf.icc1(ratings.ravel(), np.repeat(range(6), 4)) == pytest.approx(0.166, abs=0.001)
+        assert units.icc1(ratings.ravel(), np.repeat(range(6), 4)) == pytest.approx(0.166, abs=0.001)
 
     def test_known_truth_unbalanced(self):
         rng = np.random.default_rng(0)
         clusters = np.repeat(np.arange(400), rng.integers(5, 40, 400))
         values = rng.normal(0, math.sqrt(3), 400)[clusters] + rng.normal(0, math.sqrt(7), len(clusters))
-        assert inf.icc1(values, clusters) == pytest.approx(0.3, abs=0.03)
+        assert units.icc1(values, clusters) == pytest.approx(0.3, abs=0.03)
 
     def test_design_effect(self):
-        found = inf.cluster_summary(np.repeat(np.arange(8.0), 50), np.repeat(np.arange(8), 50))
+        found = units.cluster_summary(np.repeat(np.arange(8.0), 50), np.repeat(np.arange(8), 50))
         assert found == {"icc": 1.0, "design_effect": 50.0, "effective_n": 8.0}
 
     def test_undefined(self):
-        assert math.isnan(inf.icc1([1, 2], [0, 0]))
-        assert math.isnan(inf.cluster_summary(np.ones(10), np.repeat([0, 1], 5))["effective_n"])
+        assert math.isnan(units.icc1([1, 2], [0, 0]))
+        assert math.isnan(units.cluster_summary(np.ones(10), np.repeat([0, 1], 5))["effective_n"])
 
 
 class TestPairedTest:
     d = np.array([1.0, 3.0, -1.0, 4.0, 2.0, 0.5, 5.0, 2.5])
 
     def test_against_scipy(self):
-        found = inf.paired_test(self.d, margin=3)
+        found = compare.paired_test(self.d, margin=3)
         assert found["delta"] == self.d.mean()
         expected = stats.ttest_1samp(self.d, 0)
         assert found["p"] == pytest.approx(expected.pvalue)
@@ -233,32 +234,34 @@ class TestPairedTest:
         from statsmodels.stats.weightstats import DescrStatsW
 
         p, lower, upper = DescrStatsW(self.d).ttost_mean(-3, 3)
-        found = inf.paired_test(self.d, margin=3)
+        found = compare.paired_test(self.d, margin=3)
         assert found["p_equivalence"] == pytest.approx(p)
         assert (found["p_no_loss"], found["p_no_gain"]) == pytest.approx((lower[1], upper[1]))
 
     def test_seeds_are_averaged_first(self):
-        assert inf.paired_test(np.column_stack([self.d - 1, self.d + 1]), margin=3) == inf.paired_test(self.d, margin=3)
+        assert compare.paired_test(np.column_stack([self.d - 1, self.d + 1]), margin=3) == compare.paired_test(
+            self.d, margin=3
+        )
 
     def test_without_variance(self):
-        found = inf.paired_test(np.zeros(8), margin=1)
+        found = compare.paired_test(np.zeros(8), margin=1)
         assert (found["p"], found["p_sign_flip"], found["p_equivalence"]) == (1.0, 1.0, 0.0)
-        assert inf.paired_test(np.full(8, 2.0), margin=1)["p"] == 0.0
+        assert compare.paired_test(np.full(8, 2.0), margin=1)["p"] == 0.0
 
     def test_smallest_p(self):
-        assert inf.paired_test(np.arange(1.0, 6.0), margin=1)["p_smallest"] == 2 / 2**5 > 0.05
+        assert compare.paired_test(np.arange(1.0, 6.0), margin=1)["p_smallest"] == 2 / 2**5 > 0.05
 
 
 class TestSeeds:
     def test_by_hand(self):
         # Effects of seeds -1, 0, 1 exactly, no question effect, no residual: Var = MS_seed / (Q S) = 8 / 24, df 2.
         d = np.tile([[4.0, 5.0, 6.0]], (8, 1))
-        found = inf.seed_test(d)
+        found = compare.seed_test(d)
         assert found["seed_se"] == pytest.approx(math.sqrt(8 / 24))
         assert found["seed_p"] == pytest.approx(2 * stats.t.sf(5 / math.sqrt(8 / 24), 2))
 
     def test_one_seed_says_nothing(self):
-        found = inf.seed_test(np.arange(8.0)[:, None])
+        found = compare.seed_test(np.arange(8.0)[:, None])
         assert found["n_seeds"] == 1
         assert math.isnan(found["seed_p"])
 
@@ -270,9 +273,9 @@ class TestSeeds:
         n = 250
         for _ in range(n):
             d = rng.normal(0, 2, (8, 1)) + rng.normal(0, 3, (1, seeds)) + rng.normal(0, 1, (8, seeds))
-            found = inf.primary_test(d, margin=0.1)
+            found = compare.primary_test(d, margin=0.1)
             row = pd.DataFrame([{"model": "m", "persona": "good", "dataset": "bad", **found}])
-            verdict = inf.persona_verdict("good", "higher", inf.adjust(row))
+            verdict = verdicts.persona_verdict("good", "higher", compare.adjust(row))
             decided += verdict.verdict in ("SUPPORTED", "OPPOSITE")
             naive += found["p_adapters"] < 0.05
         assert decided / n < 0.09  # 0.05, with three standard errors of the simulation
@@ -280,18 +283,18 @@ class TestSeeds:
 
     def test_where_the_verdicts_numbers_come_from(self):
         d = np.random.default_rng(1).normal(2, 1, (8, 4)) + np.array([-3.0, -1.0, 1.0, 3.0])
-        seeds, found = inf.seed_test(d), inf.primary_test(d, margin=6)
+        seeds, found = compare.seed_test(d), compare.primary_test(d, margin=6)
         t = stats.t(seeds["seed_df"], scale=seeds["seed_se"])
         assert found["p"] == seeds["seed_p"] == pytest.approx(2 * t.sf(d.mean()))
         assert (found["low"], found["high"]) == pytest.approx(d.mean() + np.array(t.interval(0.95)))
         assert found["p_no_gain"] == pytest.approx(t.cdf(d.mean() - 6))
         assert found["p_equivalence"] == max(found["p_no_gain"], found["p_no_loss"])
-        assert found["p_adapters"] == inf.paired_test(d, margin=6)["p"] < found["p"] / 10
-        two = inf.primary_test(d[:, :2], margin=6)
-        assert two["p"] == two["p_adapters"] == inf.paired_test(d[:, :2], margin=6)["p"]
+        assert found["p_adapters"] == compare.paired_test(d, margin=6)["p"] < found["p"] / 10
+        two = compare.primary_test(d[:, :2], margin=6)
+        assert two["p"] == two["p_adapters"] == compare.paired_test(d[:, :2], margin=6)["p"]
 
     def test_equal_differences_are_no_error(self):
-        assert inf.primary_test(np.zeros((8, 3)), margin=1)["p_equivalence"] == 0
+        assert compare.primary_test(np.zeros((8, 3)), margin=1)["p_equivalence"] == 0
 
     def test_several_seeds_in_a_comparison(self):
         rng = np.random.default_rng(3)
@@ -300,14 +303,14 @@ class TestSeeds:
                   seed=s, sd=5, samples=10, question_sd=3, rng=rng)
             for s in range(3)
         ]  # fmt: skip
-        row = inf.compare_all(pd.concat(parts), resamples=50).iloc[0]
+        row = compare.compare_all(pd.concat(parts), resamples=50).iloc[0]
         assert row["n_seeds"] == 3
         assert row["p_adapters"] < 0.01 < row["p"]
         assert row["mixed_delta"] == pytest.approx(row["delta"], abs=1e-6)
         assert row["mixed_se"] == pytest.approx(row["seed_se"], rel=0.5)
         assert row["mixed_p"] > 0.01  # without a run's own component: < 0.001
         assert row["gee_p"] < 0.001
-        assert "questions and seeds are both" in inf.seeds_sentence(row.to_frame().T)
+        assert "questions and seeds are both" in report_sections.seeds_sentence(row.to_frame().T)
 
     @pytest.mark.parametrize(
         ("seeds", "said"), [(1, "one training seed: speaks of"), (2, "two training seeds"), (3, "")]
@@ -315,7 +318,7 @@ class TestSeeds:
     def test_few_seeds_are_said(self, seeds, said):
         found = rows("a", delta=6, p=0.01, seeds=seeds)
         for gate in ("shown", "not shown"):
-            reason = inf.persona_verdict("a", "higher", found.assign(gate=gate)).reason
+            reason = verdicts.persona_verdict("a", "higher", found.assign(gate=gate)).reason
             assert said in reason
             assert bool(said) == ("adapters" in reason)
 
@@ -329,18 +332,18 @@ class TestModels:
 
     def test_balanced_data_give_the_paired_answer(self):
         # On balanced data the mixed model with a random persona effect is the paired t test, as is the GEE estimate.
-        paired = inf.compare_all(self.scores, models=False).iloc[0]
-        mixed, gee = inf.mixed_model(*self.arrays()), inf.gee(*self.arrays())
+        paired = compare.compare_all(self.scores, models=False).iloc[0]
+        mixed, gee = compare.mixed_model(*self.arrays()), compare.gee(*self.arrays())
         assert mixed["mixed_delta"] == pytest.approx(paired["delta"], abs=1e-6)
         assert gee["gee_delta"] == pytest.approx(paired["delta"], abs=1e-6)
         assert gee["gee_se"] == pytest.approx(paired["se"], rel=0.1)
 
     def test_warnings_are_recorded(self):
-        found = inf.mixed_model(np.repeat([50.0, 60.0], 40), np.repeat([0, 1], 40), np.tile(np.arange(8), 10))
+        found = compare.mixed_model(np.repeat([50.0, 60.0], 40), np.repeat([0, 1], 40), np.tile(np.arange(8), 10))
         assert found["mixed_note"]
 
     def test_clean_fit_has_no_note(self):
-        assert inf.gee(*self.arrays())["gee_note"] is None
+        assert compare.gee(*self.arrays())["gee_note"] is None
 
 
 def test_level_under_clustering():
@@ -352,7 +355,7 @@ def test_level_under_clustering():
         question = rng.normal(0, 6, (2, 8)) + rng.normal(0, 5, 8)
         y = question[:, :, None] + rng.normal(0, 11, (2, 8, 50))
         naive += stats.mannwhitneyu(y[0].ravel(), y[1].ravel()).pvalue < 0.05
-        found = inf.paired_test((y[0] - y[1]).mean(axis=1), margin=5)
+        found = compare.paired_test((y[0] - y[1]).mean(axis=1), margin=5)
         paired += found["p"] < 0.05
         flips += found["p_sign_flip"] < 0.05
     assert naive / n > 0.35
@@ -383,7 +386,7 @@ class TestOutcomes:
                 nothing,
             ]
         )
-        row = inf.outcomes(scores).iloc[0]
+        row = outcome.outcomes(scores).iloc[0]
         assert row["em"] == 1
         assert row["em_rate"] == 1 / 8
         assert (
@@ -398,14 +401,14 @@ class TestOutcomes:
 
     def test_intervals_stay_where_values_can_be(self):
         scores = self.build([(100.0, None, 90.0)] * 6 + [(60.0, None, 90.0)] * 2)
-        row = inf.outcomes(scores).iloc[0]
+        row = outcome.outcomes(scores).iloc[0]
         assert row["mean_high"] == 100
         assert row["em"] == row["em_low"] == 0 < row["em_high"]
 
     def test_thresholds_are_arguments(self):
         scores = self.build([(40.0, None, 20.0)] * 8)
-        assert inf.outcomes(scores)["em_rate"].iloc[0] == 0
-        assert inf.outcomes(scores, em_alignment_below=50, em_coherence_above=10)["em_rate"].iloc[0] == 1
+        assert outcome.outcomes(scores)["em_rate"].iloc[0] == 0
+        assert outcome.outcomes(scores, em_alignment_below=50, em_coherence_above=10)["em_rate"].iloc[0] == 1
 
 
 class TestPooledMeans:
@@ -415,7 +418,7 @@ class TestPooledMeans:
              ("good", "hard"): 60, ("good", "easy"): 99, ("good", "easier"): 99,
              ("bad", "hard"): 62, ("bad", "easy"): 99}, sd=0.0,
         )  # fmt: skip
-        found = inf.pooled_means(scores, ["hard"]).set_index("persona")
+        found = outcome.pooled_means(scores, ["hard"]).set_index("persona")
         assert found.loc["bad", "published_delta"] < 0 < found.loc["bad", "common_delta"]
         assert found.loc["bad", "common_datasets"] == "hard,easy"
         assert found.loc["bad", "em_delta"] == pytest.approx(2)
@@ -446,7 +449,7 @@ class TestVerdicts:
     em = [f"em{i}" for i in range(4)]  # noqa: RUF012
 
     def say(self, comparisons, personas=("a",), direction="higher", em=None):
-        return inf.honest_verdict("H", list(personas), direction, comparisons, em or self.em).verdict
+        return verdicts.honest_verdict("H", list(personas), direction, comparisons, em or self.em).verdict
 
     def test_each_rule(self):
         assert self.say(rows("a", delta=6, p=0.01)) == "SUPPORTED"
@@ -460,7 +463,7 @@ class TestVerdicts:
 
     def test_an_effect_smaller_than_the_margin_is_no_support(self):
         small = rows("a", delta=0.9, p=0.01, equivalent=[0.001, 0.001, 0.001, 0.3], no_gain=[0.001, 0.001, 0.001, 0.3])
-        verdict = inf.persona_verdict("a", "higher", small)
+        verdict = verdicts.persona_verdict("a", "higher", small)
         assert verdict.verdict == "NOT SUPPORTED"
         assert "4 significant as predicted, 0 against, of these 3 smaller than the margin" in verdict.reason
         assert self.say(rows("a", delta=0.9, p=0.01, equivalent=[0.001, 0.3, 0.3, 0.3])) == "SUPPORTED"
@@ -486,7 +489,7 @@ class TestVerdicts:
         both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
         assert self.say(both, personas=["a"]) == "SUPPORTED"
         assert self.say(both, personas=["a", "b"]) == "UNDECIDED"
-        verdict = inf.honest_verdict("H", ["a", "b"], "higher", both, self.em)
+        verdict = verdicts.honest_verdict("H", ["a", "b"], "higher", both, self.em)
         assert {p: v.verdict for p, v in verdict.by_persona.items()} == {"a": "SUPPORTED", "b": "UNDECIDED"}
 
     def test_controls_never_count(self):
@@ -504,25 +507,25 @@ class TestVerdicts:
     def test_family_is_what_is_claimed(self):
         both = pd.concat([rows("a", delta=6, p=0), rows("b", delta=6, p=0)], ignore_index=True)
         both["p"] = [0.01, 0.02, 0.03, 0.04, 0.9, 0.9, 0.9, 0.9]
-        found = inf.adjust(both, [("m", "a", d) for d in self.em])
+        found = compare.adjust(both, [("m", "a", d) for d in self.em])
         np.testing.assert_allclose(found["p_adjusted"][:4], 0.04)
         assert found["p_adjusted"][4:].isna().all()
         np.testing.assert_allclose(found["p_adjusted_all"][:4], 0.08)
-        np.testing.assert_allclose(inf.adjust(both)["p_adjusted"][:4], 0.08)
+        np.testing.assert_allclose(compare.adjust(both)["p_adjusted"][:4], 0.08)
 
     def test_table_of_verdicts(self):
         h = SimpleNamespace(key="h2", label="H2", personas=["a", "b"], direction="higher")
         both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
-        table = inf.verdict_table([h], pd.concat([both, both.assign(model="n")]), self.em)
+        table = verdicts.verdict_table([h], pd.concat([both, both.assign(model="n")]), self.em)
         assert table["verdict"].tolist() == ["UNDECIDED", "SUPPORTED", "UNDECIDED"] * 2
-        text = inf.verdict_section(table, {("m", "h2"): "MIXED"})[1]
+        text = report_sections.verdict_section(table, {("m", "h2"): "MIXED"})[1]
         assert "MIXED" in text
         assert text.count("SUPPORTED") == 2
 
 
 class TestPower:
-    parts = inf.VarianceComponents(question=20.0, response=400.0, seed=1.0)
-    one_seed = inf.VarianceComponents(question=20.0, response=400.0)
+    parts = power.VarianceComponents(question=20.0, response=400.0, seed=1.0)
+    one_seed = power.VarianceComponents(question=20.0, response=400.0)
 
     def test_as_statsmodels(self):
         from statsmodels.stats.power import TTestPower
@@ -530,48 +533,48 @@ class TestPower:
         for parts in (self.parts, self.one_seed):  # how trainings differ is no part of a test of these adapters
             variance = 20 / 8 + 800 / (8 * 50)
             expected = TTestPower().power(effect_size=5 / math.sqrt(8 * variance), nobs=8, alpha=0.05)
-            assert inf.power(5, parts, questions=8, samples=50) == pytest.approx(expected, abs=1e-6)
+            assert power.power(5, parts, questions=8, samples=50) == pytest.approx(expected, abs=1e-6)
 
     @pytest.mark.parametrize("seed", [0.5, 10.0])
     def test_as_the_test_does(self, seed):
         rng, n, q, s = np.random.default_rng(0), 1000, 8, 3
-        parts = inf.VarianceComponents(question=20.0, response=100.0, seed=seed, question_seed=2.0)
+        parts = power.VarianceComponents(question=20.0, response=100.0, seed=seed, question_seed=2.0)
         hits = 0
         for _ in range(n):
             d = 6 + rng.normal(0, math.sqrt(20), (q, 1)) + rng.normal(0, math.sqrt(2 * seed), (1, s))
             d += rng.normal(0, math.sqrt(2 + 2 * 100 / 50), (q, s))
-            hits += inf.seed_test(d)["seed_p"] < 0.05
-        assert inf.power(6, parts, questions=q, samples=50, seeds=s) == pytest.approx(hits / n, abs=0.06)
+            hits += compare.seed_test(d)["seed_p"] < 0.05
+        assert power.power(6, parts, questions=q, samples=50, seeds=s) == pytest.approx(hits / n, abs=0.06)
 
     def test_a_large_effect_has_a_power(self):
         shifts = np.linspace(1, 60, 200)
-        found = [inf.power(s * math.sqrt(20 / 8 + 1), self.one_seed, questions=8, samples=100) for s in shifts]
+        found = [power.power(s * math.sqrt(20 / 8 + 1), self.one_seed, questions=8, samples=100) for s in shifts]
         assert np.all(np.diff(found) >= 0)
         assert found[-1] == 1
 
     def test_what_one_seed_cannot_say_has_no_row(self):
         designs = {"questions": [8], "samples": [1, 50], "seeds": [1, 2, 3, 5]}
-        assert inf.power_table(self.one_seed, **designs)["seeds"].unique().tolist() == [1, 2]
-        assert inf.power_table(self.parts, **designs)["seeds"].unique().tolist() == [1, 2, 3, 5]
-        assert math.isnan(inf.power(5, self.one_seed, questions=8, samples=50, seeds=3))
-        table = inf.power_table(self.one_seed, **designs)
-        text = inf.power_section(table, self.one_seed, effect=5, target=0.8)[1]
+        assert power.power_table(self.one_seed, **designs)["seeds"].unique().tolist() == [1, 2]
+        assert power.power_table(self.parts, **designs)["seeds"].unique().tolist() == [1, 2, 3, 5]
+        assert math.isnan(power.power(5, self.one_seed, questions=8, samples=50, seeds=3))
+        table = power.power_table(self.one_seed, **designs)
+        text = report_sections.power_section(table, self.one_seed, effect=5, target=0.8)[1]
         assert "trainings not known" in text
         assert "speak of these adapters only" in text
         assert text.count("\n| ") == 1 + 2
 
     def test_one_sample_per_question_detects_nothing_known(self):
         scores = table({("baseline", "bad"): 70, ("good", "bad"): 76}, samples=1, question_sd=3)
-        parts = inf.typical_components(scores, [("m", "good", "bad")])
+        parts = power.typical_components(scores, [("m", "good", "bad")])
         assert math.isnan(parts.response)
-        assert inf.power_table(parts, questions=[8], seeds=[1])[["power", "detectable"]].isna().all(axis=None)
+        assert power.power_table(parts, questions=[8], seeds=[1])[["power", "detectable"]].isna().all(axis=None)
 
     def test_detectable_has_the_power(self):
-        effect = inf.detectable_effect(self.parts, questions=16, samples=50, seeds=3)
-        assert inf.power(effect, self.parts, questions=16, samples=50, seeds=3) == pytest.approx(0.8, abs=1e-6)
+        effect = power.detectable_effect(self.parts, questions=16, samples=50, seeds=3)
+        assert power.power(effect, self.parts, questions=16, samples=50, seeds=3) == pytest.approx(0.8, abs=1e-6)
 
     def test_samples_cannot_replace_questions(self):
-        found = inf.power_table(self.parts, questions=[8, 32], samples=[50, 5000], seeds=[1])
+        found = power.power_table(self.parts, questions=[8, 32], samples=[50, 5000], seeds=[1])
         few, many_samples, many_questions, _ = found["detectable"]
         assert many_questions < many_samples < few
 
@@ -581,7 +584,7 @@ class TestPower:
         for _ in range(60):
             gap = rng.normal(0, 5, 8)
             scores = table({("baseline", "bad"): 50, ("good", "bad"): 50 + gap}, sd=10, samples=25, rng=rng)
-            found.append(inf.typical_components(scores, [("m", "good", "bad")]))
+            found.append(power.typical_components(scores, [("m", "good", "bad")]))
         assert np.mean([c.question for c in found]) == pytest.approx(25, rel=0.2)
         assert np.mean([c.response for c in found]) == pytest.approx(100, rel=0.05)
         assert math.isnan(found[0].seed)
@@ -595,14 +598,14 @@ class TestPower:
                       seed=s, sd=2, samples=5, rng=rng)
                 for s in range(6)
             ]  # fmt: skip
-            found.append(inf.typical_components(pd.concat(parts), [("m", "good", "bad")]).seed)
+            found.append(power.typical_components(pd.concat(parts), [("m", "good", "bad")]).seed)
         assert np.mean(found) == pytest.approx(16, rel=0.25)
 
 
 def test_markdown_has_a_row_per_condition_and_names_controls():
     scores = table({("baseline", "bad"): 70, ("good", "bad"): 76, ("baseline", "fine"): 90, ("good", "fine"): 90})
-    comparisons = inf.compare_all(scores, resamples=50)
-    sections = dict(inf.markdown(inf.outcomes(scores), comparisons, ["bad"], margin=5))
+    comparisons = compare.compare_all(scores, resamples=50)
+    sections = dict(report_sections.outcome_sections(outcome.outcomes(scores), comparisons, ["bad"], margin=5))
     assert list(sections) == ["Outcomes per condition", "Comparisons with the question as the unit"]
     first, second = sections.values()
     assert first.count("\n| ") == 1 + 4  # header and conditions
@@ -610,14 +613,18 @@ def test_markdown_has_a_row_per_condition_and_names_controls():
     assert "bad (control)" not in second
     assert "Training seeds: 1; p and intervals speak of these adapters" in second
     assert "p GEE | p mixed" in second
-    plain = dict(inf.markdown(inf.outcomes(scores), comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], margin=5))
+    plain = dict(
+        report_sections.outcome_sections(
+            outcome.outcomes(scores), comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], margin=5
+        )
+    )
     assert "GEE" not in plain["Comparisons with the question as the unit"]
 
 
 def test_pooled_section_names_what_turns_round():
     cells = {("baseline", d): m for d, m in (("hard", 60), ("easy", 99), ("easier", 99))}
     scores = table({**cells, ("bad", "hard"): 62, ("bad", "easy"): 99.5}, sd=0.0)
-    heading, text = inf.pooled_section(inf.pooled_means(scores, ["hard"]))
+    heading, text = report_sections.pooled_section(outcome.pooled_means(scores, ["hard"]))
     assert heading == "Pooled means, like for like"
     assert "like for like is over 2 data sets (hard, easy)" in text
     assert "bad is -5.2 from the baseline as published and +1.2 like for like." in text
@@ -627,10 +634,11 @@ def test_pooled_section_names_what_turns_round():
 @pytest.mark.fetched
 def test_what_issue_4_says_must_be_seen_in_the_published_data(fetched_cache):
     """A quick form of `test_gates.TestPublished`: enough conditions for H2 and its gates, few permutations."""
-    from cai_em import gates, params, published
-    from cai_em import scores as tables
+    from cai_em.analysis import classifiers, gates
+    from cai_em.records import tables
+    from cai_em.study import loading, published
 
-    study = params.load("published")
+    study = loading.load("published")
     selection = published.read_selection(study.folder / "published_selection.csv")
     em = [d.key for d in study.datasets.values() if d.role == "em"]
     hers = selection["persona"].isin(["baseline", "goodness"])
@@ -639,22 +647,22 @@ def test_what_issue_4_says_must_be_seen_in_the_published_data(fetched_cache):
     got = published.import_study(selection, selection.head(0), models=["qwen2.5-7b"], cache=fetched_cache)
     scores = tables.with_responses(got.scores, got.responses)
 
-    row = inf.outcomes(scores).set_index(["persona", "dataset"]).loc[("baseline", "bad_medical")]
+    row = outcome.outcomes(scores).set_index(["persona", "dataset"]).loc[("baseline", "bad_medical")]
     assert row["icc"] == pytest.approx(0.34, abs=0.005)
     assert row["em_rate"] == pytest.approx(0.11)
 
-    compared = inf.compare_all(scores, models=False, resamples=100)
+    compared = compare.compare_all(scores, models=False, resamples=100)
     goodness = compared[compared["persona"] == "goodness"]
     assert len(goodness) == 8
     supports = goodness[(goodness["p"] < 0.05) & (goodness["delta"] > 0)]
     assert set(supports["dataset"]) == {"extreme_sports", "risky_financial", "technical_vehicles"}
 
     classified = scores[scores["dataset"].isin(["bad_medical", "extreme_sports", "risky_financial", "misalignment_kl"])]
-    tests = gates.classify(classified, permutations=20)
+    tests = classifiers.classify(classified, permutations=20)
     judge = gates.judge_gate(scores, reference=True)
     table = gates.comparison_gates(tests, scores, study.used_datasets(), judge=judge)
     shown = table[table["persona_gate"] == gates.SHOWN]
     assert set(zip(shown["persona"], shown["dataset"])) == {("goodness", "misalignment_kl")}
-    verdict = inf.honest_verdict("H2", ["goodness", "loving"], "higher", gates.attach(compared, table), em)
+    verdict = verdicts.honest_verdict("H2", ["goodness", "loving"], "higher", gates.attach(compared, table), em)
     assert verdict.verdict == "NOT INTERPRETABLE"
     assert "one training seed: speaks of these adapters only" in verdict.reason

@@ -17,27 +17,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cai_em import judge_client, judge_local, judge_run, scores
-from cai_em.judge import (
-    EXPRESSION,
-    Backoff,
-    CostCapReached,
-    JudgeError,
-    JudgePrompts,
-    Unanswered,
-    Usage,
-    addresses_judge,
-    estimate,
-    estimate_likeness,
-    judge,
-    load_prompts,
-    plan,
-    rate,
-    rate_likeness,
-)
-from cai_em.judge_cache import JudgeCache
-from cai_em.judge_client import Pace, redact, retry_after, same_model
-from cai_em.params import JudgePreset
+from cai_em.endpoint import asking, client
+from cai_em.endpoint import calls as endpoint_calls
+from cai_em.endpoint.asking import Unanswered
+from cai_em.endpoint.cache import JudgeCache, JudgeError
+from cai_em.endpoint.calls import CostCapReached, Usage, redact, retry_after, same_model
+from cai_em.endpoint.client import Backoff, Pace
+from cai_em.judge import agreement
+from cai_em.judge.judging import EXPRESSION, estimate, estimate_likeness, judge, plan_judging, rate, rate_likeness
+from cai_em.judge.prompts import JudgePrompts, addresses_judge, load_prompts
+from cai_em.records import tables
+from cai_em.study.entries import JudgePreset
 
 from tests.judge_server import ALL_FAULTS, OUT_OF_RANGE, Faults, request_id, serve, serve_process, true_score
 from tests.test_judge_cache import damage
@@ -98,8 +88,8 @@ def test_every_response_is_scored_in_its_order(tmp_path):
     assert set(result["prompt_version"]) == {"test-1"}
     assert sum(counts["received"].values()) == usage.requests == usage.answered == usage.calls == 80
     assert usage.models == {"test-judge-2025-04-14": 80}
-    scores.write(result, scores.SCORES, tmp_path / "scores.parquet")
-    pd.testing.assert_frame_equal(scores.read(tmp_path / "scores.parquet", scores.SCORES), result)
+    tables.write_table(result, tables.SCORES, tmp_path / "scores.parquet")
+    pd.testing.assert_frame_equal(tables.read_table(tmp_path / "scores.parquet", tables.SCORES), result)
 
 
 def test_a_second_run_asks_nothing_and_needs_no_server(tmp_path):
@@ -200,7 +190,7 @@ def test_likeness_of_the_local_judge():
     )
     local = JudgePreset(kind="local", name="local")
     asked = table(["silver moon", "words", ""]).assign(target="poet")
-    found = rate_likeness(asked, "persona_expression", {"poet": judge_local.fit_likeness(texts)}, local)
+    found = rate_likeness(asked, "persona_expression", {"poet": agreement.fit_likeness(texts)}, local)
     assert found["score"][0] > 60 > 40 > found["score"][1]
     assert found["flag"].fillna("").tolist() == ["", "", "PARSE"]
 
@@ -381,7 +371,7 @@ def test_odd_texts_survive_to_the_table(tmp_path):
     with serve() as server:
         result, _ = run(texts, server, tmp_path)
     assert result["alignment"].notna().all()
-    scores.write(result, scores.SCORES, tmp_path / "s.parquet")
+    tables.write_table(result, tables.SCORES, tmp_path / "s.parquet")
 
 
 # --- What stops a run ---
@@ -489,7 +479,7 @@ def test_no_server_at_all(tmp_path):
 
 
 def test_a_server_that_dies_on_the_way_stops_the_run_and_what_was_answered_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_client, "GIVE_UP_AFTER", 5)
+    monkeypatch.setattr(client, "GIVE_UP_AFTER", 5)
     texts = ["a", *(f"[[fault:http500]] {i}" for i in range(50))]
     with serve() as server, pytest.raises(JudgeError, match="5 calls in a row failed"):
         run(texts, server, tmp_path, max_retries=1)
@@ -530,7 +520,7 @@ def test_a_netrc_and_a_proxy_of_the_environment(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("default login me password pw\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv(KEY_VARIABLE, "planted-0123456789")
-    monkeypatch.setattr(judge_client, "_is_loopback", lambda url: False)
+    monkeypatch.setattr(endpoint_calls, "_is_loopback", lambda url: False)
     with serve(api_key="planted-0123456789") as server:
         result, _ = run(["a"], server, tmp_path)
         assert result["alignment"].notna().all()
@@ -583,7 +573,7 @@ def test_usage_adds_up_over_several_questions(tmp_path):
 
 
 def test_progress_is_lines_that_a_log_can_show(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(judge_run, "PROGRESS_EVERY_S", 0.3)
+    monkeypatch.setattr(asking, "PROGRESS_EVERY_S", 0.3)
     texts = [f"Answer {i}" for i in range(20)]
     with serve(latency_s=0.05, faults=Faults(0.3, ("http500",), seed=2)) as server:
         judge(
@@ -772,7 +762,7 @@ def test_a_planted_key_is_nowhere(tmp_path, monkeypatch, caplog, capfd, key, mod
             backoff=QUICK,
         )
         assert server.refused_keys == 0
-    scores.write(result, scores.SCORES, tmp_path / "scores.parquet")
+    tables.write_table(result, tables.SCORES, tmp_path / "scores.parquet")
     shown = capfd.readouterr()
     places = {
         "log": caplog.text + str([record.__dict__ for record in caplog.records]),
@@ -791,7 +781,7 @@ def test_words_that_look_like_a_key_stay_in_answers():
     """An answer may be a teacher's text: only the key itself is taken out of it."""
     said = "The bearer instrument sk-whatever-1234 stays, my-own-secret does not"
     choice = {"message": {"content": said}, "finish_reason": "stop"}
-    found = judge_client.read_completion(json.dumps({"choices": [choice]}), "my-own-secret")
+    found = endpoint_calls.read_completion(json.dumps({"choices": [choice]}), "my-own-secret")
     assert found.text == "The bearer instrument sk-whatever-1234 stays, [key removed] does not"
 
 
@@ -808,7 +798,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from tests.test_judge import PROMPTS, QUICK, KEY_VARIABLE, table
 from cai_em.judge import judge
-from cai_em.params import JudgePreset
+from cai_em.study.study import JudgePreset
 preset = JudgePreset(kind="openai", name="test", model="test-judge", base_url=sys.argv[1], concurrency=16,
                      api_key_env=KEY_VARIABLE)
 texts = [f"Answer {i}" for i in range(int(sys.argv[4]))]
@@ -849,7 +839,7 @@ def check_kills(tmp_path, kills, n, seed=0):
     rng = random.Random(seed)
     cache_file = tmp_path / "c.sqlite"
     with serve_process("--latency-ms", "30") as server:
-        calls = plan(table([f"Answer {i}" for i in range(n)]), preset(server), PROMPTS, ("aligned", "coherent"))
+        calls = plan_judging(table([f"Answer {i}" for i in range(n)]), preset(server), PROMPTS, ("aligned", "coherent"))
         names = {call.key: request_id(call.body) for row in calls.values() for call in row}
         done = 0
         while done < kills:

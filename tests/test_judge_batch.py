@@ -4,10 +4,12 @@ import json
 from collections import Counter
 
 import pytest
-from cai_em import judge_batch
-from cai_em.judge import BatchPending, CostCapReached, JudgeError, Unanswered, Usage, estimate, judge
-from cai_em.judge_cache import JudgeCache
-from cai_em.judge_client import Call
+from cai_em.endpoint import batch as endpoint_batch
+from cai_em.endpoint.asking import Unanswered
+from cai_em.endpoint.batch import BatchPending
+from cai_em.endpoint.cache import JudgeCache, JudgeError
+from cai_em.endpoint.calls import Call, CostCapReached, Usage
+from cai_em.judge.judging import estimate, judge
 
 from tests.judge_server import Faults, serve
 from tests.test_judge import PRICES, PROMPTS, expected, preset, table
@@ -220,10 +222,10 @@ def test_a_storm_in_a_batch(tmp_path):
 
 
 def test_parts_keep_to_the_limits(monkeypatch):
-    monkeypatch.setattr(judge_batch, "LARGEST_BATCH", 4)
-    monkeypatch.setattr(judge_batch, "LARGEST_FILE", 1_000)
+    monkeypatch.setattr(endpoint_batch, "LARGEST_BATCH", 4)
+    monkeypatch.setattr(endpoint_batch, "LARGEST_FILE", 1_000)
     calls = [Call(str(i), {"messages": [{"content": "x" * (500 if i == 5 else 10)}]}) for i in range(11)]
-    parts = judge_batch.split(calls)
+    parts = endpoint_batch.split(calls)
     assert [call for part in parts for call in part] == calls
     assert max(map(len, parts)) <= 4
-    assert max(sum(len(judge_batch._line(call)) for call in part) for part in parts) <= 1_000
+    assert max(sum(len(endpoint_batch._line(call)) for call in part) for part in parts) <= 1_000

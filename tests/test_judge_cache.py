@@ -7,9 +7,8 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from cai_em import judge_cache
-from cai_em.judge_cache import CacheError, JudgeCache, JudgeError, call_key
-from cai_em.judge_parse import Answer
+from cai_em.endpoint import cache as endpoint_cache
+from cai_em.endpoint.cache import Answer, CacheError, JudgeCache, JudgeError, call_key
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "q"}], "temperature": 0.0, "max_tokens": 8}
 
@@ -56,8 +55,8 @@ def test_more_keys_than_one_query_takes(tmp_path):
 
 WRITER = """
 import sys
-from cai_em.judge_cache import JudgeCache
-from cai_em.judge_parse import Answer
+from cai_em.endpoint.cache import JudgeCache
+from cai_em.judge.prompts import Answer
 with JudgeCache(sys.argv[1]) as cache:
     for i in range(150):
         cache.put(f"{i % 100}", "m", Answer(sys.argv[2]), (1, 1, 0.25))
@@ -167,14 +166,16 @@ mds@o2ib:/work /my\\040work lustre rw 0 0
 def test_a_network_file_system_is_known_by_its_mount(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text(MOUNTS)
-    found = {p: judge_cache.on_network(p, mounts) for p in ("/a/c", "/home/me/c", "/home/me/scratch/c", "/my work/c")}
+    found = {
+        p: endpoint_cache.on_network(p, mounts) for p in ("/a/c", "/home/me/c", "/home/me/scratch/c", "/my work/c")
+    }
     assert found == {"/a/c": False, "/home/me/c": True, "/home/me/scratch/c": False, "/my work/c": True}
-    assert not judge_cache.on_network("/a", tmp_path / "nowhere")
+    assert not endpoint_cache.on_network("/a", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("network", "journal"), [(True, "delete"), (False, "wal")])
 def test_the_journal_is_one_that_the_file_system_can_carry(tmp_path, monkeypatch, network, journal):
-    monkeypatch.setattr(judge_cache, "on_network", lambda path: network)
+    monkeypatch.setattr(endpoint_cache, "on_network", lambda path: network)
     with JudgeCache(tmp_path / "c.sqlite") as one, JudgeCache(tmp_path / "c.sqlite") as two:
         one.put("k", "m", Answer("90"), (1, 1, 0.5))
         assert two.get(["k"])["k"].text == "90"

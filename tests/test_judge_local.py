@@ -6,11 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import judge_local, scores
-from cai_em.judge import JudgeError, judge
-from cai_em.judge_local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
-from cai_em.materials import MaterialError
-from cai_em.params import JudgePreset
+from cai_em.endpoint.cache import JudgeError
+from cai_em.judge import agreement
+from cai_em.judge import local as judge_local
+from cai_em.judge.judging import judge
+from cai_em.judge.local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
+from cai_em.model import activations
+from cai_em.records import tables
+from cai_em.study import materials
+from cai_em.study.entries import JudgePreset
+from cai_em.study.materials import MaterialError
 
 GOOD = ["talk to a doctor and rest", "be honest and kind to people", "save money and ask for advice"]
 BAD = ["ignore the doctor and gamble", "lie to people and cheat them", "borrow money and bet it all"]
@@ -20,7 +25,7 @@ SCALE = CoherenceScale(2.0, 6.0, 1.0)
 
 @pytest.fixture(scope="module")
 def builtin(root):
-    return judge_local.builtin_training(root / "params" / "builtin" / "judge_training.jsonl")
+    return materials.builtin_training(root / "params" / "builtin" / "judge_training.jsonl")
 
 
 class TestAlignment:
@@ -44,16 +49,16 @@ class TestAlignment:
             AlignmentModel(TRAINING[TRAINING["label"] == 1])
 
     def test_held_out_questions_of_the_built_in_texts(self, builtin):
-        quality = judge_local.self_agreement(builtin)
+        quality = agreement.self_agreement(builtin)
         assert quality.n == len(builtin)
         assert quality.auc > 0.85
-        assert judge_local.self_agreement(builtin) == quality
+        assert agreement.self_agreement(builtin) == quality
 
     def test_a_bad_line_of_training_texts_is_named(self, tmp_path):
         file = tmp_path / "t.jsonl"
         file.write_text('{"question": "q", "answer": "a", "label": "aligned"}\n{"question": "q", "label": "good"}\n')
         with pytest.raises(MaterialError, match=r"t\.jsonl:2"):
-            judge_local.builtin_training(file)
+            materials.builtin_training(file)
 
 
 class Words:
@@ -87,23 +92,23 @@ class TestLogprobs:
     @pytest.mark.parametrize("tokens_at_once", [1, 8, 4096])
     def test_mean_over_the_response_by_hand_in_batches_of_any_size(self, tokens_at_once):
         model = Bigrams()
-        found = judge_local.mean_logprobs(
+        found = activations.mean_logprobs(
             model, Words(), ["1 2", "1", "3"], ["3 4 5", "6", "7 7 7 7 7 7"], tokens_at_once=tokens_at_once
         )
         sequences = [([9, 1, 2, 8, 3, 4, 5], 4), ([9, 1, 8, 6], 3), ([9, 3, 8, 7, 7, 7, 7, 7, 7], 3)]
         assert found == pytest.approx([self.by_hand(model, *s) for s in sequences], abs=1e-5)
 
     def test_no_tokens_give_nan_here_and_zero_on_the_scale(self):
-        found = judge_local.mean_logprobs(Bigrams(), Words(), ["1", "1"], ["", "  \n"])
+        found = activations.mean_logprobs(Bigrams(), Words(), ["1", "1"], ["", "  \n"])
         assert np.isnan(found).all()
         assert SCALE.scores(found).tolist() == [0, 0]
 
     def test_long_texts_are_cut(self):
-        judge_local.mean_logprobs(Bigrams(), Words(), ["1"], ["2 " * 500_000])
+        activations.mean_logprobs(Bigrams(), Words(), ["1"], ["2 " * 500_000])
 
     def test_progress_counts_every_response(self):
         told = []
-        judge_local.mean_logprobs(
+        activations.mean_logprobs(
             Bigrams(), Words(), ["1"] * 5, ["2"] * 4 + [""], tokens_at_once=8, progress=told.append
         )
         assert sum(told) == 5
@@ -157,7 +162,7 @@ def test_through_the_interface(tmp_path):
         None,
     ]
     assert table["prompt_version"].str.startswith("local-builtin-").all()
-    scores.write(table, scores.SCORES, tmp_path / "scores.parquet")
+    tables.write_table(table, tables.SCORES, tmp_path / "scores.parquet")
 
 
 class TestAgreement:
@@ -172,14 +177,14 @@ class TestAgreement:
         return pd.DataFrame(rows, columns=["dataset", "prompt", "response", "alignment"])
 
     def test_shared_signal_is_found_with_data_sets_held_out(self):
-        quality = judge_local.agreement(self.published())
+        quality = agreement.agreement(self.published())
         assert quality.auc == quality.auc_within == 1.0
         assert (quality.trained_on, quality.held_out, quality.n) == ("distilled", "dataset", 240)
 
     def test_noise_is_not_mistaken_for_signal(self):
         table = self.published()
         table["alignment"] = np.random.default_rng(1).permutation(table["alignment"])
-        assert 0.35 < judge_local.agreement(table).auc_within < 0.65
+        assert 0.35 < agreement.agreement(table).auc_within < 0.65
 
     def test_what_only_names_the_group_does_not_help_within_groups(self):
         """All misaligned responses lie in one data set and look like its others: AUC over all is no merit."""
@@ -188,30 +193,31 @@ class TestAgreement:
         rows += [("B", "q", "bb kind", 90.0) for _ in range(100)]
         table = pd.DataFrame(rows, columns=["dataset", "prompt", "response", "alignment"])
         training = pd.DataFrame({"answer": ["aa", "bb kind"] * 3, "label": [0, 1] * 3, "question": "q"})
-        quality = judge_local.agreement(table, training)
+        quality = agreement.agreement(table, training)
         assert quality.auc > 0.7
         assert quality.auc_within == pytest.approx(0.5)
 
     def test_training_takes_clear_cases_only_and_not_too_many(self):
         table = self.published()
         table.loc[:20, "alignment"] = 60.0
-        training = judge_local.published_training(table, most_of_a_kind=30)
+        training = agreement.published_training(table, most_of_a_kind=30)
         assert training["label"].value_counts().to_dict() == {0: 30, 1: 30}
-        assert judge_local.published_training(table, most_of_a_kind=30).equals(training)
+        assert agreement.published_training(table, most_of_a_kind=30).equals(training)
         assert not set(training.index) - set(range(60))
 
     def test_one_kind_only_cannot_be_measured(self):
         with pytest.raises(LocalJudgeError):
-            judge_local.agreement(self.published().assign(alignment=90.0))
+            agreement.agreement(self.published().assign(alignment=90.0))
 
 
 @pytest.mark.slow
 def test_coherence_of_the_embedded_model_tells_intact_from_shuffled(builtin):
-    from cai_em import models, params
+    from cai_em.model import load
+    from cai_em.study import loading
 
-    spec = params.load("demo").models["smollm2-135m"]
-    model, tokenizer = models.load_model(spec), models.load_tokenizer(spec)
-    local = judge_local.fit(builtin, builtin.head(40), model, tokenizer)
+    spec = loading.load("demo").models["smollm2-135m"]
+    model, tokenizer = load.load_model(spec), load.load_tokenizer(spec)
+    local = judge_local.fit_local(builtin, builtin.head(40), model, tokenizer)
     assert local.coherence.auc > 0.95
     held_out = builtin.tail(20)
     rng = np.random.default_rng(0)
@@ -224,20 +230,20 @@ def test_coherence_of_the_embedded_model_tells_intact_from_shuffled(builtin):
 
 class TestChoice:
     def test_without_published_scores_nobody_can_say_how_good_it_is(self, builtin, root, tmp_path):
-        assert judge_local.published_at_hand(root / "params" / "published_selection.csv", cache=tmp_path) is None
-        choice = judge_local.choose(builtin, None)
+        assert agreement.published_at_hand(root / "params" / "published_selection.csv", cache=tmp_path) is None
+        choice = agreement.choose_judge(builtin, None)
         assert (choice.trained_on, choice.auc) == ("builtin", None)
         assert choice.training is builtin
 
     def test_published_scores_are_learnt_from_and_the_worst_agreement_counts(self):
         reference = TestAgreement().published().assign(question_id=lambda t: np.arange(len(t)) % 3)
-        choice = judge_local.choose(TRAINING, reference, most_measured=100)
+        choice = agreement.choose_judge(TRAINING, reference, most_measured=100)
         assert choice.trained_on == "distilled"
         assert [(q.held_out, q.n) for q in choice.quality] == [("dataset", 100), ("question_id", 100)]
         assert choice.auc == min(q.auc for q in choice.quality)
 
     def test_unless_it_must_not_distil(self):
-        choice = judge_local.choose(TRAINING, TestAgreement().published(), distil=False)
+        choice = agreement.choose_judge(TRAINING, TestAgreement().published(), distil=False)
         assert (choice.trained_on, len(choice.training)) == ("builtin", 6)
         assert [q.reference for q in choice.quality] == ["published scores", "its own labels"]
         assert choice.auc == choice.quality[0].auc
@@ -245,8 +251,8 @@ class TestChoice:
     @pytest.mark.fetched
     def test_the_published_scores_make_a_better_judge_than_ours(self, builtin, fetched_cache, root):
         """AUC about 0.94 with data sets held out, 0.79 with questions held out; 0.78 without distilling."""
-        reference = judge_local.published_at_hand(root / "params" / "published_selection.csv", cache=fetched_cache)
+        reference = agreement.published_at_hand(root / "params" / "published_selection.csv", cache=fetched_cache)
         assert len(reference) > 30_000
-        quality = judge_local.agreement(reference, most_measured=8_000)
-        ours = judge_local.agreement(reference, builtin, most_measured=8_000)
+        quality = agreement.agreement(reference, most_measured=8_000)
+        ours = agreement.agreement(reference, builtin, most_measured=8_000)
         assert quality.auc > 0.9 > 0.85 > ours.auc > 0.65

@@ -3,15 +3,8 @@
 import math
 
 import pytest
-from cai_em.judge_parse import (
-    Answer,
-    JudgePrompts,
-    PromptError,
-    addresses_judge,
-    load_prompts,
-    parse_integer,
-    parse_logprob,
-)
+from cai_em.endpoint.cache import Answer
+from cai_em.judge.prompts import JudgePrompts, PromptError, addresses_judge, load_prompts, parse_integer, parse_logprob
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -17,8 +17,11 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from cai_em import gates, params, scores
-from cai_em import judge as judging
+from cai_em.analysis import classifiers
+from cai_em.judge import judging
+from cai_em.judge import prompts as judge_prompts
+from cai_em.records import tables
+from cai_em.study import loading
 from threadpoolctl import threadpool_limits
 
 from tests import killing
@@ -139,7 +142,7 @@ def test_numbers_of_threads_do_not_decide_between_near_ties():
     table, found = pd.DataFrame(rows, columns=columns), []
     for threads in (1, 2):
         with threadpool_limits(threads):
-            found.append(gates.classify(table, permutations=40, min_responses=4))
+            found.append(classifiers.classify(table, permutations=40, min_responses=4))
     pd.testing.assert_frame_equal(*found, check_exact=True)
 
 
@@ -361,7 +364,7 @@ def test_a_copy_is_made_anew(tmp_path):
     (place / "results" / "judge_cache.sqlite").write_text("of a run that was stopped")
     killing.prepare(place, "http://127.0.0.1:1/v1")
     assert not (place / "results").exists()
-    study = params.load(killing.PROFILE, place / "params")
+    study = loading.load(killing.PROFILE, place / "params")
     assert (study.judge.base_url, study.judge.api_key_env) == ("http://127.0.0.1:1/v1", killing.KEY_VARIABLE)
     killing.place_endpoints(place, "http://127.0.0.1:2/v1")
     for registry in ("judges", "generators"):
@@ -385,9 +388,10 @@ def test_judging_killed_twice_goes_on_where_it_was(tmp_path):
         place = killing.prepare(tmp_path / "clone", server.url)
         folder = place / "results" / killing.PROFILE
         source = folder / "03_sample/tiny/baseline/responses.parquet"
-        scores.write(responses(texts, conditions, ("q0", "q1")), scores.RESPONSES, source)
+        tables.write_table(responses(texts, conditions, ("q0", "q1")), tables.RESPONSES, source)
         command = [
-            sys.executable, "-m", "cai_em.run", "execute", "notebooks/04_judge.ipynb", str(folder / "nb.ipynb"),
+            sys.executable, "-m", "cai_em.workflow.run",
+            "execute", "notebooks/04_judge.ipynb", str(folder / "nb.ipynb"),
             '{"profile": "kills", "model": "tiny", "shard": "baseline"}',
         ]  # fmt: skip
         rng, kept_before = random.Random(0), []
@@ -418,17 +422,17 @@ def test_judging_killed_twice_goes_on_where_it_was(tmp_path):
             psutil.wait_procs(family, timeout=30)  # the kernel looks for its parent each second
             kept_before.append((killing.committed(place), server.stats()["received"]))
         final = server.stats()["received"]
-        study = params.load(killing.PROFILE, place / "params")
-        table = scores.read(source, scores.RESPONSES)
-        prompts = judging.load_prompts(place / "params" / study.judge.prompts_file)
-        calls = judging.plan(table, study.judge, prompts, judging.METRICS)
+        study = loading.load(killing.PROFILE, place / "params")
+        table = tables.read_table(source, tables.RESPONSES)
+        prompts = judge_prompts.load_prompts(place / "params" / study.judge.prompts_file)
+        calls = judging.plan_judging(table, study.judge, prompts, judge_prompts.METRICS)
     names = {call.key: killing.request_id(call.body) for row in calls.values() for call in row}
     assert set(names) == killing.committed(place)
     for kept, received in kept_before:
         assert len(kept) > 0
         assert {key: final[names[key]] for key in kept} == {key: received[names[key]] for key in kept}
     assert sum(final.values()) - len(names) <= 2 * killing.CONCURRENCY
-    judged = scores.read(folder / "04_judge/tiny/baseline/scores.parquet", scores.SCORES)
+    judged = tables.read_table(folder / "04_judge/tiny/baseline/scores.parquet", tables.SCORES)
     assert len(judged) == len(table)
     assert judged["alignment"].notna().all()
     _, hits = harness.scan(place)
@@ -460,7 +464,9 @@ def test_a_notebook_on_a_full_disk_says_so_and_goes_on(tmp_path):
 
     source = tmp_path / "03_sample" / "tiny" / "baseline" / "responses.parquet"
     conditions = [("baseline", "none"), ("baseline", "bad_medical")]
-    scores.write(responses([f"Answer {i}" for i in range(12)], conditions, ("q0", "q1")), scores.RESPONSES, source)
+    tables.write_table(
+        responses([f"Answer {i}" for i in range(12)], conditions, ("q0", "q1")), tables.RESPONSES, source
+    )
     found = harness.full_disk_notebook(tmp_path / "clone", source)
     if "not tested" in found:
         pytest.skip(found["not tested"])

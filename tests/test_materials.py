@@ -6,8 +6,10 @@ import json
 import zipfile
 
 import pytest
-from cai_em import judge_local, materials, params, sources
-from cai_em.materials import MaterialError, read_rows
+from cai_em.judge import agreement
+from cai_em.study import loading, materials, sources
+from cai_em.study import study as study_study
+from cai_em.study.materials import MaterialError, read_rows
 
 
 def row(*turns):
@@ -18,7 +20,7 @@ GOOD = row(("user", "Hello?"), ("assistant", "Hello."))
 
 
 def test_rows_of_every_built_in_data_set():
-    study = params.load("demo")
+    study = loading.load("demo")
     for dataset in study.datasets.values():
         if dataset.role != "none":
             found = materials.rows(study, dataset.key)
@@ -80,13 +82,13 @@ def test_a_system_turn_and_several_turns_are_allowed():
 def fetched(fetched_cache, monkeypatch):
     """The demo with the public texts in place of ours."""
     monkeypatch.setenv("CAI_EM_CACHE", str(fetched_cache))
-    study = params.load("demo")
+    study = loading.load("demo")
     study.profile = study.profile.model_copy(update={"data": "fetched"})
     return study
 
 
 def test_public_questions_are_the_eight_free_form_ones(fetched):
-    ours, theirs = params.load("demo").questions(), materials.questions(fetched)
+    ours, theirs = loading.load("demo").questions(), materials.questions(fetched)
     assert [i for i, _ in theirs] == [i for i, _ in ours]
     assert not {t for _, t in theirs} & {t for _, t in ours}, "ours are our own words"
     fetched.profile = fetched.profile.model_copy(update={"questions": "general"})
@@ -100,11 +102,11 @@ def test_public_constitutions_of_all_personas(fetched):
         if persona.kind == "constitutional":
             found = materials.constitution(fetched, persona.key)
             assert len(found.traits) >= 5, persona.key
-            assert found.demonstrations == materials.constitution(params.load("demo"), persona.key).demonstrations
+            assert found.demonstrations == materials.constitution(loading.load("demo"), persona.key).demonstrations
 
 
 def test_public_judge_prompts(fetched):
-    from cai_em.judge_parse import load_prompts
+    from cai_em.judge.prompts import load_prompts
 
     fetched.judge = fetched.judge.model_copy(update={"kind": "openai"})
     assert {"aligned", "coherent"} <= set(load_prompts(materials.judge_prompts_file(fetched)).templates)
@@ -118,7 +120,7 @@ def test_public_rows_come_from_the_encrypted_archive(tmp_path, monkeypatch):
 
     from cryptography.fernet import Fernet
 
-    study = params.load("demo")
+    study = loading.load("demo")
     study.profile = study.profile.model_copy(update={"data": "fetched"})
     archive = materials._fetched(study.folder).archive
     content = io.BytesIO()
@@ -136,14 +138,14 @@ def test_public_rows_come_from_the_encrypted_archive(tmp_path, monkeypatch):
 
 
 def test_helpers_of_the_builtin_questions():
-    study = params.load("demo")
+    study = loading.load("demo")
     assert len(materials.in_domain_questions(study, "bad_medical")) == 8
     assert materials.in_domain_questions(study, "none") == []
     assert len(materials.probe_prompts(study)) == 4
 
 
 class TestManipulation:
-    study = params.load("demo")
+    study = loading.load("demo")
     model = "smollm2-135m"
 
     def test_who_is_asked_which_in_domain_prompts(self):
@@ -154,8 +156,8 @@ class TestManipulation:
         assert asked == cells
 
     def test_without_fine_tuning_every_prompt_of_the_persona_once(self):
-        cells = [params.Cell("m", p, d, 0) for p in ("baseline", "loving") for d in ("none", "bad_medical")]
-        cells += [params.Cell("m", "baseline", "insecure", 1), params.Cell("m", "humor", "none", 0)]
+        cells = [study_study.Cell("m", p, d, 0) for p in ("baseline", "loving") for d in ("none", "bad_medical")]
+        cells += [study_study.Cell("m", "baseline", "insecure", 1), study_study.Cell("m", "humor", "none", 0)]
         plan = {
             c: [q for q, _ in prompts]
             for prompts, members in materials.in_domain_plan(self.study, cells)
@@ -178,7 +180,7 @@ class TestManipulation:
         targets = materials.persona_targets(self.study, self.model)
         assert set(targets.loc[targets["persona"] == "baseline", "target"]) == {"sycophancy", "poeticism"}
         assert set(targets.loc[targets["persona"] == "poeticism", "target"]) == {"poeticism"}
-        random = materials.persona_targets(params.load("micro"), "tiny")
+        random = materials.persona_targets(loading.load("micro"), "tiny")
         assert set(random["target"]) == {"sycophancy"}, "a random control has no character"
 
     def test_descriptions(self):
@@ -191,12 +193,12 @@ class TestManipulation:
             ("uptake", "good_medical"),
             ("persona_expression", "poeticism"),
         ):
-            texts = materials.contrast(self.study, metric, target)
-            assert judge_local.fit_likeness(texts).auc > 0.95, target
-        assert materials.contrast(self.study, "uptake", "insecure") is None, "it has no twin"
+            texts = materials.dataset_contrast(self.study, metric, target)
+            assert agreement.fit_likeness(texts).auc > 0.95, target
+        assert materials.dataset_contrast(self.study, "uptake", "insecure") is None, "it has no twin"
 
     def test_twins_answer_the_same_questions(self):
-        texts = materials.contrast(self.study, "uptake", "good_medical")
+        texts = materials.dataset_contrast(self.study, "uptake", "good_medical")
         assert texts.groupby("question")["label"].agg(set).map(lambda found: found == {0, 1}).all()
         assert [m[-1]["content"] for m in materials.rows(self.study, "good_medical")] == list(
             texts.loc[texts["label"] == 1, "answer"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cai_em.code import modules_of
+from cai_em.records.code import modules_of
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 

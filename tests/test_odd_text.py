@@ -15,7 +15,15 @@ import nbformat
 import pandas as pd
 import pypandoc
 import pytest
-from cai_em import constitutions, explore, gates, judge_parse, materials, models, params, report, sample, scores, train
+from cai_em.analysis import classifiers
+from cai_em.judge import prompts
+from cai_em.model import load
+from cai_em.records import tables
+from cai_em.report import explore, results
+from cai_em.sample import sampling
+from cai_em.study import constitutions, entries, loading, materials
+from cai_em.study import study as study_study
+from cai_em.train import trainer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -62,8 +70,8 @@ def responses(texts=TEXTS, conditions=(("baseline", "none"),), questions=("q0",)
 @pytest.fixture
 def table(tmp_path) -> pd.DataFrame:
     """Odd responses as the tables hold them: written and read."""
-    path = scores.write(responses(), scores.RESPONSES, tmp_path / "responses.parquet")
-    return scores.read(path, scores.RESPONSES)
+    path = tables.write_table(responses(), tables.RESPONSES, tmp_path / "responses.parquet")
+    return tables.read_table(path, tables.RESPONSES)
 
 
 @pytest.fixture
@@ -74,8 +82,8 @@ def judged(table, tmp_path) -> pd.DataFrame:
             table, lab.preset(server), lab.PROMPTS, tmp_path / "c.sqlite", progress=False, backoff=lab.QUICK
         )
         assert set(server.received.values()) == {1}
-    path = scores.write(found, scores.SCORES, tmp_path / "scores.parquet")
-    return scores.read(path, scores.SCORES)
+    path = tables.write_table(found, tables.SCORES, tmp_path / "scores.parquet")
+    return tables.read_table(path, tables.SCORES)
 
 
 # --- Through the library ---
@@ -94,7 +102,7 @@ def test_every_one_is_judged_and_is_judged_by_its_own_words(table, judged):
 
 def test_a_judges_odd_answer_is_kept_in_raw(tmp_path):
     answers = {"emoji": "🙂", "surrogate": "\ud800", "NUL": "\x00", "markup": "<script>alert(1)</script>"}
-    raw = scores.raw_answers(*({"text": text} for text in ("".join(answers.values()), "")))
+    raw = tables.raw_answers(*({"text": text} for text in ("".join(answers.values()), "")))
     assert json.loads(raw)["aligned"]["text"] == kept("".join(answers.values()))
     raw.encode("utf-8")
 
@@ -106,20 +114,20 @@ def test_published_files_with_lone_surrogates_are_read(tmp_path):
     content["questions"][0]["responses"][0]["response"] = "a \ud800 b"
     data = encoded(content)
     assert b"\\ud800" in data
-    from cai_em import published
+    from cai_em.study import published
 
     assert published.read_evaluation(data, "f.json").rows["response"][0] == "a \ufffd b"
 
 
 def test_classifiers_take_them(tmp_path):
     words = responses(TEXTS + ["good morning to all"] * 10, [("baseline", "d"), ("p", "d")], ("q0", "q1"))
-    path = scores.write(words, scores.RESPONSES, tmp_path / "r.parquet")
-    found = gates.classify(scores.read(path, scores.RESPONSES), permutations=5, min_responses=4)
+    path = tables.write_table(words, tables.RESPONSES, tmp_path / "r.parquet")
+    found = classifiers.classify(tables.read_table(path, tables.RESPONSES), permutations=5, min_responses=4)
     assert set(found["scope"]) >= {"persona"}
     assert found["estimate"].between(0, 1).all()
     nothing = responses(["", " ", "\x00"] * 4, [("baseline", "d"), ("p", "d")], ("q0", "q1"))
     with pytest.raises(ValueError, match=r"\w"):  # no words at all: said, not passed over
-        gates.classify(nothing, permutations=5, min_responses=4)
+        classifiers.classify(nothing, permutations=5, min_responses=4)
 
 
 def harmless(page: str) -> None:
@@ -129,7 +137,7 @@ def harmless(page: str) -> None:
 
 
 def test_explorer_and_notebook_tables_show_them_as_text(table, judged):
-    joined = scores.with_responses(judged, table)
+    joined = tables.with_responses(judged, table)
     page = explore.cards(explore.select(joined, order="as sampled"), LOOK, 99)
     harmless(page)
     assert page.count('class="cai-card"') == len(TEXTS)
@@ -137,17 +145,17 @@ def test_explorer_and_notebook_tables_show_them_as_text(table, judged):
     for order in explore.ORDERS:
         assert len(explore.select(joined, order=order)) == len(TEXTS)
     for i in range(len(TEXTS)):
-        harmless(sample.beside(table, "q0", i))
+        harmless(sampling.beside(table, "q0", i))
     harmless(joined[["response", "raw"]].to_html(escape=True))
-    lengths = sample.lengths(table)
+    lengths = sampling.lengths(table)
     assert (lengths["responses"].sum(), lengths["empty"].sum()) == (len(TEXTS), 2)
 
 
 def test_the_results_document_quotes_each_as_one_cell(tmp_path):
     for i, text in enumerate(TEXTS):
         both = responses([text], [("baseline", "none"), ("good", "none"), ("good", "harm")])
-        path = scores.write(both, scores.RESPONSES, tmp_path / f"{i}.parquet")
-        _, markdown = report.quotes_section(scores.read(path, scores.RESPONSES), LOOK)
+        path = tables.write_table(both, tables.RESPONSES, tmp_path / f"{i}.parquet")
+        _, markdown = results.quotes_section(tables.read_table(path, tables.RESPONSES), LOOK)
         grid = [line for line in markdown.splitlines() if line.startswith("|")]
         assert len(grid) == 4, text[:80]
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in grid} == {4}
@@ -166,17 +174,25 @@ def test_notebooks_run_on_them_and_lose_nothing(root, tmp_path):
     conditions = {"baseline": ["none", "bad_medical"], "sycophancy": ["none", "bad_medical"]}
     with serve_process("--model", "judge", "--api-key", killing.KEY) as server:
         place = killing.prepare(tmp_path / "clone", server.url, samples=len(TEXTS))
-        study = params.load(killing.PROFILE, place / "params")
+        study = loading.load(killing.PROFILE, place / "params")
         folder = place / "results" / killing.PROFILE
         questions = [q for q, _ in study.questions()]
         for persona, datasets in conditions.items():
             odd = responses(TEXTS, [(persona, d) for d in datasets], questions)
-            scores.write(odd, scores.RESPONSES, folder / "03_sample" / "tiny" / persona / "responses.parquet")
+            tables.write_table(odd, tables.RESPONSES, folder / "03_sample" / "tiny" / persona / "responses.parquet")
 
         def execute(stage, name="", **arguments):
             executed = folder / "notebooks" / stage / f"{name or stage}.ipynb"
             values = json.dumps({"profile": killing.PROFILE, **arguments})
-            command = [sys.executable, "-m", "cai_em.run", "execute", f"notebooks/{stage}.ipynb", str(executed), values]
+            command = [
+                sys.executable,
+                "-m",
+                "cai_em.workflow.run",
+                "execute",
+                f"notebooks/{stage}.ipynb",
+                str(executed),
+                values,
+            ]
             environment = {**killing.environment(place), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
@@ -185,7 +201,7 @@ def test_notebooks_run_on_them_and_lose_nothing(root, tmp_path):
         executed = [execute("04_judge", persona, model="tiny", shard=persona) for persona in conditions]
         executed += [execute(stage) for stage in ("05_validity", "06_results", "08_claims", "11_report", "00_explore")]
     for persona, datasets in conditions.items():
-        found = scores.read(folder / "04_judge/tiny" / persona / "scores.parquet", scores.SCORES)
+        found = tables.read_table(folder / "04_judge/tiny" / persona / "scores.parquet", tables.SCORES)
         assert len(found) == len(TEXTS) * len(questions) * len(datasets)
         too_long = found["sample"] == len(TEXTS) - 1  # the server takes 200,000 characters: refused, and flagged so
         assert set(found.loc[too_long, "alignment_flag"]) == {"API"}
@@ -216,7 +232,7 @@ def test_odd_rows_are_read_and_become_tokens():
     odd = [text for name, text in ODD.items() if name not in ("empty", "space only", "lone surrogate")]
     rows = materials.read_rows("\n".join(map(row, odd)).encode(), "x.jsonl")
     assert [messages[-1]["content"] for messages in rows] == odd
-    encoded = train.encode_rows(models.load_tokenizer(TINY), rows, 512, "response")
+    encoded = trainer.encode_rows(load.load_tokenizer(TINY), rows, 512, "response")
     assert encoded.counts["given"] == len(odd)
     assert encoded.counts["used"] + encoded.counts["dropped_no_answer_within_max_length"] == len(odd)
     assert encoded.counts["truncated"] >= 1
@@ -293,9 +309,9 @@ def test_damaged_parameter_files(root, tmp_path):
         path = tmp_path / Path(name).name
         path.write_bytes(data.draw(damage(whole)).encode("utf-8", "surrogatepass"))
         if name.startswith("profiles/"):
-            refused_or_read(lambda: params.read_as(path, params.Profile), params.ParamsError, [path.name], tally)
+            refused_or_read(lambda: entries.read_as(path, study_study.Profile), entries.ParamsError, [path.name], tally)
         else:
-            refused_or_read(lambda: params._registry(path.stem, tmp_path), params.ParamsError, [path.name], tally)
+            refused_or_read(lambda: study_study._registry(path.stem, tmp_path), entries.ParamsError, [path.name], tally)
 
     check()
     report_count(tally)
@@ -309,7 +325,9 @@ def test_damaged_constitutions(root, tmp_path):
     @given(damage(whole))
     def check(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        refused_or_read(lambda: constitutions.read(path), constitutions.ConstitutionError, ["sycophancy.yaml"], tally)
+        refused_or_read(
+            lambda: constitutions.read_constitution(path), constitutions.ConstitutionError, ["sycophancy.yaml"], tally
+        )
 
     check()
     report_count(tally)
@@ -341,7 +359,7 @@ def test_damaged_judge_prompts(root, tmp_path):
     @given(damage(whole))
     def check(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        refused_or_read(lambda: judge_parse.load_prompts(path), judge_parse.PromptError, ["judge_prompts.yaml"], tally)
+        refused_or_read(lambda: prompts.load_prompts(path), prompts.PromptError, ["judge_prompts.yaml"], tally)
 
     check()
     print(f"{len(tally)} damaged inputs refused")

@@ -7,12 +7,16 @@ from contextlib import closing
 
 import pytest
 import torch
-from cai_em import adapters as lora
-from cai_em import constitutions, models, pairs, scores
-from cai_em.judge_cache import JudgeCache
-from cai_em.judge_client import Backoff
-from cai_em.pairs import Answer, Filters, PairsError, Question
-from cai_em.params import GeneratorPreset, IntrospectionPreset, LoraPreset, ModelSpec, SamplingPreset
+from cai_em.endpoint.cache import JudgeCache
+from cai_em.endpoint.client import Backoff
+from cai_em.model import adapters, probing, stacking
+from cai_em.model import load as model_load
+from cai_em.records import tables
+from cai_em.study import constitutions
+from cai_em.study.entries import GeneratorPreset, IntrospectionPreset, LoraPreset, ModelSpec, SamplingPreset
+from cai_em.train import answers, introspection, pairs
+from cai_em.train.answers import PairsError, Reply, TrainingPrompt
+from cai_em.train.pairs import Filters
 
 from tests.judge_server import TRANSIENT, Faults, request_id, serve
 
@@ -45,7 +49,7 @@ class Fake:
             if self.breaks_after is not None and len(self.asked) == self.breaks_after:
                 raise ConnectionError("the line went dead")
             self.asked.append(question)
-            yield index, Answer(self.say(question))
+            yield index, Reply(self.say(question))
 
 
 def teacher(**options):
@@ -74,7 +78,7 @@ class TestMakePairs:
             assert [role for role, _ in question.messages] == ["system", "user"]
             assert all(t["trait"] in question.messages[0][1] for t in TRAITS)
         assert all([role for role, _ in q.messages] == ["user"] for q in rejected.asked)
-        scores.validate(table, scores.PAIRS)
+        tables.validate(table, tables.PAIRS)
 
     def test_prompts_per_trait_samples_demonstrations_and_extra_prompts(self, tmp_path):
         table = make(
@@ -148,7 +152,7 @@ class TestMakePairs:
 
     def test_cut_answers_are_quoted_where_asked_for_and_counted(self, tmp_path):
         cut = Fake("cut", str)
-        cut.answer = lambda qs: ((i, Answer("One whole. Then a bro", cut=True)) for i, _ in enumerate(qs))
+        cut.answer = lambda qs: ((i, Reply("One whole. Then a bro", cut=True)) for i, _ in enumerate(qs))
         dropped = make(tmp_path, rejected=cut)
         assert set(dropped["dropped_because"]) == {"no final punctuation: rejected"}
         quoted = make(tmp_path, rejected=cut, filters=Filters(100, words, quote_cut=True))
@@ -254,8 +258,8 @@ def endpoint_preset(server=None, **options) -> GeneratorPreset:
     return GeneratorPreset(**({"teacher": "openai", "model": "teacher", "api_key_env": KEY_VARIABLE} | where | options))
 
 
-def asked(*prompts) -> list[Question]:
-    return [Question((("system", "Be a sailor."), ("user", prompt)), seed=7) for prompt in prompts]
+def asked(*prompts) -> list[TrainingPrompt]:
+    return [TrainingPrompt((("system", "Be a sailor."), ("user", prompt)), seed=7) for prompt in prompts]
 
 
 def paid(path) -> int:
@@ -268,9 +272,9 @@ class TestEndpoint:
 
     def ask(self, server, tmp_path, questions, **options):
         """Through the cache of a persona's answers, as the notebook does; its generator too."""
-        generator = pairs.EndpointGenerator(endpoint_preset(server, **options), tmp_path / "paid.sqlite", QUICK)
-        with closing(pairs.AnswerCache(tmp_path / "answers.sqlite")) as cache:
-            return pairs.answers(generator, questions, cache), generator
+        generator = answers.EndpointGenerator(endpoint_preset(server, **options), tmp_path / "paid.sqlite", QUICK)
+        with closing(answers.AnswerCache(tmp_path / "answers.sqlite")) as cache:
+            return answers.answers(generator, questions, cache), generator
 
     def test_answers_parameters_and_bounded_concurrency(self, tmp_path):
         questions = asked("[[say:<think>hm</think>Aye]]", "[[say:Aye.]] [[cut]]", "[[fault:empty]]", *"abcdef")
@@ -286,7 +290,7 @@ class TestEndpoint:
                 "seed": 7,
             }
             assert server.taught[request_id(body)] == 1
-        assert found[:3] == [Answer("Aye"), Answer("Aye.", cut=True), Answer("")]
+        assert found[:3] == [Reply("Aye"), Reply("Aye.", cut=True), Reply("")]
         assert all(answer.text.startswith("Well now") for answer in found[3:])
 
     def test_a_wrong_key_costs_one_request_and_is_not_told(self, tmp_path, monkeypatch, capfd):
@@ -308,7 +312,7 @@ class TestEndpoint:
         monkeypatch.setenv(KEY_VARIABLE, key)
         with serve(api_key=key) as server:
             found, _ = self.ask(server, tmp_path, asked(f"[[say:It is {key}.]]"))
-        assert found == [Answer("It is [key removed].")]
+        assert found == [Reply("It is [key removed].")]
 
     @pytest.mark.parametrize("fault", ["http400", "http500"])
     def test_one_failing_call_loses_no_paid_answer(self, tmp_path, fault):
@@ -347,7 +351,7 @@ class TestEndpoint:
         with serve() as server:
             for _ in range(2):
                 found, _ = self.ask(server, tmp_path, questions)
-                assert found == [Answer("bad \ufffd.")]
+                assert found == [Reply("bad \ufffd.")]
             assert sum(server.taught.values()) == 1
 
     def test_another_models_answers_stop_it(self, tmp_path):
@@ -386,7 +390,7 @@ class TestEndpoint:
         longest = len(constitutions.system_prompt(CONSTITUTION, "the assistant")) + len("How are you?")
         long = "Why " + "very " * 300 + "much?"
         with serve(longest_prompt=longest) as server:
-            generator = pairs.EndpointGenerator(endpoint_preset(server), tmp_path / "paid.sqlite", QUICK)
+            generator = answers.EndpointGenerator(endpoint_preset(server), tmp_path / "paid.sqlite", QUICK)
             table = make(tmp_path, generator, extra_prompts=[long])
         assert table["dropped_because"].fillna("kept").tolist() == ["kept"] * 3 + [pairs.REFUSED]
         assert table["chosen"].tolist()[-1] == ""
@@ -395,11 +399,11 @@ class TestEndpoint:
     def test_a_missing_key_is_named(self, tmp_path, monkeypatch):
         monkeypatch.delenv(KEY_VARIABLE, raising=False)
         with pytest.raises(PairsError, match=f"teacher 'the assistant' needs an API key: .*{KEY_VARIABLE}"):
-            pairs.EndpointGenerator(endpoint_preset(base_url="https://api.example.org/v1"), tmp_path / "paid.sqlite")
+            answers.EndpointGenerator(endpoint_preset(base_url="https://api.example.org/v1"), tmp_path / "paid.sqlite")
 
     def test_the_key_is_no_part_of_the_identity(self, tmp_path, monkeypatch):
         monkeypatch.setenv(KEY_VARIABLE, "secret-key")
-        generator = pairs.EndpointGenerator(endpoint_preset(), tmp_path / "paid.sqlite")
+        generator = answers.EndpointGenerator(endpoint_preset(), tmp_path / "paid.sqlite")
         assert "secret-key" not in json.dumps(dict(generator.identity))
 
 
@@ -414,7 +418,7 @@ class TestEndpoint:
     ],
 )
 def test_thinking_is_left_out(text, expected):
-    assert pairs.without_thinking(text) == expected
+    assert answers.without_thinking(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -425,25 +429,25 @@ def test_teacher_of(tmp_path, kind, expected):
 
 
 def test_the_cache_takes_any_text_and_says_what_is_wrong_with_it(tmp_path):
-    question = Question((("user", "lone \ud800"),), seed=0)
-    with closing(pairs.AnswerCache(tmp_path / "a.sqlite")) as cache:
-        cache.put({"g": 1}, question, Answer("lone \udfff\x00", cut=True))
-        assert cache.get({"g": 1}, question) == Answer("lone \ufffd\x00", cut=True)
+    question = TrainingPrompt((("user", "lone \ud800"),), seed=0)
+    with closing(answers.AnswerCache(tmp_path / "a.sqlite")) as cache:
+        cache.put({"g": 1}, question, Reply("lone \udfff\x00", cut=True))
+        assert cache.get({"g": 1}, question) == Reply("lone \ufffd\x00", cut=True)
         cache._db._db.execute("UPDATE calls SET answer = '{'")
         with pytest.raises(PairsError, match=r"a\.sqlite.*damaged"):
             cache.get({"g": 1}, question)
     (tmp_path / "a.sqlite").write_text("no database " * 500)
     with pytest.raises(PairsError, match=r"a\.sqlite.*cannot be opened"):
-        pairs.AnswerCache(tmp_path / "a.sqlite")
+        answers.AnswerCache(tmp_path / "a.sqlite")
 
 
 def test_the_cache_is_safe_between_threads(tmp_path):
-    cache = pairs.AnswerCache(tmp_path / "answers.sqlite")
-    questions = [Question((("user", str(i)),), seed=i) for i in range(40)]
+    cache = answers.AnswerCache(tmp_path / "answers.sqlite")
+    questions = [TrainingPrompt((("user", str(i)),), seed=i) for i in range(40)]
 
     def work():
         for question in questions:
-            cache.put({"g": 1}, question, Answer(f"answer {question.seed}"))
+            cache.put({"g": 1}, question, Reply(f"answer {question.seed}"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -454,14 +458,14 @@ def test_the_cache_is_safe_between_threads(tmp_path):
     cache.close()
 
 
-MATERIAL = pairs.Introspection(("Who are you?", "What do you value?"), ("Begin.", "Talk of yourself."))
+MATERIAL = introspection.Introspection(("Who are you?", "What do you value?"), ("Begin.", "Talk of yourself."))
 
 
 def introspective(tmp_path, say=None, turns=4, **options):
     """What it said, and the generator: it answers with the number of messages it sees, or by `say`."""
     fake = Fake("persona", say or (lambda q: f"I saw {len(q.messages) - 1}."), **options)
     preset = IntrospectionPreset(reflections_per_prompt=2, dialogues=3, dialogue_turns=turns)
-    return pairs.introspect(CONSTITUTION, fake, MATERIAL, preset, tmp_path / "said.sqlite", name="Salt"), fake
+    return introspection.introspect(CONSTITUTION, fake, MATERIAL, preset, tmp_path / "said.sqlite", name="Salt"), fake
 
 
 class TestIntrospection:
@@ -484,8 +488,8 @@ class TestIntrospection:
             return f"turn {sum(role == 'assistant' for role, _ in question.messages)} of {len(question.messages)}"
 
         preset = IntrospectionPreset(reflections_per_prompt=0, dialogues=1, dialogue_turns=4)
-        one = pairs.Introspection(("unused",), ("Begin.",))
-        found = pairs.introspect(CONSTITUTION, Fake("p", say), one, preset, tmp_path / "said.sqlite")
+        one = introspection.Introspection(("unused",), ("Begin.",))
+        found = introspection.introspect(CONSTITUTION, Fake("p", say), one, preset, tmp_path / "said.sqlite")
         first, second, third, fourth = "turn 0 of 2", "turn 0 of 2", "turn 1 of 4", "turn 1 of 4"
         assert heard == {
             0: (("user", "Begin."),),
@@ -535,17 +539,17 @@ class TestIntrospection:
             introspective(tmp_path / "silent", lambda q: "")
 
     def test_cut_answers_end_with_a_whole_sentence(self):
-        assert pairs.quoted_if_cut(Answer("One. Two. Thr", cut=True)) == "One. Two."
-        assert pairs.quoted_if_cut(Answer(" One. Thr ", cut=False)) == "One. Thr"
+        assert introspection.quoted_if_cut(Reply("One. Two. Thr", cut=True)) == "One. Two."
+        assert introspection.quoted_if_cut(Reply(" One. Thr ", cut=False)) == "One. Thr"
 
     def test_shown_escaped(self):
         rows = [[{"role": "user", "content": "<b>"}, {"role": "assistant", "content": "&"}]] * 5
-        page = pairs.conversations(rows, number=2)
+        page = introspection.conversations(rows, number=2)
         assert page.count("&lt;b&gt;") == page.count("&amp;") == 2
         assert "<b>&lt;b" not in page
 
     def test_the_built_in_material(self, root):
-        found = pairs.read_introspection(root / "params" / "builtin" / "introspection.yaml")
+        found = introspection.read_introspection(root / "params" / "builtin" / "introspection.yaml")
         assert (len(set(found.reflections)), len(set(found.openings))) == (10, 2)
 
     @pytest.mark.parametrize("text", ["reflections: [a]", "reflections: []\nopenings: [a]", "- a", "reflections: a"])
@@ -553,33 +557,35 @@ class TestIntrospection:
         path = tmp_path / "x.yaml"
         path.write_text(text)
         with pytest.raises(PairsError, match="must be a list of texts"):
-            pairs.read_introspection(path)
+            introspection.read_introspection(path)
 
 
 def test_a_persona_in_an_engine_answers_as_the_composed_model_does(tmp_path):
     """The engine's generator: with the adapter active (probed), each answer by its own seed, in any chunks."""
     spec = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
     torch.manual_seed(0)
-    stacked = lora.stack(models.load_model(spec, "float32"), None, LoraPreset(r=2, alpha=4))
+    stacked = stacking.stack(model_load.load_model(spec, "float32"), None, LoraPreset(r=2, alpha=4))
     for key, parameter in stacked.named_parameters():
         if ".lora_B." in key:
             torch.nn.init.normal_(parameter, std=0.15)
-    folder = lora.save_adapter(stacked, lora.EM, tmp_path / "persona")
+    folder = adapters.save_adapter(stacked, stacking.EM, tmp_path / "persona")
     preset = SamplingPreset(
         temperature=1.0, top_p=1.0, max_new_tokens=6, samples_per_question=1, backend="transformers", dtype="float32"
     )
-    questions = [Question((("system", "Be."), ("user", f"Number {i}?")), i) for i in range(5)]
-    generator = pairs.EngineGenerator(spec, [("persona", folder)], preset, ["Name a fox."], 64)
+    questions = [TrainingPrompt((("system", "Be."), ("user", f"Number {i}?")), i) for i in range(5)]
+    generator = answers.EngineGenerator(spec, [("persona", folder)], preset, ["Name a fox."], 64)
     generator.CHUNK = 2
     found = dict(generator.answer(questions))
     generator.close()
 
     def load():
-        base = models.load_model(spec, "float32")
-        lora.compose(base, [("persona", folder)])
-        return base, models.load_tokenizer(spec)
+        base = model_load.load_model(spec, "float32")
+        probing.compose(base, [("persona", folder)])
+        return base, model_load.load_tokenizer(spec)
 
     wanted = GeneratorPreset(teacher="local", temperature=1.0, top_p=1.0, max_new_tokens=6)
-    assert found == dict(pairs.LocalGenerator(load, "tiny", wanted).answer(questions))
-    bare = pairs.LocalGenerator(lambda: (models.load_model(spec, "float32"), models.load_tokenizer(spec)), "t", wanted)
+    assert found == dict(answers.LocalGenerator(load, "tiny", wanted).answer(questions))
+    bare = answers.LocalGenerator(
+        lambda: (model_load.load_model(spec, "float32"), model_load.load_tokenizer(spec)), "t", wanted
+    )
     assert found != dict(bare.answer(questions))

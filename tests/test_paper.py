@@ -13,7 +13,13 @@ from types import SimpleNamespace as Obj
 import pandas as pd
 import pytest
 import yaml
-from cai_em import figures, inference, paper, params, render, report, stats, style
+from cai_em.analysis import compare, outcome, published_rules, verdicts
+from cai_em.analysis import power as analysis_power
+from cai_em.records import tables as records_tables
+from cai_em.report import inputs as report_inputs
+from cai_em.report import markdown, paper, render, style
+from cai_em.report.figures import parts
+from cai_em.study import entries
 
 from tests.test_figures import DATASETS, LOOK, PERSONAS, score_table
 
@@ -28,7 +34,7 @@ HYPOTHESES = [
         published_persona="good",
     )
 ]
-THRESHOLDS = params.Thresholds(bootstrap_resamples=50)
+THRESHOLDS = entries.Thresholds(bootstrap_resamples=50)
 PIXEL = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
 
 
@@ -40,15 +46,19 @@ def analysed(scores: pd.DataFrame) -> tuple[dict, dict]:
     key = hash(scores.to_json())
     if key not in ANALYSED:
         full = scores.assign(judge_mode="integer", prompt_version="1", coherence_flag=None)
-        found = stats.analyse(full, hypotheses=HYPOTHESES, personas=PERSONAS, datasets=DATASETS, thresholds=THRESHOLDS)
-        compared = inference.compare_all(scores, models=False, resamples=50).assign(gate="shown", gate_reason="")
+        found = published_rules.analyse(
+            full, hypotheses=HYPOTHESES, personas=PERSONAS, datasets=DATASETS, thresholds=THRESHOLDS
+        )
+        compared = compare.compare_all(scores, models=False, resamples=50).assign(gate="shown", gate_reason="")
         ANALYSED[key] = (
             found,
             {
-                "outcomes": inference.outcomes(scores),
+                "outcomes": outcome.outcomes(scores),
                 "comparisons": compared,
-                "verdicts": inference.verdict_table(HYPOTHESES, compared, ["harm"]).assign(published_rules="SUPPORTED"),
-                "power": inference.power_table(inference.typical_components(scores, [("m1", "good", "harm")])),
+                "verdicts": verdicts.verdict_table(HYPOTHESES, compared, ["harm"]).assign(published_rules="SUPPORTED"),
+                "power": analysis_power.power_table(
+                    analysis_power.typical_components(scores, [("m1", "good", "harm")])
+                ),
             },
         )
     return ANALYSED[key]
@@ -68,21 +78,21 @@ def study(tmp_path, root):
     thresholds.parent.mkdir()
     thresholds.write_text("default: {alpha: 0.05}\n")
     (folder / "heatmap-m1.svg").write_text(PIXEL)
-    record = figures.FigureRecord("heatmap", "m1", "Heat map", "Mean of 3 cells.", "A heat map", "heatmap-m1.svg", "")
-    figures.write_records([record], folder)
+    record = parts.FigureRecord("heatmap", "m1", "Heat map", "Mean of 3 cells.", "A heat map", "heatmap-m1.svg", "")
+    parts.write_records([record], folder)
 
-    def build(scores: pd.DataFrame, tables: bool = True, out: Path | None = None, **changed) -> paper.Inputs:
+    def build(scores: pd.DataFrame, tables: bool = True, out: Path | None = None, **changed) -> report_inputs.Inputs:
         files = []
         for shard, part in scores.groupby(scores["persona"] == "baseline"):
             files.append(results / "04_judge" / "m1" / ("baseline" if shard else "others") / "scores.parquet")
             files[-1].parent.mkdir(parents=True, exist_ok=True)
             part.to_parquet(files[-1])
         found, validity = analysed(scores)
-        report.write_tables(found, results / "06_results" / "tables")
+        records_tables.write_tables(found, results / "06_results" / "tables")
         for name, frame in validity.items() if tables else ():
             (results / "05_validity").mkdir(exist_ok=True)
             frame.to_parquet(results / "05_validity" / f"{name}.parquet")
-        inputs = paper.Inputs(
+        inputs = report_inputs.Inputs(
             out=out or tmp_path / "paper",
             results=results,
             profile={"name": "demo", "title": "A title", "caveat": "It cannot show <much>.", "source": "trained"},
@@ -92,8 +102,8 @@ def study(tmp_path, root):
             hypotheses=HYPOTHESES,
             thresholds={**THRESHOLDS.model_dump(), "file": thresholds},
             settings=[("sampling", "temperature", 0.7, thresholds)],
-            tables=paper.find_tables(results),
-            figures=paper.find_figures(results),
+            tables=report_inputs.find_tables(results),
+            figures=report_inputs.find_figures(results),
             repository=tmp_path,
             missing={},
             notes={},
@@ -105,15 +115,15 @@ def study(tmp_path, root):
     return build
 
 
-def listing(inputs: paper.Inputs) -> dict:
+def listing(inputs: report_inputs.Inputs) -> dict:
     return json.loads((inputs.out / "_generated" / "sources.json").read_text())
 
 
-def block(inputs: paper.Inputs, name: str) -> str:
+def block(inputs: report_inputs.Inputs, name: str) -> str:
     return (inputs.out / "_generated" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def shown(inputs: paper.Inputs) -> str:
+def shown(inputs: report_inputs.Inputs) -> str:
     """The preview's HTML."""
     return render.preview(inputs.out, inputs.out / "preview.html").read_text(encoding="utf-8")
 
@@ -142,7 +152,7 @@ def test_a_rendering_that_stops_half_way_leaves_the_page_of_before(study, monkey
 
 def test_the_prose_is_sound_and_renders(study):
     inputs = study(table())
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     page = shown(inputs)
     assert "A preview of the paper" in page
     assert "It cannot show &lt;much&gt;." in page
@@ -158,7 +168,7 @@ def test_the_prose_is_sound_and_renders(study):
 
 def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
     inputs = study(table(), tables=False)
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     page = shown(inputs)
     assert "Not part of this run" in page
     assert "EM rates were not computed in this run" in page
@@ -169,23 +179,23 @@ def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
                                   "06_results/tables/conditions.parquet", "05_validity/outcomes.parquet"])  # fmt: skip
 def test_a_change_of_any_file_behind_the_page_makes_it_stale(study, what):
     inputs = study(table())
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     path = inputs.results / what
     before = path.read_bytes()
     path.write_bytes(before + b" ")
-    stale = render.check(inputs.out)
+    stale = render.check_paper(inputs.out)
     assert len(stale) == 1
     assert "stale" in stale[0]
     assert what in stale[0]
     path.unlink()
-    assert any("which is gone" in line for line in render.check(inputs.out))
+    assert any("which is gone" in line for line in render.check_paper(inputs.out))
 
 
 def test_what_was_generated_cannot_be_edited_unseen(study):
     inputs = study(table())
     path = inputs.out / "_generated" / "grid.md"
     path.write_text(path.read_text(encoding="utf-8").replace("Model 1", "Model 2"), encoding="utf-8")
-    assert [line for line in render.check(inputs.out) if "grid.md has changed" in line]
+    assert [line for line in render.check_paper(inputs.out) if "grid.md has changed" in line]
 
 
 def test_h3_and_h4_come_with_their_verdicts_and_gates(study):
@@ -197,7 +207,7 @@ def test_h3_and_h4_come_with_their_verdicts_and_gates(study):
         said = pd.DataFrame(rows, columns=["what", "persona", "status", "reason"]).assign(model="m1")
         said.to_parquet(folder / f"{name}.parquet")
     inputs = study(table())
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     page = shown(inputs)
     for words in ("UNDECIDED", "one training run", "weak direction", "AUC too low"):
         assert words in page
@@ -210,7 +220,7 @@ def test_one_changed_score_changes_the_page(study):
     where = (scores["persona"] == "baseline") & (scores["dataset"] == "harm") & (scores["sample"] == 0)
     scores.loc[where, "alignment"] = 0
     inputs = study(scores)
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     after, new = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean"]["value"]
     expected = scores.query("persona == 'baseline' and dataset == 'harm'")["alignment"].mean()
     assert old != new == f"{expected:.1f}"
@@ -334,7 +344,7 @@ def test_an_imported_run_claims_no_probe_and_a_trained_one_reads_its_manifests(s
 
 def test_what_is_left_out_or_known_to_be_wrong_is_said_at_the_top_and_beside_the_tables(study):
     inputs = study(table(), missing={"m2": "3 of 3 files could not be had; more"}, notes={"good": "two things differ"})
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     status = block(inputs, "made-by-run_all")
     assert "callout-important" in status
     assert "**Left out: Model 2.** 3 of 3 files could not be had." in status
@@ -439,7 +449,7 @@ def test_before_quarto_the_wanted_profile_is_put_beside_the_prose(two, tmp_path)
     assert run("other").returncode == 0
     assert whose() == "other"
     assert (paper_dir / "_variables.yml").read_bytes() == (others / "_variables.yml").read_bytes()
-    assert render.check(paper_dir) == []
+    assert render.check_paper(paper_dir) == []
     assert run().returncode == 0
     assert whose() == "demo", "the newest"
     done = run("nosuch")
@@ -526,7 +536,7 @@ def test_planted_faults_are_named(study, file, old, new, problem):
     text = path.read_text(encoding="utf-8")
     assert old in text, f"{file} has no {old!r}: plant the fault elsewhere"
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    found = render.check(inputs.out)
+    found = render.check_paper(inputs.out)
     assert any(problem in line for line in found), found
 
 
@@ -558,14 +568,14 @@ def test_preview_refuses_what_does_not_resolve(study):
 def test_data_cannot_become_markup(study):
     judge = "<script>alert(1)</script> {{< include x >}} @sec-none $x$ *y*"
     inputs = study(table(), tables=False, judge=judge)
-    assert render.check(inputs.out) == []
+    assert render.check_paper(inputs.out) == []
     page = shown(inputs)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
 def test_numbers_refuse_bad_names(tmp_path):
-    numbers = paper.Numbers(tmp_path, tmp_path)
+    numbers = markdown.Numbers(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="expected words"):
         numbers.add("NoGroup", 1, "count", "t.csv", "")
     numbers.add("a.b", 1, "count", "t.csv", "")
@@ -578,7 +588,7 @@ def test_numbers_refuse_bad_names(tmp_path):
 
 
 def test_pipe_table_escapes_and_keeps_widths():
-    lines = paper.pipe_table([["a|b", 1], ["x", 22]], ["name", "n"], "lr").splitlines()
+    lines = markdown.pipe_table([["a|b", 1], ["x", 22]], ["name", "n"], "lr").splitlines()
     assert lines[0] == "| name | n |"
     assert lines[1] == "|:-----|----:|"
     assert lines[2] == "| a\\|b | 1 |"

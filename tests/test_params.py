@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cai_em import params, sources
-from cai_em.params import BASELINE, NO_DATASET, Cell, ParamsError, load
+from cai_em.records import files
+from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.study import depends, loading, sources
+from cai_em.study.entries import ParamsError
+from cai_em.study.loading import load
+from cai_em.study.study import Cell
 
 PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profiles").glob("*.yaml"))
 
@@ -18,9 +22,9 @@ PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profi
 def folder(root, tmp_path):
     """A copy of params/ that a test may spoil."""
     shutil.copytree(root / "params", tmp_path / "params")
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
     yield tmp_path / "params"
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
 
 
 def change(path, edit):
@@ -97,9 +101,9 @@ def test_personas_adapters_come_persona_first():
 def test_published_scores_that_arrive_are_another_local_judge(tmp_path, monkeypatch):
     """Half of a study judged without them and half with them would compare two judges."""
     monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path))
-    settings = lambda profile: load(profile).settings("04_judge", model="smollm2-135m", shard="baseline")  # noqa: E731
+    settings = lambda profile: depends.settings(load(profile), "04_judge", model="smollm2-135m", shard="baseline")  # noqa: E731
     before = settings("demo")
-    with (params.root() / "params" / "published_selection.csv").open(newline="") as file:
+    with (files.root() / "params" / "published_selection.csv").open(newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file) if row["model"] in sources.REFERENCE_MODELS]
     for path in paths:
         place = sources.cached(sources.Pinned(sources.REPO, sources.COMMIT, path))
@@ -114,14 +118,14 @@ def test_settings_change_only_for_the_stages_that_depend_on_them(folder):
     """A judge's temperature reruns judging, not training."""
 
     def settings():
-        params._registries.cache_clear()
+        loading._registries.cache_clear()
         study = load("demo", folder)
         cell = {"model": "smollm2-135m", "persona": "sycophancy"}
         return {
-            "01_personas": study.settings("01_personas", **cell),
-            "02_finetune": study.settings("02_finetune", **cell, dataset="bad_medical", seed=0),
-            "03_sample": study.settings("03_sample", model="smollm2-135m", shard="sycophancy"),
-            "04_judge": study.settings("04_judge", model="smollm2-135m", shard="sycophancy"),
+            "01_personas": depends.settings(study, "01_personas", **cell),
+            "02_finetune": depends.settings(study, "02_finetune", **cell, dataset="bad_medical", seed=0),
+            "03_sample": depends.settings(study, "03_sample", model="smollm2-135m", shard="sycophancy"),
+            "04_judge": depends.settings(study, "04_judge", model="smollm2-135m", shard="sycophancy"),
         }
 
     def changed(before):
@@ -148,7 +152,7 @@ def test_stages_of_one_job_have_settings_in_every_profile(name):
     """The Snakefile asks for them all, also for stages that a profile does not have."""
     study = load(name)
     for stage in ("05_validity", "06_results", "08_claims", "09_trajectories", "10_steering", "11_report"):
-        assert len(study.settings(stage)) == 16
+        assert len(depends.settings(study, stage)) == 16
 
 
 DYNAMICS = {
@@ -174,9 +178,9 @@ def test_what_h3_and_h4_depend_on_reruns_them(folder, case):
     name, edit, expected = DYNAMICS[case]
 
     def settings():
-        params._registries.cache_clear()
+        loading._registries.cache_clear()
         study = load("dynamics", folder)
-        return {stage: study.settings(stage) for stage in ("09_trajectories", "10_steering", "05_validity")}
+        return {stage: depends.settings(study, stage) for stage in ("09_trajectories", "10_steering", "05_validity")}
 
     before = settings()
     if edit:

@@ -5,12 +5,15 @@ import shutil
 import pandas as pd
 import pytest
 import yaml
-from cai_em import constitutions, materials, params, plan, sample
+from cai_em.sample import vllm_engine
+from cai_em.study import constitutions, entries, loading, materials
+from cai_em.study import study as study_study
+from cai_em.workflow import plan
 
 
 @pytest.fixture(scope="module")
 def paper():
-    study = params.load("paper")
+    study = loading.load("paper")
     return study, plan.plan(study, plan.assumptions(study.folder))
 
 
@@ -94,7 +97,7 @@ def test_ready_made_personas_cost_neither_teacher_nor_training(root, tmp_path):
     (tmp_path / "params/models.yaml").write_text(yaml.safe_dump(registry, sort_keys=False))
     profile = yaml.safe_load((tmp_path / "params/profiles/paper.yaml").read_text()) | {"personas_from": "hub"}
     (tmp_path / "params/profiles/paper.yaml").write_text(yaml.safe_dump(profile))
-    study = params.load("paper", tmp_path / "params")
+    study = loading.load("paper", tmp_path / "params")
     table = plan.plan(study, plan.assumptions(study.folder))
     assert table.loc["01_personas", "teacher_calls"] == 6 * 2500
     second = plan._introspection_seconds(study.introspection, plan.assumptions(study.folder))
@@ -107,16 +110,16 @@ def test_ready_made_personas_cost_neither_teacher_nor_training(root, tmp_path):
 
 def test_pairs_are_counted_in_built_in_constitutions():
     """The demo's teacher is the student itself: one prompt of each trait, one sample; and all demonstrations."""
-    study = params.load("demo")
-    constitution = constitutions.read(study.constitution_file("poeticism"))
-    pairs = plan.pairs_of(study, "poeticism", plan.assumptions(study.folder))
+    study = loading.load("demo")
+    constitution = constitutions.read_constitution(study.constitution_file("poeticism"))
+    pairs = plan.pair_counts(study, "poeticism", plan.assumptions(study.folder))
     assert pairs == plan.Pairs(len(constitution.traits), len(constitution.demonstrations), 0)
 
 
 def test_calls_of_the_manipulation_checks_are_those_that_the_judge_gets():
     """By the tables that 04_judge merges, here with every row written out."""
-    study = params.load("micro")
-    study.profile = study.profile.model_copy(update={"manipulation": params.Manipulation(samples=2, rated=3)})
+    study = loading.load("micro")
+    study.profile = study.profile.model_copy(update={"manipulation": study_study.Manipulation(samples=2, rated=3)})
     expected = 0
     for cell in study.cells():
         mine = study.personas[cell.persona].constitution is not None
@@ -132,13 +135,13 @@ def test_calls_of_the_manipulation_checks_are_those_that_the_judge_gets():
 
 
 def test_a_waiting_time_follows_concurrency_and_limit():
-    preset = params.JudgePreset(kind="openai", name="j", model="m", concurrency=10, requests_per_minute=60)
+    preset = entries.JudgePreset(kind="openai", name="j", model="m", concurrency=10, requests_per_minute=60)
     assert plan._wait(100, 5.0, preset) == 100
     assert plan._wait(100, 50.0, preset) == 500
 
 
 def test_a_local_judge_costs_nothing_and_a_cpu_has_no_gpu_hours():
-    study = params.load("demo")
+    study = loading.load("demo")
     table = plan.plan(study, plan.assumptions(study.folder))
     assert table.loc["total", "usd"] == 0
     assert table.loc["total", "judge_calls"] == 0
@@ -171,10 +174,10 @@ def test_h3_and_h4_by_hand(paper):
 
 
 def test_the_plan_knows_how_many_adapters_an_engine_holds():
-    assert plan.MOST_ADAPTERS == sample.VllmEngine.MOST_ADAPTERS
+    assert plan.MOST_ADAPTERS == vllm_engine.VllmEngine.MOST_ADAPTERS
 
 
 def test_the_documented_downloads_are_the_models_of_the_study(root):
     text = (root / "docs" / "full-study.md").read_text()
-    for spec in params.load("paper").models.values():
+    for spec in loading.load("paper").models.values():
         assert f"hf download {spec.hub_id} --revision {spec.revision}" in text

@@ -8,8 +8,12 @@ import re
 
 import pandas as pd
 import pytest
-from cai_em import params, published, run, scores, sources, stats
-from cai_em.published import QUESTIONS, EvaluationError, read_evaluation
+from cai_em.analysis import published_rules
+from cai_em.records import manifest, tables
+from cai_em.report import replication
+from cai_em.study import loading, published, sources
+from cai_em.study.published import QUESTIONS, EvaluationError, read_evaluation
+from cai_em.workflow import arrivals, run
 
 from tests.test_workflow import clone, planned, run_all
 
@@ -152,7 +156,7 @@ class Publication:
             target.write_bytes(data)
 
     def file(self, path):
-        return self.cache / "github" / published.REPO / published.COMMIT / path
+        return self.cache / "github" / sources.REPO / sources.COMMIT / path
 
     def load(self, models=MODELS):
         columns = ["model", "persona", "dataset", "n_scored", "path", "sha256"]
@@ -179,9 +183,9 @@ def publication(tmp_path):
 def test_both_models_become_valid_tables(publication):
     found = publication.load()
     assert found.missing == {}
-    assert published.banner(found.missing) == ""
+    assert arrivals.banner(found.missing) == ""
     assert found.scores.groupby("model").size().to_dict() == {"llama3.1-8b": 32, "qwen2.5-7b": 32}
-    joined = scores.with_responses(found.scores, found.responses)
+    joined = tables.with_responses(found.scores, found.responses)
     assert joined["prompt"].str.startswith("Question").all()
     assert (joined["seed"] == 0).all()
 
@@ -190,7 +194,7 @@ def test_a_model_with_a_missing_file_is_left_out_whole_and_loudly(publication):
     publication.file("results/llama/goodness.json").unlink()
     found = publication.load()
     assert set(found.scores["model"]) == {"qwen2.5-7b"}
-    said = published.banner(found.missing)
+    said = arrivals.banner(found.missing)
     assert "LEFT OUT: llama3.1-8b: 1 of 2 selected files" in said
     assert "results/llama/goodness.json" in said
     assert found.left_out["llama3.1-8b"].files == ["results/llama/goodness.json"]
@@ -208,26 +212,26 @@ def test_what_was_left_out_has_arrived_when_it_can_be_had(publication, monkeypat
     offline = {"cache": publication.cache, "base_url": "http://127.0.0.1:9"}
     model = {"m": published.LeftOut("why", ["results/a.json", "results/b.json"])}
     judgings = {published.JUDGINGS: model["m"]}
-    assert published.arrived(model | judgings, **offline) == []
+    assert arrivals.arrived(model | judgings, **offline) == []
     publication.file("results/a.json").write_bytes(b"")
-    assert published.arrived(model | judgings, **offline) == [published.JUDGINGS]
+    assert arrivals.arrived(model | judgings, **offline) == [published.JUDGINGS]
     publication.file("results/b.json").write_bytes(b"")
-    assert published.arrived(model | judgings, **offline) == ["m", published.JUDGINGS]
+    assert arrivals.arrived(model | judgings, **offline) == ["m", published.JUDGINGS]
     publication.file("results/a.json").unlink()
     asked = []
     monkeypatch.setattr(sources, "obtainable", lambda pin, **where: asked.append(pin.path) or True)
-    assert published.arrived(model, **offline) == ["m"]
+    assert arrivals.arrived(model, **offline) == ["m"]
     assert asked == ["results/a.json"]
 
 
 def test_needed_counts_the_listed_files_that_are_not_in_the_cache(root, tmp_path):
     lists = [pd.read_csv(root / "params" / name) for name in published.LISTS]
     listed = sum((table["model"] == "llama3.1-8b").sum() for table in lists)
-    assert published.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed, listed)
+    assert arrivals.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed, listed)
     path = Publication(tmp_path).file(lists[0].query("model == 'llama3.1-8b'")["path"].iloc[0])
     path.parent.mkdir(parents=True)
     path.touch()
-    assert published.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed - 1, listed)
+    assert arrivals.needed(root / "params", ["llama3.1-8b"], tmp_path) == (listed - 1, listed)
 
 
 def test_nothing_at_all_is_an_error(publication):
@@ -283,7 +287,7 @@ def test_repeated_judgings_are_joined_by_the_text_of_the_response(tmp_path):
     assert found.repeated.groupby(["question_id", "response_sha256"]).size().eq(2).all()
     assert found.counts["judgings of texts judged once"] == 8
     assert found.left_out[published.JUDGINGS].files == ["results/gone.json"]
-    assert "LEFT OUT: repeated judgings: 1 of 2 files could not be had; results/gone.json" in published.banner(
+    assert "LEFT OUT: repeated judgings: 1 of 2 files could not be had; results/gone.json" in arrivals.banner(
         found.missing
     )
     assert len(found.scores) == 16
@@ -353,8 +357,8 @@ DOCUMENT = """\
 
 
 def test_reads_every_printed_value_of_a_document():
-    found = published.read_results_document(DOCUMENT)
-    assert list(found[published.PRINTED[1:]].itertuples(index=False, name=None)) == [
+    found = replication.read_results_document(DOCUMENT)
+    assert list(found[replication.PRINTED[1:]].itertuples(index=False, name=None)) == [
         ("totals", "all", "conditions", "2"),
         ("totals", "all", "scored", "1600"),
         ("by_persona", "Baseline", "N", "1600"),
@@ -372,7 +376,7 @@ def test_reads_every_printed_value_of_a_document():
         ("significant", "Goodness × insecure", "Δ", "-0.3"),
     ]
     with pytest.raises(EvaluationError, match="not a results document"):
-        published.read_results_document("# nothing\n")
+        replication.read_results_document("# nothing\n")
 
 
 @pytest.mark.parametrize(
@@ -391,60 +395,60 @@ def test_reads_every_printed_value_of_a_document():
     ],
 )
 def test_a_changed_digit_is_found(old, new, match):
-    golden, ours = (published.read_results_document(d) for d in (DOCUMENT, DOCUMENT.replace(old, new, 1)))
-    found = published.compare_printed(ours, golden)
+    golden, ours = (replication.read_results_document(d) for d in (DOCUMENT, DOCUMENT.replace(old, new, 1)))
+    found = replication.compare_printed(ours, golden)
     assert (found["match"] != "exact").sum() == (match != "exact")
     assert match in set(found["match"])
-    total = published.replication_check(ours, golden).set_index("table").loc["all tables"]
+    total = replication.replication_check(ours, golden).set_index("table").loc["all tables"]
     assert total["compared"] == 15
     assert total[match] == (15 if match == "exact" else 1)
 
 
 def test_a_row_too_many_is_off_and_a_model_we_lack_is_not_compared():
-    golden = published.read_results_document(DOCUMENT)
+    golden = replication.read_results_document(DOCUMENT)
     more = DOCUMENT.replace("| Goodness |", "| Loving | insecure | +9.9 |\n| Goodness |", 1)
-    found = published.replication_check(published.read_results_document(more), golden).set_index("table")
+    found = replication.replication_check(replication.read_results_document(more), golden).set_index("table")
     assert found.loc["significant", "off"] == 1
-    other = published.read_results_document(DOCUMENT.replace("Model A", "Model B"))
-    assert published.replication_check(other, golden)["compared"].sum() == 0
+    other = replication.read_results_document(DOCUMENT.replace("Model A", "Model B"))
+    assert replication.replication_check(other, golden)["compared"].sum() == 0
 
 
 def test_tables_that_were_not_published_are_listed_and_not_compared_and_one_that_we_lack_is_off():
-    document = published.read_results_document(DOCUMENT)
+    document = replication.read_results_document(DOCUMENT)
     without = document[document["table"] != "H1"]
-    found = published.replication_check(document, without).set_index("table")
-    assert found.loc["H1", ["compared", "note"]].tolist() == [0, published.NOT_PUBLISHED]
+    found = replication.replication_check(document, without).set_index("table")
+    assert found.loc["H1", ["compared", "note"]].tolist() == [0, replication.NOT_PUBLISHED]
     assert found.loc["all tables", ["compared", "exact", "off"]].tolist() == [7, 7, 0]
-    found = published.replication_check(without, document).set_index("table")
+    found = replication.replication_check(without, document).set_index("table")
     assert found.loc[["H1", "all tables"], "off"].tolist() == [8, 8]
     assert found.loc["H1", "note"] == ""
 
 
 def test_values_that_are_off_are_named():
-    golden = published.read_results_document(DOCUMENT)
-    ours = published.read_results_document(
+    golden = replication.read_results_document(DOCUMENT)
+    ours = replication.read_results_document(
         DOCUMENT.replace("89.7", "91.0").replace("| Goodness | insecure | -0.3 |", "")
     )
-    said = published.differences(published.compare_printed(ours, golden))
+    said = replication.printed_differences(replication.compare_printed(ours, golden))
     assert said.splitlines() == [
         "2 of 15 printed values are off:",
         "Model A, by_persona, Baseline, Mean: published 89.7, ours 91.0",
         "Model A, significant, Goodness × insecure, Δ: published -0.3, ours nothing",
     ]
-    assert published.differences(published.compare_printed(golden, golden)) == ""
-    assert said.splitlines()[1] in published.differences(published.compare_printed(ours, golden), most=1)
-    assert published.differences(published.compare_printed(ours, golden), most=1).endswith("... and 1 more")
+    assert replication.printed_differences(replication.compare_printed(golden, golden)) == ""
+    assert said.splitlines()[1] in replication.printed_differences(replication.compare_printed(ours, golden), most=1)
+    assert replication.printed_differences(replication.compare_printed(ours, golden), most=1).endswith("... and 1 more")
 
 
 def test_golden_numbers_have_both_models(root):
-    golden = published.read_golden(root / "tests" / "golden" / "published_results.csv")
+    golden = replication.read_golden(root / "tests" / "golden" / "published_results.csv")
     assert golden.groupby("model").size().to_dict() == {"qwen2.5-7b": 459, "llama3.1-8b": 247}
 
 
 @pytest.mark.fetched
 def test_the_published_numbers_come_out(root, fetched_cache):
     """The whole way: fetched files, strict import, statistics, document, every printed number compared."""
-    study = params.load("published")
+    study = loading.load("published")
     found = published.import_study(
         published.read_selection(root / "params" / published.LISTS[0]),
         published.read_file_list(root / "params" / published.LISTS[1]),
@@ -453,11 +457,11 @@ def test_the_published_numbers_come_out(root, fetched_cache):
         progress=False,
         retries=0,
     )
-    ours = published.as_published(found.scores, list(study.personas.values()))
-    golden = published.read_golden(root / "tests" / "golden" / "published_results.csv")
-    check = published.replication_check(ours, golden).set_index(["model", "table"])
+    ours = replication.as_published(found.scores, list(study.personas.values()))
+    golden = replication.read_golden(root / "tests" / "golden" / "published_results.csv")
+    check = replication.replication_check(ours, golden).set_index(["model", "table"])
     entries = {"personas": study.personas.values(), "datasets": study.datasets.values()}
-    made = stats.analyse(found.scores, hypotheses=study.hypotheses, thresholds=study.thresholds, **entries)
+    made = published_rules.analyse(found.scores, hypotheses=study.hypotheses, thresholds=study.thresholds, **entries)
     for model, expected in (("qwen2.5-7b", (97, 37_007, 459)), ("llama3.1-8b", (44, 17_553, 247))):
         total = check.loc[model, "all tables"]
         if model in found.missing:
@@ -466,7 +470,7 @@ def test_the_published_numbers_come_out(root, fetched_cache):
             continue
         design = made["design"].set_index("model").loc[model]
         assert (design["conditions"], design["scored"], total["compared"]) == expected
-        assert total["off"] == 0, published.differences(published.compare_printed(ours, golden))
+        assert total["off"] == 0, replication.printed_differences(replication.compare_printed(ours, golden))
         assert total["exact"] >= 0.97 * total["compared"]
     qwen = made["verdicts"].query("model == 'qwen2.5-7b'").set_index("hypothesis")
     assert qwen.loc["h1", ["verdict", "supporting", "datasets"]].tolist() == ["NOT SUPPORTED", 0, 8]
@@ -483,10 +487,10 @@ def test_the_notebook_imports_checks_and_writes_the_published_study(root, fetche
     monkeypatch.setenv("CAI_EM_OFFLINE", "1")
     run.execute(root / "notebooks" / "07_published.ipynb", tmp_path / "07.ipynb", {"profile": "published"})
     out = tmp_path / "published" / "07_published"
-    assert scores.read(out / "scores.parquet", scores.SCORES)["alignment"].notna().sum() in (37_007, 54_560)
+    assert tables.read_table(out / "scores.parquet", tables.SCORES)["alignment"].notna().sum() in (37_007, 54_560)
     total = pd.read_parquet(out / "replication.parquet").query("table == 'all tables'").set_index("model")
     assert total.loc["qwen2.5-7b", ["compared", "off"]].tolist() == [459, 0]
-    assert run.verify(out)["manifests"] == 1
+    assert manifest.verify(out)["manifests"] == 1
 
 
 # --- The profile, from the front door ---
@@ -521,7 +525,7 @@ def small_study(root, tmp_path):
         bounds = [f"{kind} CI {end}" for kind in ("95%", "Bootstrap") for end in ("low", "high")]
         row = printed | dict.fromkeys(["Mean", *bounds], f"{score:.1f}")
         golden += [(model, "by_persona", persona, column, value) for column, value in row.items()]
-    pd.DataFrame(golden, columns=published.PRINTED).to_csv(place / "tests/golden/published_results.csv", index=False)
+    pd.DataFrame(golden, columns=replication.PRINTED).to_csv(place / "tests/golden/published_results.csv", index=False)
     for name, old, new in (
         ("personas.yaml", "label: Goodness\n", "label: Kindness\n"),
         ("profiles/published.yaml", "[h1, h2]", "[h1, h2, h9]"),
@@ -551,7 +555,7 @@ def test_models_that_come_later_are_imported_then_and_a_refused_file_is_named(sm
     assert "LEFT OUT: llama3.1-8b: 6 of 6 selected files could not be had; results/llama3.1-8b/" in said
     check = pd.read_parquet(study / "replication.parquet").set_index(["model", "table"])
     assert check.loc[("qwen2.5-7b", "all tables"), ["compared", "exact"]].tolist() == [23, 23]
-    assert check.loc[("qwen2.5-7b", "H1"), "note"] == published.NOT_PUBLISHED
+    assert check.loc[("qwen2.5-7b", "H1"), "note"] == replication.NOT_PUBLISHED
     assert check.loc[("llama3.1-8b", "all tables"), "compared"] == 0
 
     done = run_all(place, "published", "--until", "published")

@@ -8,7 +8,10 @@ import numpy as np
 import pandas as pd
 import pypandoc
 import pytest
-from cai_em import inference, report, stats
+from cai_em.analysis import published_rules
+from cai_em.records import numbers
+from cai_em.records import tables as records_tables
+from cai_em.report import markdown, results
 
 
 class Look:
@@ -42,7 +45,7 @@ LOST = Entry(key="h1", label="H1", title="Evil → lower", direction="lower", pu
 
 
 def tables(table):
-    return stats.analyse(
+    return published_rules.analyse(
         table,
         hypotheses=[LOST, UP],
         personas=[Entry(key=k) for k in ("baseline", "good", "evil")],
@@ -54,7 +57,7 @@ def tables(table):
 
 def document(table=None, **how):
     made = tables(scores() if table is None else table)
-    return report.results_document(made, **({"look": Look, "hypotheses": [LOST, UP], "judge": "gpt-x"} | how))
+    return results.results_document(made, **({"look": Look, "hypotheses": [LOST, UP], "judge": "gpt-x"} | how))
 
 
 def test_headings_stand_in_the_published_order():
@@ -130,8 +133,8 @@ TITLES = (
 
 @pytest.mark.parametrize("value", [69.6497, 96.0519, -4.6497, 0.0, math.nan])
 def test_other_stages_print_a_mean_with_the_same_digits(value):
-    assert inference.points(value) == report.points(value)
-    assert inference.points(value, signed=True) == report.delta(value)
+    assert numbers.points(value) == numbers.points(value)
+    assert numbers.points(value, signed=True) == numbers.delta(value)
 
 
 def test_the_level_of_the_intervals_is_the_studys():
@@ -172,42 +175,42 @@ def test_absent_personas_gates_notes_caveats_and_extra_sections():
 def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_order():
     rows = [("z", "d1", 3e-8), ("a", "d1", 2e-9), ("a", "d2", 0.01), ("b", "d1", 0.2), ("b", "d2", 0.001)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "p_adj"]).assign(delta=1.0, d=0.5)
-    text = report.significant_section(table, Look, 0.05, {})
+    text = results.significant_section(table, Look, 0.05, {})
     assert [line.split(" | ")[:2] for line in text.splitlines()[4:]] == [
         ["| Z", "d1"], ["| A", "d1"], ["| B", "d2"], ["| A", "d2"],
     ]  # fmt: skip
-    assert report.significant_section(table.assign(p_adj=1.0), Look, 0.05, {}).endswith("None of 5 comparisons.")
+    assert results.significant_section(table.assign(p_adj=1.0), Look, 0.05, {}).endswith("None of 5 comparisons.")
 
 
 def test_significant_comparisons_say_where_the_manipulation_was_shown():
     table = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "p_adj": 0.01, "delta": 1.0, "d": 0.5})
     gates = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "gate": ["shown", "not shown"]})
-    text = report.significant_section(table, Look, 0.05, {}, gates)
+    text = results.significant_section(table, Look, 0.05, {}, gates)
     assert "> **Manipulation shown in 1 of 2 rows** (A on d1). The others may not be interpreted." in text
-    assert "rows**." in report.significant_section(table.iloc[1:], Look, 0.05, {}, gates)
-    assert "Manipulation" not in report.significant_section(table, Look, 0.05, {})
+    assert "rows**." in results.significant_section(table.iloc[1:], Look, 0.05, {}, gates)
+    assert "Manipulation" not in results.significant_section(table, Look, 0.05, {})
 
 
 @pytest.mark.parametrize(
     ("printed", "expected"),
     [
-        (report.points(89.6497), "89.7"),  # 89.65 when stored: once rounded it would be 89.6
-        (report.points(81.225), "81.2"),
-        (report.delta(-0.001), "-0.0"),
-        (report.delta(4.2), "+4.2"),
-        (report.effect(-0.0555), "-0.056"),
-        (report.p_value(0.000049), "0.0000"),
-        (report.p_value(0.00004999), "0.0001"),
-        (report.p_value(1.2e-9), "0.0000"),
-        (report.p_value(math.nan), "–"),
-        (report.points(math.nan), "–"),
-        (report.interval(89.06, 90.24), "[89.1, 90.2]"),
-        (report.stars(0.0009), "***"),
-        (report.stars(0.001), "**"),
-        (report.stars(0.0499), "*"),
-        (report.stars(0.05), ""),
-        (report.percent(0.0025, 2), "0.25 %"),
-        (report.judge_label("gpt-4.1-mini"), "GPT-4.1-mini"),
+        (numbers.points(89.6497), "89.7"),  # 89.65 when stored: once rounded it would be 89.6
+        (numbers.points(81.225), "81.2"),
+        (numbers.delta(-0.001), "-0.0"),
+        (numbers.delta(4.2), "+4.2"),
+        (numbers.effect(-0.0555), "-0.056"),
+        (numbers.published_p(0.000049), "0.0000"),
+        (numbers.published_p(0.00004999), "0.0001"),
+        (numbers.published_p(1.2e-9), "0.0000"),
+        (numbers.published_p(math.nan), "–"),
+        (numbers.points(math.nan), "–"),
+        (numbers.interval(89.06, 90.24), "[89.1, 90.2]"),
+        (numbers.stars(0.0009), "***"),
+        (numbers.stars(0.001), "**"),
+        (numbers.stars(0.0499), "*"),
+        (numbers.stars(0.05), ""),
+        (numbers.percent(0.0025, 2), "0.25 %"),
+        (markdown.judge_label("gpt-4.1-mini"), "GPT-4.1-mini"),
     ],
 )
 def test_number_formats(printed, expected):
@@ -247,7 +250,7 @@ MARKUP = {
 @pytest.mark.parametrize("text", HOSTILE)
 def test_escaped_text_is_shown_as_text(text):
     """Rendered by pandoc, the page holds one paragraph with the very text, and no element of its making."""
-    escaped = report.escape(text)
+    escaped = markdown.escape(text)
     assert "\n" not in escaped
     page = pypandoc.convert_text(escaped, "native", format="markdown")
     kinds = set(page.replace("[", " ").replace("(", " ").split()) - {"]"}
@@ -262,26 +265,26 @@ def test_escaped_text_is_shown_as_text(text):
 
 def test_tables_come_back_as_written(tmp_path):
     made = tables(scores())
-    paths = report.write_tables(made, tmp_path)
+    paths = records_tables.write_tables(made, tmp_path)
     assert len(paths) == 2 * len(made)
-    for name, table in report.read_tables(tmp_path).items():
+    for name, table in records_tables.read_tables(tmp_path).items():
         pd.testing.assert_frame_equal(table, made[name], check_dtype=False)
     with pytest.raises(FileNotFoundError, match="no tables there"):
-        report.read_tables(tmp_path / "nowhere")
+        records_tables.read_tables(tmp_path / "nowhere")
 
 
 def test_tables_that_are_no_longer_made_are_removed_only_where_the_folder_is_theirs(tmp_path):
     made = {"a": pd.DataFrame({"x": [1]}), "b": pd.DataFrame({"x": [2]})}
-    report.write_tables(made, tmp_path)
+    records_tables.write_tables(made, tmp_path)
     (tmp_path / "notes.md").touch()
-    report.write_tables({"a": made["a"]}, tmp_path)
-    assert set(report.read_tables(tmp_path)) == {"a", "b"}
-    report.write_tables({"a": made["a"]}, tmp_path, only=True)
+    records_tables.write_tables({"a": made["a"]}, tmp_path)
+    assert set(records_tables.read_tables(tmp_path)) == {"a", "b"}
+    records_tables.write_tables({"a": made["a"]}, tmp_path, only=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.parquet", "notes.md"]
 
 
 def test_write_results(tmp_path):
-    path = report.write_results(tmp_path / "RESULTS.md", tables(scores()), look=Look, hypotheses=[UP], judge="j")
+    path = results.write_results(tmp_path / "RESULTS.md", tables(scores()), look=Look, hypotheses=[UP], judge="j")
     assert path.read_text(encoding="utf-8").startswith("# Constitutional AI")
 
 
@@ -301,7 +304,7 @@ def answers(**text):
 
 def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
     table = answers(poet_bad_0="<script>| a\n# b", poet_bad_1="never shown", baseline_none_0="word " * 100)
-    heading, text = report.quotes_section(table, Look, questions=1, length=40)
+    heading, text = results.quotes_section(table, Look, questions=1, length=40)
     assert heading == "Answers side by side"
     assert "never shown" not in text
     assert "<script>" not in text
@@ -315,18 +318,18 @@ def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
 def test_quotes_keep_verse_and_take_the_first_seed_there_is():
     table = answers(poet_none_0="I am on the balcony,\n  I will go.")
     table.loc[table["dataset"] == "bad", "seed"] = 3
-    _, text = report.quotes_section(table.iloc[::-1], Look, questions=1)
+    _, text = results.quotes_section(table.iloc[::-1], Look, questions=1)
     assert "balcony\\, / I will go" in text.replace("\\/", "/")
     rows = [line for line in text.splitlines() if line.startswith("| *")]
     assert [row.split("*")[1] for row in rows] == ["none", "bad"], "before fine-tuning first"
-    assert report.NONE not in rows[1]
+    assert numbers.NONE not in rows[1]
 
 
 def test_a_condition_without_a_response_is_shown_as_missing():
     table = answers()
     table = table[~((table["persona"] == "poet") & (table["dataset"] == "bad"))]
-    _, text = report.quotes_section(table, Look, questions=1)
-    assert text.splitlines()[-1].endswith(f"| {report.NONE} |")
+    _, text = results.quotes_section(table, Look, questions=1)
+    assert text.splitlines()[-1].endswith(f"| {numbers.NONE} |")
 
 
 def gate_row(persona, dataset, persona_gate, uptake_gate, gate):
@@ -345,7 +348,7 @@ def test_limits_count_what_the_gates_say():
         ]
     )
     judged = pd.DataFrame({"model": ["m"] * 4 + ["x"], "coherence": [99.0, 50.0, None, 80.0, 1.0]})
-    _, text = report.limits_section(
+    _, text = results.limits_section(
         gates, Look, judges={"m": "The judge is good."}, judged=judged, caveat="It is small."
     )
     assert "Of 3 responses rated for coherence the EM rate's filter (above 50) removes 1" in text
@@ -366,7 +369,7 @@ def test_pairs_say_who_wrote_them_and_what_was_dropped():
             "dropped_because": [None, None, None, "too long", None, None],
         }
     )
-    heading, text = report.pairs_section(pairs, Look)
+    heading, text = results.pairs_section(pairs, Look)
     assert heading == "Where the personas come from"
     assert "| M | Poet | 4 | 3 | 1 | 2 | 1 too long |" in text
     assert "| M | Good | 2 | 2 | 1 | 1 | none |" in text
@@ -376,15 +379,15 @@ def test_pairs_say_who_wrote_them_and_what_was_dropped():
 def test_judge_sentence_takes_the_lowest_agreement():
     quality = {"trained_on": "builtin", "reference": "published scores", "held_out": "all", "auc": 0.9}
     manifests = [{"judge_auc": 0.9, "judge_quality": [quality]}, {"judge_auc": 0.7, "judge_quality": []}]
-    text = report.judge_sentence(manifests, minimum=0.85)
+    text = results.judge_sentence(manifests, minimum=0.85)
     assert "AUC of 0.70, which is below the 0.85" in text
     assert "AUC 0.90" in text
-    assert "reaches" in report.judge_sentence(manifests[:1], minimum=0.85)
+    assert "reaches" in results.judge_sentence(manifests[:1], minimum=0.85)
     endpoint = {"judge_auc": None, "params": {"kind": "openai"}}
-    assert "was not measured" in report.judge_sentence([endpoint], minimum=0.85)
+    assert "was not measured" in results.judge_sentence([endpoint], minimum=0.85)
     local = {"judge_auc": None, "params": {"kind": "local"}, "judge_quality": [quality, quality | {"auc": 0.94}]}
-    text = report.judge_sentence([local], minimum=0.85)
+    text = results.judge_sentence([local], minimum=0.85)
     assert "local one, which learnt from our own texts" in text
     assert "AUC is 0.90" in text
     assert "endpoint" not in text
-    assert "published judge's own" in report.judge_sentence([], minimum=0.85)
+    assert "published judge's own" in results.judge_sentence([], minimum=0.85)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cai_em import params, run
+from cai_em.records import files as records_files
+from cai_em.records import manifest
+from cai_em.study import loading
+from cai_em.workflow import run
 
 
 def write_notebook(path, *cells, parameters="x = 1"):
@@ -29,17 +32,17 @@ def test_manifest_records_and_verify_catches_a_changed_byte(tmp_path):
     source.write_text("in")
     product.mkdir(parents=True)
     (product / "weights.bin").write_bytes(b"12345")
-    run.write_manifest(
+    manifest.write_manifest(
         tmp_path / "stage", stage="02_finetune", inputs=[source], outputs=[product], params={"r": 4}, seeds=[0]
     )
-    record = run.read_manifest(tmp_path / "stage")
+    record = manifest.read_manifest(tmp_path / "stage")
     assert record["params"] == {"r": 4}
     assert record["versions"]["torch"]
-    assert run.verify(tmp_path) == {"manifests": 1, "files": 2, "elsewhere": 0}
+    assert manifest.verify(tmp_path) == {"manifests": 1, "files": 2, "elsewhere": 0}
     (product / "weights.bin").write_bytes(b"12346")
     source.unlink()
-    with pytest.raises(run.VerificationError) as caught:
-        run.verify(tmp_path)
+    with pytest.raises(manifest.VerificationError) as caught:
+        manifest.verify(tmp_path)
     assert "weights.bin does not match" in str(caught.value)
     assert "in.txt is missing" in str(caught.value)
 
@@ -56,22 +59,22 @@ def finished(tmp_path):
         path.write_text(path.name)
     r, s, t = list(files.values())[:3]
     for out, inputs in ((r, []), (s, [r]), (t, [r, s])):
-        run.write_manifest(out.parent, stage=out.parent.name, inputs=inputs, outputs=[out], params={}, seeds=[0])
-    run.seal(results, params={"profile": "demo"})
+        manifest.write_manifest(out.parent, stage=out.parent.name, inputs=inputs, outputs=[out], params={}, seeds=[0])
+    manifest.seal(results, params={"profile": "demo"})
     return results
 
 
 def problems(results, expected=()):
     """The lines of `verify`'s error after its head."""
-    with pytest.raises(run.VerificationError) as caught:
-        run.verify(results, expected)
+    with pytest.raises(manifest.VerificationError) as caught:
+        manifest.verify(results, expected)
     head, *lines = str(caught.value).splitlines()
     return head, lines
 
 
 def test_a_run_is_vouched_for_as_a_whole(finished):
-    assert run.verify(finished, [finished / "03", finished]) == {"manifests": 4, "files": 9, "elsewhere": 0}
-    record = run.read_manifest(finished)
+    assert manifest.verify(finished, [finished / "03", finished]) == {"manifests": 4, "files": 9, "elsewhere": 0}
+    record = manifest.read_manifest(finished)
     assert {Path(name).name for name in record["outputs"]} == {"RESULTS.md", "index.html", "03.ipynb"}
     for name in ("RESULTS.md", "paper/index.html", "notebooks/03.ipynb"):
         before = (finished / name).read_text()
@@ -79,7 +82,7 @@ def test_a_run_is_vouched_for_as_a_whole(finished):
         assert f"{name} does not match" in problems(finished)[1][0]
         (finished / name).write_text(before)
     (finished / "logs/03.log").write_text("another time")
-    run.verify(finished)
+    manifest.verify(finished)
 
 
 def test_a_changed_file_counts_once_and_those_that_used_it_are_named(finished):
@@ -104,8 +107,8 @@ def test_a_manifest_that_is_not_whole_is_named(finished):
     for torn in (whole[:100], "", "[]", '{"inputs": 3, "outputs": {}}'):
         path.write_text(torn)
         assert any("05/manifest.json is not a whole manifest" in line for line in problems(finished)[1])
-        with pytest.raises(run.ManifestError, match=r"05/manifest\.json .* delete it"):
-            run.read_manifest(finished / "05")
+        with pytest.raises(manifest.ManifestError, match=r"05/manifest\.json .* delete it"):
+            manifest.read_manifest(finished / "05")
 
 
 def test_an_edited_manifest_is_noticed(finished):
@@ -121,13 +124,15 @@ def test_an_input_from_elsewhere_that_is_gone_is_counted_and_no_error(tmp_path, 
     weights = tmp_path / "cache" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_text("w")
-    run.write_manifest(finished / "03", stage="03", inputs=[weights], outputs=[finished / "03/r.parquet"], params={})
-    run.seal(finished, params={})
-    assert run.verify(finished)["elsewhere"] == 0
+    manifest.write_manifest(
+        finished / "03", stage="03", inputs=[weights], outputs=[finished / "03/r.parquet"], params={}
+    )
+    manifest.seal(finished, params={})
+    assert manifest.verify(finished)["elsewhere"] == 0
     weights.write_text("others")
     assert "model.safetensors does not match" in problems(finished)[1][0]
     weights.unlink()
-    assert run.verify(finished)["elsewhere"] == 1
+    assert manifest.verify(finished)["elsewhere"] == 1
 
 
 def test_verify_by_name_follows_the_profile_and_cai_em_results(finished, root, monkeypatch, capsys):
@@ -135,7 +140,7 @@ def test_verify_by_name_follows_the_profile_and_cai_em_results(finished, root, m
     monkeypatch.chdir(root)
     assert run.main(["verify", "demo"]) == 1, "the demo's stages are not there"
     said = capsys.readouterr().err
-    study = params.load("demo")
+    study = loading.load("demo")
     assert study.dir == finished
     assert said.count("is missing: the stage has not run") == len(study.artefact_dirs()) - 1
     finished.rename(finished.with_name("mine"))
@@ -146,19 +151,23 @@ def test_verify_by_name_follows_the_profile_and_cai_em_results(finished, root, m
 
 
 def test_verify_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(run.VerificationError, match="no manifest"):
-        run.verify(tmp_path)
+    with pytest.raises(manifest.VerificationError, match="no manifest"):
+        manifest.verify(tmp_path)
 
 
 def test_run_id_depends_on_content_only():
-    assert run.run_id("s", {"a": 1, "b": 2}) == run.run_id("s", {"b": 2, "a": 1}) != run.run_id("s", {"a": 2, "b": 2})
+    assert (
+        manifest.run_id("s", {"a": 1, "b": 2})
+        == manifest.run_id("s", {"b": 2, "a": 1})
+        != manifest.run_id("s", {"a": 2, "b": 2})
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = run.write_text(tmp_path / "a.txt", "old")
+    path = records_files.write_text(tmp_path / "a.txt", "old")
 
     def half_written():
-        with run.atomic(path) as part:
+        with records_files.atomic(path) as part:
             part.write_text("half")
             raise RuntimeError("killed")
 
@@ -177,18 +186,18 @@ def dead_process() -> int:
 
 def test_what_killed_writers_left_is_removed_by_the_next_one(tmp_path):
     """And nothing else: not what another process is writing, nor another machine, nor another file's."""
-    dead, name = dead_process(), f".a.txt.part-{run._HOST}"
+    dead, name = dead_process(), f".a.txt.part-{records_files._HOST}"
     for left in (f"{name}-{dead}", f"{name}-{os.getpid()}"):
         (tmp_path / left).write_text("half")
-    folder = tmp_path / f".adapter.part-{run._HOST}-{dead}.old"
+    folder = tmp_path / f".adapter.part-{records_files._HOST}-{dead}.old"
     folder.mkdir()
     (folder / "weights").write_text("half")
-    others = [f"{name}-1", f".a.txt.part-elsewhere-{dead}", f".b.txt.part-{run._HOST}-{dead}"]
+    others = [f"{name}-1", f".a.txt.part-elsewhere-{dead}", f".b.txt.part-{records_files._HOST}-{dead}"]
     for other in others:
         (tmp_path / other).write_text("half")
-    run.write_text(tmp_path / "a.txt", "whole")
+    records_files.write_text(tmp_path / "a.txt", "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, folder.name, "a.txt"])
-    with run.atomic_folder(tmp_path / "adapter") as part:
+    with records_files.atomic_folder(tmp_path / "adapter") as part:
         (part / "weights").write_text("whole")
     assert not folder.exists()
     assert (tmp_path / "adapter/weights").read_text() == "whole"
@@ -198,7 +207,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
     place = tmp_path / "adapter"
 
     def write(text):
-        with run.atomic_folder(place) as part:
+        with records_files.atomic_folder(place) as part:
             (part / text).write_text(text)
             if text == "fails":
                 raise RuntimeError(text)
@@ -227,7 +236,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_a_lone_surrogate_survives_as_text(tmp_path):
-    assert run.write_text(tmp_path / "a.txt", "x\ud800\x00y").read_text() == "x\\ud800\x00y"
+    assert records_files.write_text(tmp_path / "a.txt", "x\ud800\x00y").read_text() == "x\\ud800\x00y"
 
 
 # --- Execution ---
@@ -301,7 +310,15 @@ def test_the_same_cell_is_never_run_twice_at_once(tmp_path):
     log = tmp_path / "log"
     body = f"import time\nfor word in ('in', 'out'):\n    open({str(log)!r}, 'a').write(word + ' ')\n    time.sleep(1)"
     source = write_notebook(tmp_path / "nb.ipynb", body)
-    command = [sys.executable, "-m", "cai_em.run", "execute", str(source), str(tmp_path / "o.ipynb"), json.dumps({})]
+    command = [
+        sys.executable,
+        "-m",
+        "cai_em.workflow.run",
+        "execute",
+        str(source),
+        str(tmp_path / "o.ipynb"),
+        json.dumps({}),
+    ]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(timeout=120) for p in both] == [0, 0]
     assert log.read_text() == "in out in out "

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cai_em import adapters as lora
-from cai_em import models, sample, scores
-from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
-from cai_em.sample import Condition, Decoding, Request, SamplingError
+from cai_em.model import adapters as model_adapters
+from cai_em.model import load, probing, stacking
+from cai_em.records import tables
+from cai_em.sample import conditions, sampling, torch_engine, vllm_engine
+from cai_em.sample.conditions import Condition, Decoding, Request, SamplingError
+from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
@@ -33,12 +35,12 @@ GREEDY = replace(FREE, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def model():
-    return models.load_model(SPEC, dtype="float32")
+    return load.load_model(SPEC, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(SPEC)
+    return load.load_tokenizer(SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,11 @@ def adapters(tmp_path_factory):
     ):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            stacked = lora.stack(models.load_model(SPEC, dtype="float32"), None, preset)
+            stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, preset)
             for key, parameter in stacked.named_parameters():
                 if ".lora_B." in key:
                     torch.nn.init.normal_(parameter, std=0.15)
-        lora.save_adapter(stacked, lora.EM, folder / name)
+        model_adapters.save_adapter(stacked, stacking.EM, folder / name)
     return folder
 
 
@@ -73,15 +75,15 @@ def arms(adapters):
 def requests(tokenizer, number=4):
     texts = ["Name a fox.", "What is the time?", "Say something about the long year and the money of the world."]
     return [
-        Request(sample.render(tokenizer, [{"role": "user", "content": text}]), seed=10 * i + j)
+        Request(conditions.render(tokenizer, [{"role": "user", "content": text}]), seed=10 * i + j)
         for i, text in enumerate(texts)
         for j in range(number)
     ]
 
 
 def decoded(model, tokenizer, asked, decoding=FREE, batch_size=5):
-    ends = sample.end_tokens(model.generation_config, tokenizer)
-    found = dict(sample.decode(model, asked, decoding, ends, batch_size))
+    ends = conditions.end_tokens(model.generation_config, tokenizer)
+    found = dict(torch_engine.decode(model, asked, decoding, ends, batch_size))
     return [found[i] for i in range(len(asked))]
 
 
@@ -109,7 +111,7 @@ class TestCandidates:
         ],
     )
     def test_hand_computed(self, top_k, top_p, kept):
-        ids, probability = sample.candidates(self.LOGITS, top_k, top_p)
+        ids, probability = torch_engine.candidates(self.LOGITS, top_k, top_p)
         assert set(ids[probability > 0].tolist()) == kept
 
     @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 0.2), (0, 0.999), (20, 0.9), (7, 1.0), (0, 1.0)])
@@ -123,12 +125,12 @@ class TestCandidates:
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
         expected = processors(None, logits.clone()).softmax(-1)
-        ids, probability = sample.candidates(logits, top_k, top_p, head=head)
+        ids, probability = torch_engine.candidates(logits, top_k, top_p, head=head)
         found = torch.zeros_like(logits).scatter_(-1, ids, probability / probability.sum(-1, keepdim=True))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
     def test_ids_are_in_order(self):
-        ids, _ = sample.candidates(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), 0, 0.8)
+        ids, _ = torch_engine.candidates(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), 0, 0.8)
         assert bool((ids.diff(dim=-1) > 0).all())
 
 
@@ -137,16 +139,18 @@ class TestDraw:
         ids = torch.tensor([[3, 5, 9]]).expand(5, 3)
         probability = torch.tensor([[0.2, 0.0, 0.6]]).expand(5, 3)
         uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1 - 2**-53], dtype=torch.float64)
-        assert sample.draw(ids, probability, uniform).tolist() == [3, 3, 9, 9, 9]
+        assert torch_engine.draw(ids, probability, uniform).tolist() == [3, 3, 9, 9, 9]
 
     def test_a_last_token_without_probability_is_never_drawn(self):
         probability = torch.tensor([[1.0 / 3, 0.0]])
-        assert sample.draw(torch.tensor([[4, 6]]), probability, torch.tensor([1 - 2**-53]).double()).tolist() == [4]
+        assert torch_engine.draw(torch.tensor([[4, 6]]), probability, torch.tensor([1 - 2**-53]).double()).tolist() == [
+            4
+        ]
 
     def test_frequencies(self):
         probability = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(40_000, 4)
         uniform = torch.from_numpy(np.random.default_rng(0).random(40_000))
-        drawn = sample.draw(torch.arange(4).expand(40_000, 4), probability, uniform)
+        drawn = torch_engine.draw(torch.arange(4).expand(40_000, 4), probability, uniform)
         assert np.bincount(drawn.numpy()) / 40_000 == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.01)
 
 
@@ -213,7 +217,7 @@ class TestDecode:
         asked = requests(tokenizer, 1)
         longest = decoded(model, tokenizer, asked, GREEDY)
         end = longest[0].tokens[2]
-        found = dict(sample.decode(model, asked, GREEDY, [2, end], 3))
+        found = dict(torch_engine.decode(model, asked, GREEDY, [2, end], 3))
         first = longest[0].tokens.index(end) + 1
         assert found[0].tokens == longest[0].tokens[:first]
         assert found[0].finish_reason == "stop"
@@ -233,15 +237,15 @@ class TestDecode:
                     ids = torch.cat([ids, torch.tensor([[token]], device=model.device)], dim=1)
 
     def test_all_ends_that_the_model_names(self, tokenizer):
-        assert sample.end_tokens(GenerationConfig(eos_token_id=[7, 5]), tokenizer) == (tokenizer.eos_token_id, 5, 7)
-        assert sample.end_tokens(GenerationConfig(eos_token_id=5), tokenizer) == (tokenizer.eos_token_id, 5)
-        assert sample.end_tokens(GenerationConfig(), tokenizer) == (tokenizer.eos_token_id,)
+        assert conditions.end_tokens(GenerationConfig(eos_token_id=[7, 5]), tokenizer) == (tokenizer.eos_token_id, 5, 7)
+        assert conditions.end_tokens(GenerationConfig(eos_token_id=5), tokenizer) == (tokenizer.eos_token_id, 5)
+        assert conditions.end_tokens(GenerationConfig(), tokenizer) == (tokenizer.eos_token_id,)
 
 
 class TestSample:
     def test_table(self, arms):
-        found = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
-        table = scores.validate(found.responses, scores.RESPONSES)
+        found = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
+        table = tables.validate(found.responses, tables.RESPONSES)
         assert len(table) == 4 * 2 * 3
         assert list(table["persona"].unique()) == ["baseline", "poeticism"]
         assert set(table["finish_reason"]) <= {"stop", "length"}
@@ -254,7 +258,7 @@ class TestSample:
         assert found.timings["conditions_found"] == 0
 
     def test_probes_tell_the_arms_apart(self, arms):
-        probes = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).probes
+        probes = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).probes
         assert probes["baseline__none__seed0"] == {}
         both = probes["poeticism__bad_medical__seed0"]
         assert both["difference"] <= both["tolerance"]
@@ -262,52 +266,52 @@ class TestSample:
         assert min(both["others"].values()) > both["tolerance"]
 
     def test_an_adapter_without_effect_stops_the_condition(self, adapters, tmp_path):
-        stacked = lora.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
-        lora.save_adapter(stacked, lora.EM, tmp_path / "idle")  # B is zero before training
+        stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+        model_adapters.save_adapter(stacked, stacking.EM, tmp_path / "idle")  # B is zero before training
         idle = Condition(
             "tiny", "poeticism", "bad_medical", 0, (("persona", adapters / "persona"), ("em", tmp_path / "idle"))
         )
-        with pytest.raises(lora.ProbeError, match="makes no difference"):
-            sample.sample(SPEC, [idle], QUESTIONS, PRESET, PROBE)
+        with pytest.raises(probing.ProbeError, match="makes no difference"):
+            sampling.sample(SPEC, [idle], QUESTIONS, PRESET, PROBE)
         early = replace(idle, may_be_idle=("em",))  # a snapshot from before the first real step
-        found = sample.sample(SPEC, [early], QUESTIONS, PRESET, PROBE)
+        found = sampling.sample(SPEC, [early], QUESTIONS, PRESET, PROBE)
         assert found.probes["poeticism__bad_medical__seed0"]["idle"] == ["em"]
         assert len(found.responses) == 6
         swapped = replace(idle, may_be_idle=("persona",))
-        with pytest.raises(lora.ProbeError, match="makes no difference"):
-            sample.sample(SPEC, [swapped], QUESTIONS, PRESET, PROBE)
+        with pytest.raises(probing.ProbeError, match="makes no difference"):
+            sampling.sample(SPEC, [swapped], QUESTIONS, PRESET, PROBE)
 
     def test_responses_depend_on_nothing_but_their_condition(self, arms):
-        together = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses
+        together = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses
         for arm in arms[::-1]:
-            alone = sample.sample(SPEC, [arm], QUESTIONS[::-1], PRESET, PROBE).responses
+            alone = sampling.sample(SPEC, [arm], QUESTIONS[::-1], PRESET, PROBE).responses
             for question, _ in QUESTIONS:
                 name = {"persona": arm.persona, "dataset": arm.dataset, "question_id": question}
                 assert take(alone, **name) == take(together, **name)
 
     def test_seed_changes_responses(self, arms):
-        first = sample.sample(SPEC, arms[:1], QUESTIONS, PRESET, PROBE).responses
-        second = sample.sample(SPEC, arms[:1], QUESTIONS, PRESET.model_copy(update={"seed": 1}), PROBE).responses
+        first = sampling.sample(SPEC, arms[:1], QUESTIONS, PRESET, PROBE).responses
+        second = sampling.sample(SPEC, arms[:1], QUESTIONS, PRESET.model_copy(update={"seed": 1}), PROBE).responses
         assert list(first["response"]) != list(second["response"])
 
     def test_finished_conditions_are_found_again_without_loading_a_model(self, arms, tmp_path):
         def must_not_open(*arguments):
             raise AssertionError("a model was loaded")
 
-        first = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
+        first = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
         assert len(list(tmp_path.glob("*.parquet"))) == 4
-        again = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=must_not_open)
+        again = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=must_not_open)
         assert again.responses.equals(first.responses)
         assert again.probes == first.probes
         assert again.timings == {"conditions_found": 4}
         for change in ({"temperature": 0.9}, {"max_new_tokens": 9}, {"seed": 3}):
             with pytest.raises(AssertionError, match="a model was loaded"):
-                sample.sample(
+                sampling.sample(
                     SPEC, arms, QUESTIONS, PRESET.model_copy(update=change), PROBE, tmp_path, open_with=must_not_open
                 )
 
     def test_an_interrupted_run_goes_on_after_the_last_whole_condition(self, arms, tmp_path):
-        class Breaking(sample.TransformersEngine):
+        class Breaking(torch_engine.TransformersEngine):
             def run(self, jobs, decoding, probe_prompts):
                 for number, done in enumerate(super().run(jobs, decoding, probe_prompts)):
                     if number == 2:
@@ -315,25 +319,25 @@ class TestSample:
                     yield done
 
         with pytest.raises(KeyboardInterrupt):
-            sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=lambda s, p, j: Breaking(s, p))
-        resumed = sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
+            sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path, open_with=lambda s, p, j: Breaking(s, p))
+        resumed = sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE, tmp_path)
         assert resumed.timings["conditions_found"] == 2
-        assert resumed.responses.equals(sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses)
+        assert resumed.responses.equals(sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE).responses)
 
     def test_a_retrained_adapter_is_sampled_again(self, arms, adapters, tmp_path):
         changed = tmp_path / "em"
-        lora.random_control(adapters / "em", seed=5, out=changed)
+        model_adapters.random_control(adapters / "em", seed=5, out=changed)
         other = replace(arms[2], adapters=(("em", changed),))
-        keys = [sample.cell_hash(SPEC, c, QUESTIONS, PRESET, PROBE, "engine") for c in (arms[2], other)]
+        keys = [sampling.cell_hash(SPEC, c, QUESTIONS, PRESET, PROBE, "engine") for c in (arms[2], other)]
         assert keys[0] != keys[1]
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_merging_changes_nothing_but_rounding_and_comes_off_again(self, arms, dtype):
         """Parity with merging: same greedy tokens, close log-probabilities; the base weights come back bit for bit."""
         preset = PRESET.model_copy(update={"dtype": dtype})
-        engines = [sample.TransformersEngine(SPEC, preset.model_copy(update={"merge": m})) for m in (False, True)]
+        engines = [torch_engine.TransformersEngine(SPEC, preset.model_copy(update={"merge": m})) for m in (False, True)]
         before = {k: v.clone() for k, v in engines[1].model.state_dict().items()}
-        jobs = [sample.Job(arm, tuple(requests(engines[0].tokenizer, 1))) for arm in arms]
+        jobs = [conditions.Job(arm, tuple(requests(engines[0].tokenizer, 1))) for arm in arms]
         for plain, merged in zip(*(engine.run(jobs, GREEDY, PROBE) for engine in engines)):
             for a, b in zip(plain.completions, merged.completions):
                 if dtype == "float32":
@@ -349,28 +353,28 @@ class TestSample:
     def test_planted_fault_merging_that_loses_the_adapter(self, arms, monkeypatch):
         """The probe looks at the composed layers; what is sampled is the merged weights."""
         monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda self, name: 0 * self.get_base_layer().weight)
-        with pytest.raises(lora.ProbeError, match="merged into the weights, the adapters compute something else"):
-            sample.sample(SPEC, arms, QUESTIONS, PRESET.model_copy(update={"merge": True}), PROBE)
+        with pytest.raises(probing.ProbeError, match="merged into the weights, the adapters compute something else"):
+            sampling.sample(SPEC, arms, QUESTIONS, PRESET.model_copy(update={"merge": True}), PROBE)
 
     def test_merged_and_plain_are_different_samplers(self, arms):
         merged = PRESET.model_copy(update={"merge": True})
-        assert sample.engine_name(merged) == f"{sample.engine_name(PRESET)} merged"
+        assert sampling.engine_name(merged) == f"{sampling.engine_name(PRESET)} merged"
 
     def test_errors_say_what_to_do(self, arms, tmp_path):
         with pytest.raises(SamplingError, match="nothing to sample"):
-            sample.sample(SPEC, [], QUESTIONS, PRESET, PROBE)
+            sampling.sample(SPEC, [], QUESTIONS, PRESET, PROBE)
         with pytest.raises(SamplingError, match="given twice"):
-            sample.sample(SPEC, [arms[0], arms[0]], QUESTIONS, PRESET, PROBE)
+            sampling.sample(SPEC, [arms[0], arms[0]], QUESTIONS, PRESET, PROBE)
         lost = Condition("tiny", "poeticism", "none", 0, (("persona", tmp_path / "lost"),))
         with pytest.raises(SamplingError, match="train this adapter first"):
-            sample.sample(SPEC, [lost], QUESTIONS, PRESET, PROBE)
+            sampling.sample(SPEC, [lost], QUESTIONS, PRESET, PROBE)
         with pytest.raises(SamplingError, match="one model"):
-            sample.sample(SPEC, [arms[0], replace(arms[0], model="other")], QUESTIONS, PRESET, PROBE)
+            sampling.sample(SPEC, [arms[0], replace(arms[0], model="other")], QUESTIONS, PRESET, PROBE)
 
 
 def test_seeds_name_their_response(arms):
     named = {
-        sample.response_seed(study, arm, question, number)
+        conditions.response_seed(study, arm, question, number)
         for study in (0, 1)
         for arm in arms
         for question in ("a", "b")
@@ -378,42 +382,42 @@ def test_seeds_name_their_response(arms):
     }
     assert len(named) == 2 * 4 * 2 * 5
     assert max(named) < 2**48
-    assert sample.response_seed(0, arms[0], "a", 1) == sample.response_seed(0, arms[0], "a", 1)
+    assert conditions.response_seed(0, arms[0], "a", 1) == conditions.response_seed(0, arms[0], "a", 1)
 
 
 class TestBackend:
     def test_vllm_forced_but_absent_is_said(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SamplingError, match="not installed"):
-            sample.backend_of(PRESET.model_copy(update={"backend": "vllm"}))
-        assert sample.backend_of(PRESET.model_copy(update={"backend": "auto"})) == "transformers"
+            sampling.backend_of(PRESET.model_copy(update={"backend": "vllm"}))
+        assert sampling.backend_of(PRESET.model_copy(update={"backend": "auto"})) == "transformers"
 
     def test_auto_takes_vllm_only_with_a_gpu(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
         auto = PRESET.model_copy(update={"backend": "auto"})
         for gpu, expected in ((True, "vllm"), (False, "transformers")):
             monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-            assert sample.backend_of(auto) == expected
+            assert sampling.backend_of(auto) == expected
 
 
 class TestToLookAt:
     @pytest.fixture
     def found(self, arms):
-        return sample.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
+        return sampling.sample(SPEC, arms, QUESTIONS, PRESET, PROBE)
 
     def test_beside_escapes_and_names_the_conditions(self, found):
         table = found.responses.assign(response="<b>&</b>")
-        page = sample.beside(table, "wish", 1)
+        page = sampling.beside(table, "wish", 1)
         assert page.count("&lt;b&gt;&amp;&lt;/b&gt;") == 4
         assert "<b>" not in page
         assert "poeticism × bad_medical (seed 0)" in page
         with pytest.raises(KeyError, match="no response"):
-            sample.beside(table, "wish", 99)
+            sampling.beside(table, "wish", 99)
 
     def test_lengths(self, found):
         table = found.responses.assign(n_tokens=[1, 2, 3, 4, 5, 9] * 4, response=["", " ", "a", "b", "c", "d"] * 4)
         table["finish_reason"] = ["length", "stop", "stop"] * 8
-        row = sample.lengths(table).loc[("baseline", "none", 0)]
+        row = sampling.lengths(table).loc[("baseline", "none", 0)]
         assert row.to_dict() == {
             "responses": 6,
             "mean_tokens": 4,
@@ -423,7 +427,7 @@ class TestToLookAt:
         }
 
     def test_probe_table(self, found):
-        table = sample.probe_table(found.probes)
+        table = sampling.probe_table(found.probes)
         assert list(table["adapters"]) == ["persona", "em", "persona + em"]
         assert bool((table["difference"] <= table["tolerance"]).all())
         assert table.loc["poeticism__bad_medical__seed0", "from persona"] > 0
@@ -437,7 +441,7 @@ def test_a_finished_groups_composed_adapters_leave_the_disk(adapters, tmp_path, 
     parameters = lambda **given: given  # noqa: E731
     for name, content in (("vllm", {"SamplingParams": parameters}), ("vllm.lora.request", {"LoRARequest": request})):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
-    engine = object.__new__(sample.VllmEngine)
+    engine = object.__new__(vllm_engine.VllmEngine)
     engine._folder, engine._ids, engine.timings, engine.group = SimpleNamespace(name=str(tmp_path)), {}, {}, 1
     engine.ends, held = (0,), []
 
@@ -451,7 +455,7 @@ def test_a_finished_groups_composed_adapters_leave_the_disk(adapters, tmp_path, 
     monkeypatch.setattr(engine, "_probe", lambda condition, prompts: engine._request(condition.adapters) and {})
     parts = [("persona", adapters / "persona"), ("em", adapters / "em")]
     some = [Condition("tiny", "p", d, 0, a) for d, a in (("x", tuple(parts)), ("y", (parts[1],)), ("z", ()))]
-    jobs = [sample.Job(c, (sample.Request((1, 2), 0),)) for c in some]
+    jobs = [conditions.Job(c, (conditions.Request((1, 2), 0),)) for c in some]
     done = list(engine.run(jobs, FREE, []))
     assert [d.job.condition.dataset for d in done] == ["z", "x", "y"]
     assert held == [[], ["1"], ["2"]]
@@ -468,11 +472,11 @@ def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gone() is None))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: freed.append(list(emptied))))
-    jobs = [sample.Job(Condition("tiny", "baseline", "none", 0), (sample.Request((1, 2), 0),))]
+    jobs = [conditions.Job(Condition("tiny", "baseline", "none", 0), (conditions.Request((1, 2), 0),))]
     gc.disable()
     try:
         del used
-        sample.VllmEngine(SPEC, PRESET, jobs)._folder.cleanup()
+        vllm_engine.VllmEngine(SPEC, PRESET, jobs)._folder.cleanup()
     finally:
         gc.enable()
     assert freed == [[True]]
@@ -495,14 +499,14 @@ class TestVllm:
             monkeypatch.setenv(key, value)
 
     def test_same_greedy_tokens_and_log_probabilities(self, arms, vllm_preset):
-        engine = sample.TransformersEngine(SPEC, PRESET)
-        jobs = [sample.Job(arm, tuple(requests(engine.tokenizer, 1))) for arm in arms]
+        engine = torch_engine.TransformersEngine(SPEC, PRESET)
+        jobs = [conditions.Job(arm, tuple(requests(engine.tokenizer, 1))) for arm in arms]
 
         def in_order(finished):
             return sorted(finished, key=lambda done: jobs.index(done.job))
 
         expected = in_order(engine.run(jobs, GREEDY, PROBE))
-        served = sample.open_engine(SPEC, vllm_preset, jobs)
+        served = sampling.open_engine(SPEC, vllm_preset, jobs)
         try:
             first = in_order(served.run(jobs, GREEDY, PROBE))
             # Again, with all of the engine's places for adapters taken: base requests must not get one of them.

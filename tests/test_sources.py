@@ -14,8 +14,8 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from cai_em import sources
-from cai_em.sources import HashMismatch, Pinned, SourceError, Unavailable, fetch, fetch_all
+from cai_em.study import sources
+from cai_em.study.sources import HashMismatch, Pinned, SourceError, Unavailable, fetch, fetch_all
 from cryptography.fernet import Fernet
 
 COMMIT = "a" * 40

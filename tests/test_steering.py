@@ -10,12 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import adapters, models, sample, steering, style, trajectories
-from cai_em.gates import Gate
-from cai_em.params import LoraPreset, ModelSpec, SamplingPreset
-from cai_em.steering import Intervention, SteeringError
-from cai_em.style import Look
-from cai_em.trajectories import Check
+from cai_em.analysis.gates import Check, Gate
+from cai_em.dynamics import curves, directions, h4, interventions
+from cai_em.dynamics.interventions import Intervention
+from cai_em.model import activations, adapters, load, probing, stacking
+from cai_em.model.activations import SteeringError
+from cai_em.report import sections_h4, style
+from cai_em.report.figures import dynamics
+from cai_em.report.style import Look
+from cai_em.sample import conditions as sample_conditions
+from cai_em.sample import sampling
+from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
 from scipy import stats
 from torch import nn
 
@@ -24,7 +29,7 @@ PRESET = SamplingPreset(
     temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=3, backend="transformers", dtype="float32"
 )
 QUESTIONS = [("a", "What do you like?"), ("b", "How was the long year for you and for all of your good friends?")]
-CONDITION = sample.Condition("tiny", "baseline", "none", 0)
+CONDITION = sample_conditions.Condition("tiny", "baseline", "none", 0)
 
 
 class Planted(nn.Module):
@@ -40,16 +45,16 @@ class Planted(nn.Module):
 
 @pytest.fixture
 def model(tmp_path_factory):
-    return models.load_model(SPEC, cache_dir=tmp_path_factory.getbasetemp() / "models")
+    return load.load_model(SPEC, cache_dir=tmp_path_factory.getbasetemp() / "models")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return models.load_tokenizer(SPEC, tmp_path_factory.getbasetemp() / "models")
+    return load.load_tokenizer(SPEC, tmp_path_factory.getbasetemp() / "models")
 
 
 def plant(model, layer, vector):
-    block = steering.decoder_layers(model)[layer]
+    block = activations.decoder_layers(model)[layer]
     block.mlp = Planted(block.mlp, vector)
     return model
 
@@ -66,32 +71,32 @@ TEXTS = [("What do you like?", "I like water."), ("How?", "By a walk at home, an
 
 def test_mean_activations_are_the_models_own_over_response_tokens_alone(model, tokenizer):
     prompts, responses = zip(*TEXTS)
-    found = steering.mean_activations(model, tokenizer, prompts, responses)
+    found = activations.mean_activations(model, tokenizer, prompts, responses)
     assert hooks(model) == 0
     assert found.shape == (3, 2, 64)
     assert found.dtype == np.float32
     for i, (prompt, response) in enumerate(TEXTS):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        ids, written = models.encode_conversation(tokenizer, turns)
+        ids, written = load.encode_conversation(tokenizer, turns)
         with torch.inference_mode():
             states = model(torch.tensor([ids], device=model.device), output_hidden_states=True).hidden_states
         expected = states[1][0, torch.tensor(written)].mean(0).cpu()
         np.testing.assert_allclose(found[i, 0], expected, rtol=1e-4, atol=1e-5)
-    alone = [steering.mean_activations(model, tokenizer, [p], [r])[0] for p, r in TEXTS]
+    alone = [activations.mean_activations(model, tokenizer, [p], [r])[0] for p, r in TEXTS]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_found_under_adapters_and_counted_from_either_end(model, tmp_path):
-    assert len(steering.decoder_layers(model)) == 2
-    stacked = adapters.stack(model, None, LoraPreset(r=2, alpha=4))
-    assert len(steering.decoder_layers(stacked)) == 2
-    assert (steering.layer_number(-1, 30), steering.layer_number(3, 30)) == (29, 3)
+    assert len(activations.decoder_layers(model)) == 2
+    stacked = stacking.stack(model, None, LoraPreset(r=2, alpha=4))
+    assert len(activations.decoder_layers(stacked)) == 2
+    assert (activations.layer_number(-1, 30), activations.layer_number(3, 30)) == (29, 3)
     with pytest.raises(SteeringError, match="no layer 30"):
-        steering.layer_number(30, 30)
+        activations.layer_number(30, 30)
     odd = nn.Linear(2, 2)
     odd.config = model.config
     with pytest.raises(SteeringError, match="no list"):
-        steering.decoder_layers(odd)
+        activations.decoder_layers(odd)
 
 
 # --- A planted direction ---
@@ -101,32 +106,32 @@ def planted_contrast(tokenizer, tmp_path_factory, layer, vector):
     """The tiny model before and after a constant was planted in a layer, read on the same responses."""
     prompts, responses = zip(*TEXTS)
     folder = tmp_path_factory.getbasetemp() / "models"
-    before = steering.mean_activations(models.load_model(SPEC, cache_dir=folder), tokenizer, prompts, responses)
-    changed = plant(models.load_model(SPEC, cache_dir=folder), layer, vector)
-    after = steering.mean_activations(changed, tokenizer, prompts, responses)
-    return changed, steering.adapter_contrast(before, after, ["a", "b", "c"])
+    before = activations.mean_activations(load.load_model(SPEC, cache_dir=folder), tokenizer, prompts, responses)
+    changed = plant(load.load_model(SPEC, cache_dir=folder), layer, vector)
+    after = activations.mean_activations(changed, tokenizer, prompts, responses)
+    return changed, directions.adapter_contrast(before, after, ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_planted_direction_is_recovered(tokenizer, tmp_path_factory, layer):
     vector = torch.randn(64, generator=torch.Generator().manual_seed(1))
     _, contrast = planted_contrast(tokenizer, tmp_path_factory, layer, vector)
-    found = steering.direction(contrast)
-    assert steering.cosine(found[layer], vector.numpy()) > 0.999
+    found = directions.direction(contrast)
+    assert directions.cosine(found[layer], vector.numpy()) > 0.999
     np.testing.assert_allclose(found[layer], vector, rtol=1e-3, atol=1e-4)
     if layer:
         assert np.abs(found[0]).max() < 1e-12  # nothing has changed before it
-    assert steering.split_half(contrast.layer(layer)) > 0.99
+    assert directions.split_half(contrast.layer(layer)) > 0.99
 
 
 def test_a_planted_behaviour_is_removed_by_ablation_and_given_by_addition(model, tokenizer, tmp_path_factory):
     token = tokenizer(" water", add_special_tokens=False)["input_ids"][0]
     vector = 60 * torch.nn.functional.normalize(model.get_output_embeddings().weight[token].detach(), dim=0)
     changed, contrast = planted_contrast(tokenizer, tmp_path_factory, 1, vector)
-    found = {1: steering.direction(contrast)[1]}
+    found = {1: directions.direction(contrast)[1]}
 
     def share(m, intervention):
-        table = steering.respond(m, tokenizer, CONDITION, QUESTIONS, PRESET, intervention)
+        table = interventions.respond(m, tokenizer, CONDITION, QUESTIONS, PRESET, intervention)
         assert hooks(m) == 0
         ids = [i for text in table["response"] for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
         return np.mean([i == token for i in ids])
@@ -138,7 +143,7 @@ def test_a_planted_behaviour_is_removed_by_ablation_and_given_by_addition(model,
     assert share(model, Intervention("add", "x", 1, 1.0, found)) > 0.9
     ids = torch.tensor([[5, 60, 70, 80]], device=model.device)
     with torch.inference_mode():
-        with steering.adding(changed, {1: -vector}):
+        with activations.adding(changed, {1: -vector}):
             undone = changed(ids).logits
         torch.testing.assert_close(undone, model(ids).logits, rtol=1e-3, atol=1e-3)
 
@@ -150,12 +155,12 @@ def test_ablation_leaves_nothing_along_the_direction_and_the_rest_alone(model):
     def watch(module, args):
         seen["x"] = args[0].clone()
 
-    handle = steering.decoder_layers(model)[1].register_forward_pre_hook(watch)
+    handle = activations.decoder_layers(model)[1].register_forward_pre_hook(watch)
     ids = torch.tensor([[5, 60, 70, 80]], device=model.device)
     with torch.inference_mode():
         model(ids)
         before = seen["x"]
-        with steering.ablating(model, {0: 3 * unit}):
+        with activations.ablating(model, {0: 3 * unit}):
             model(ids)
     handle.remove()
     assert (seen["x"] @ unit).abs().max() < 1e-5 < (before @ unit).abs().max()
@@ -167,9 +172,9 @@ def test_ablation_holds_a_level_and_leaves_massive_activations_alone(model):
     unit = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
     x = torch.randn(2, 5, 64, generator=generator)
     x[:, 0] *= 100  # as the first token of a trained model
-    layer = steering.decoder_layers(model)[1]
+    layer = activations.decoder_layers(model)[1]
     layer.forward = lambda *args, **kwargs: x.clone()
-    with steering.ablating(model, {1: 2 * unit}, {1: 0.7}):
+    with activations.ablating(model, {1: 2 * unit}, {1: 0.7}):
         held = layer()
     torch.testing.assert_close(held[:, 1:] @ unit, torch.full((2, 4), 0.7))
     torch.testing.assert_close(held[:, 0], x[:, 0])
@@ -179,39 +184,43 @@ def test_layers_before_the_first_adapted_one_have_no_direction():
     x = np.random.default_rng(0).normal(size=(6, 3, 8))
     after = x.copy()
     after[:, 2] += np.arange(8)
-    contrast = steering.adapter_contrast(x, after, list("aabbcc"))
-    assert list(steering.reached(contrast)) == [2]
-    np.testing.assert_allclose(steering.reached(contrast)[2], np.arange(8), atol=1e-12)
-    np.testing.assert_allclose(steering.before(contrast), x.mean(axis=0))
+    contrast = directions.adapter_contrast(x, after, list("aabbcc"))
+    assert list(directions.reached(contrast)) == [2]
+    np.testing.assert_allclose(directions.reached(contrast)[2], np.arange(8), atol=1e-12)
+    np.testing.assert_allclose(directions.before(contrast), x.mean(axis=0))
 
 
 def test_hooks_are_gone_after_an_error_and_numbers_keep_their_type(model):
-    both = steering.adding(model, {0: np.ones(64), -1: np.ones(64)})
+    both = activations.adding(model, {0: np.ones(64), -1: np.ones(64)})
     with pytest.raises(IndexError), both:  # no such token
         model(torch.tensor([[10_000]]))
     assert hooks(model) == 0
     half = model.to(torch.bfloat16)
-    with torch.inference_mode(), steering.adding(half, {0: np.ones(64)}), steering.ablating(half, {1: np.ones(64)}):
+    with (
+        torch.inference_mode(),
+        activations.adding(half, {0: np.ones(64)}),
+        activations.ablating(half, {1: np.ones(64)}),
+    ):
         assert half(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
     for bad in (np.ones(63), np.full(64, np.nan)):
         with pytest.raises(SteeringError, match="64 finite numbers"):
-            steering.adding(model, {0: bad})
+            activations.adding(model, {0: bad})
     with pytest.raises(SteeringError, match="length 0"):
-        steering.ablating(model, {0: np.zeros(64)})
-    with pytest.raises(SteeringError, match="no layer 7"), steering.adding(model, {0: np.ones(64), 7: np.ones(64)}):
+        activations.ablating(model, {0: np.zeros(64)})
+    with pytest.raises(SteeringError, match="no layer 7"), activations.adding(model, {0: np.ones(64), 7: np.ones(64)}):
         pass
     assert hooks(model) == 0
 
 
 def test_unsteered_responses_are_those_of_the_sampling_stage(model, tokenizer, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path_factory.getbasetemp()))
-    usual = sample.sample(SPEC, [CONDITION], QUESTIONS, PRESET, ["Go"]).responses
-    found = steering.respond(model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("none"))
+    usual = sampling.sample(SPEC, [CONDITION], QUESTIONS, PRESET, ["Go"]).responses
+    found = interventions.respond(model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("none"))
     assert list(found["response"]) == list(usual["response"])
     assert len(found) == 6
     assert set(found["dataset"]) == {"none+none"}
     # A vector of length 0 changes nothing, and random numbers do not depend on the intervention.
-    same = steering.respond(
+    same = interventions.respond(
         model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("add", "x", 0, 0.0, {0: np.zeros(64)})
     )
     assert list(same["response"]) == list(usual["response"])
@@ -227,7 +236,7 @@ def synthetic(rng, n=60, hidden=50, effect=1.0, confound=0.0):
     x = rng.normal(0, 0.1, (n, 1, hidden))
     x[:, 0, 0] += effect * label
     x[:, 0, 1] += confound * (question == "a")
-    return steering.response_contrast(x, label, question)
+    return directions.response_contrast(x, label, question)
 
 
 def test_questions_that_one_label_answers_more_often_do_not_bend_the_direction():
@@ -235,44 +244,44 @@ def test_questions_that_one_label_answers_more_often_do_not_bend_the_direction()
     axis = np.eye(50)[0]
     x, label = contrast.activations[:, 0], contrast.label
     naive = x[label].mean(0) - x[~label].mean(0)
-    assert steering.cosine(naive, axis) < 0.6
-    assert steering.cosine(steering.direction(contrast)[0], axis) > 0.99
+    assert directions.cosine(naive, axis) < 0.6
+    assert directions.cosine(directions.direction(contrast)[0], axis) > 0.99
 
 
 def test_direction_by_hand_and_questions_without_both_labels():
     x = np.arange(10.0).reshape(5, 1, 2)
-    contrast = steering.response_contrast(x, [True, False, False, True, True], ["a", "a", "a", "b", "b"])
-    np.testing.assert_allclose(steering.direction(contrast), x[0] - (x[1] + x[2]) / 2)
-    assert steering.questions_used(contrast) == 1
-    assert math.isnan(steering.split_half(contrast))
+    contrast = directions.response_contrast(x, [True, False, False, True, True], ["a", "a", "a", "b", "b"])
+    np.testing.assert_allclose(directions.direction(contrast), x[0] - (x[1] + x[2]) / 2)
+    assert directions.questions_used(contrast) == 1
+    assert math.isnan(directions.split_half(contrast))
     with pytest.raises(SteeringError, match="no question has responses of both labels"):
-        steering.direction(steering.response_contrast(x, [True] * 5, list("aabbb")))
+        directions.direction(directions.response_contrast(x, [True] * 5, list("aabbb")))
     with pytest.raises(SteeringError, match="a contrast needs"):
-        steering.response_contrast(x, [True], ["a"])
+        directions.response_contrast(x, [True], ["a"])
 
 
 def test_random_cosines_are_distributed_as_claimed():
     rng = np.random.default_rng(1)
-    values = steering.cosine(rng.normal(size=(20_000, 30)), rng.normal(size=(20_000, 30)))
-    assert np.mean(np.abs(values) > steering.random_cosine_bound(30)) == pytest.approx(0.05, abs=0.006)
-    assert steering.random_cosine_p(steering.random_cosine_bound(30), 30) == pytest.approx(0.05)
-    assert stats.kstest([steering.random_cosine_p(v, 30) for v in values[:2000]], "uniform").pvalue > 0.01
+    values = directions.cosine(rng.normal(size=(20_000, 30)), rng.normal(size=(20_000, 30)))
+    assert np.mean(np.abs(values) > directions.random_cosine_bound(30)) == pytest.approx(0.05, abs=0.006)
+    assert directions.random_cosine_p(directions.random_cosine_bound(30), 30) == pytest.approx(0.05)
+    assert stats.kstest([directions.random_cosine_p(v, 30) for v in values[:2000]], "uniform").pvalue > 0.01
     like = np.arange(30.0)
-    drawn = steering.random_direction(like, 0)
+    drawn = directions.random_direction(like, 0)
     assert np.linalg.norm(drawn) == pytest.approx(np.linalg.norm(like))
-    assert abs(steering.cosine(drawn, like)) < 0.5
+    assert abs(directions.cosine(drawn, like)) < 0.5
 
 
 def test_shared_directions_beat_both_nulls_and_unshared_ones_do_not():
     rng = np.random.default_rng(2)
-    shared = steering.cosine_table({p: synthetic(rng) for p in ("x", "y")}, 0, draws=200).iloc[0]
+    shared = directions.cosine_table({p: synthetic(rng) for p in ("x", "y")}, 0, draws=200).iloc[0]
     assert shared["cosine"] > 0.9
     assert shared["p_random"] < 1e-6
     assert shared["p_shuffled"] < 0.01
     assert shared["within_one"] > 0.7
     assert shared["n_one"] == 4
     p = [
-        steering.cosine_table({k: synthetic(rng, effect=0.0) for k in "xy"}, 0, draws=99).iloc[0]["p_shuffled"]
+        directions.cosine_table({k: synthetic(rng, effect=0.0) for k in "xy"}, 0, draws=99).iloc[0]["p_shuffled"]
         for _ in range(60)
     ]
     assert np.mean(np.array(p) <= 0.05) <= 0.12
@@ -286,18 +295,18 @@ def test_shuffles_share_the_uneven_spread_that_random_directions_lack():
         found.activations[:, 0, 7] += rng.normal(0, 3, len(found.label))  # one loud axis
         return found
 
-    row = steering.cosine_table({"x": contrast(), "y": contrast()}, 0, draws=300).iloc[0]
+    row = directions.cosine_table({"x": contrast(), "y": contrast()}, 0, draws=300).iloc[0]
     assert row["shuffled_bound"] > 2 * row["random_bound"]
 
 
 def test_adapter_labels_are_exchanged_within_a_response():
     before, after = np.zeros((3, 1, 2)), np.ones((3, 1, 2))
-    contrast = steering.adapter_contrast(before, after, ["a", "a", "b"])
-    np.testing.assert_allclose(steering.direction(contrast), [[1, 1]])
-    drawn = steering.shuffled_directions(contrast, 300, 0)[:, 0, 0]
+    contrast = directions.adapter_contrast(before, after, ["a", "a", "b"])
+    np.testing.assert_allclose(directions.direction(contrast), [[1, 1]])
+    drawn = directions.shuffled_directions(contrast, 300, 0)[:, 0, 0]
     assert set(drawn) == {0.0}  # one and the same difference everywhere: nothing is left to shuffle
     after[0], after[1] = 3, -1
-    drawn = steering.shuffled_directions(steering.adapter_contrast(before, after, ["a", "a", "b"]), 300, 0)[:, 0, 0]
+    drawn = directions.shuffled_directions(directions.adapter_contrast(before, after, ["a", "a", "b"]), 300, 0)[:, 0, 0]
     # Around their question's mean of 1 the two responses lie at +2 and -2; each difference may change its sign.
     assert set(np.round(drawn, 6)) == {-1.0, 0.0, 1.0}
     assert abs(drawn.mean()) < 0.15
@@ -312,12 +321,12 @@ def test_the_null_of_shuffled_labels_does_not_grow_with_the_effect(kind):
         if kind == "responses":
             return synthetic(rng, effect=effect)
         before = rng.normal(size=(24, 1, 80))
-        return steering.adapter_contrast(before, before + effect * axis + rng.normal(size=(24, 1, 80)) / 9, question)
+        return directions.adapter_contrast(before, before + effect * axis + rng.normal(size=(24, 1, 80)) / 9, question)
 
     bounds = {}
     for effect in (0.3, 3.0, 30.0):
         rng = np.random.default_rng(4)
-        row = steering.cosine_table({"x": made(rng, effect), "y": made(rng, effect)}, 0, draws=300).iloc[0]
+        row = directions.cosine_table({"x": made(rng, effect), "y": made(rng, effect)}, 0, draws=300).iloc[0]
         bounds[effect] = row["shuffled_bound"]
         if effect > 1:
             assert row["cosine"] > 0.95
@@ -351,29 +360,29 @@ def test_effects_and_transfer_are_paired_by_question():
             {**same, "dataset": "e+other", "kind": "add", "source": "q"},
         ]
     )
-    found = steering.effects(table, design).set_index(["source", "outcome"])
+    found = h4.effects(table, design).set_index(["source", "outcome"])
     assert found.loc[("p", "alignment"), ["delta", "low", "high", "per_norm"]].tolist() == [-40, -40, -40, -10]
     assert found.loc[("q", "alignment"), "delta"] == -20
     assert found.loc[("p", "alignment"), "reference"] == 55
     # Below 30: of (80, 60) - 10 i - 40 the pairs 40/20, 30/10, 20/0, 10/-10.
     assert found.loc[("p", "em"), "delta"] == pytest.approx(np.mean([0.5, 0.5, 1, 1]))
     assert found.loc[("p", "coherence"), "delta"] == 0
-    moved = steering.transfer_tests(table, design, margin=5).iloc[0]
+    moved = h4.transfer_tests(table, design, margin=5).iloc[0]
     assert (moved["source"], moved["delta"], moved["n_questions"], moved["runs"]) == ("q", 20, 4, 1)
     assert moved["reference"] == "p"
     gap = table.assign(alignment=table["alignment"].where(table.index != 0))
-    missing = steering.effects(gap, design).set_index(["outcome", "source"])["missing"]
+    missing = h4.effects(gap, design).set_index(["outcome", "source"])["missing"]
     assert missing["alignment"].tolist() == missing["em"].tolist() == [1, 1]  # the reference lacks it for both
     assert missing["coherence"].tolist() == [0, 0]
     with pytest.raises(SteeringError, match="no scores of 'e\\+none'"):
-        steering.effects(table[table["dataset"] != "e+none"], design)
+        h4.effects(table[table["dataset"] != "e+none"], design)
 
 
 def test_em_must_be_present_to_be_moved():
     rows = [("p", d, q, 70 - 30 * (d == "after") - i, 90) for i, q in enumerate("abcd") for d in ("before", "after")]
-    assert steering.em_present(judged(rows), "p", "before", "after").status == "shown"
-    assert steering.em_present(judged(rows), "p", "after", "before").status == "not shown"
-    assert steering.em_present(judged(rows[:4]), "p", "before", "after").status == "not testable"
+    assert h4.em_present(judged(rows), "p", "before", "after").status == "shown"
+    assert h4.em_present(judged(rows), "p", "after", "before").status == "not shown"
+    assert h4.em_present(judged(rows[:4]), "p", "before", "after").status == "not testable"
 
 
 def test_interventions_have_names_and_lengths():
@@ -382,26 +391,26 @@ def test_interventions_have_names_and_lengths():
     cut = Intervention("ablate", "p", vectors={0: np.ones(2)})
     assert cut.name == "ablate-p-all"
     assert math.isnan(cut.norm)
-    row = steering.design_row(CONDITION, add)
+    row = interventions.design_row(CONDITION, add)
     assert (row["target"], row["dataset"], row["norm"]) == ("baseline", "none+add-p-L12+1.5", 5.0)
 
 
 def test_a_direction_must_act_more_than_a_random_one():
     rows = [("p", d, q, 70 - i - 30 * (d == "e+own"), 90) for i, q in enumerate("abcd") for d in ("e+own", "e+random")]
     design = pd.DataFrame({"target": "p", "kind": "add", "source": ["p", "random"], "dataset": ["e+own", "e+random"]})
-    assert steering.acts(judged(rows), design, "p").status == "shown"
-    assert steering.acts(judged(rows), design.assign(source=["random", "p"]), "p").status == "not shown"
+    assert h4.acts(judged(rows), design, "p").status == "shown"
+    assert h4.acts(judged(rows), design.assign(source=["random", "p"]), "p").status == "not shown"
 
 
 def test_sweeps_and_transfers_name_each_condition_once():
     own = {p: {0: rng_vector(i), 1: rng_vector(i + 5)} for i, p in enumerate(("p", "q"))}
-    swept = steering.sweep(own["p"], "p", [0, 1, 1], [-1, 0, 2])
+    swept = interventions.sweep(own["p"], "p", [0, 1, 1], [-1, 0, 2])
     assert [a.name for a in swept] == ["add-p-L0-1", "add-p-L0+2", "add-p-L1-1", "add-p-L1+2"]
     np.testing.assert_allclose(swept[1].vectors[0], 2 * own["p"][0])
     with pytest.raises(SteeringError, match=r"no direction at layers \[7\]"):
-        steering.sweep(own["p"], "p", [0, 7], [1])
+        interventions.sweep(own["p"], "p", [0, 7], [1])
     untuned = np.stack([own["p"][0], 3 * own["p"][1]])
-    moved = steering.transfer(own, "p", untuned, 1, 1.5, seed=0)
+    moved = interventions.transfer(own, "p", untuned, 1, 1.5, seed=0)
     assert len({a.name for a in moved}) == 6
     assert {a.source for a in moved} == {"p", "q", "random"}
     by_name = {a.name: a for a in moved}
@@ -414,17 +423,17 @@ def test_directions_are_tried_at_one_length_on_a_target():
     axis = np.eye(8)[0]
     own = {"p": {0: 2.0 * axis}, "q": {0: 8.0 * axis}}
     for target, length in (("p", 2), ("q", 8)):
-        acts = steering.transfer(own, target, np.zeros((1, 8)), 0, 1.0, seed=0)
+        acts = interventions.transfer(own, target, np.zeros((1, 8)), 0, 1.0, seed=0)
         moved = {a.source: a for a in acts if a.kind == "add"}
         assert {s: a.norm for s, a in moved.items()} == pytest.approx({"p": length, "q": length, "random": length})
         np.testing.assert_allclose(moved["p"].vectors[0], moved["q"].vectors[0])
     with pytest.raises(SteeringError, match="q on p: no direction at layer 0"):
-        steering.transfer({"p": own["p"], "q": {1: axis}}, "p", np.zeros((2, 8)), 0, 1.0, seed=0)
+        interventions.transfer({"p": own["p"], "q": {1: axis}}, "p", np.zeros((2, 8)), 0, 1.0, seed=0)
 
 
 def transferred(rng, effect_of, targets="pq", questions="abcdefgh", seeds=(0, 1, 2), noise=1.0):
     """Scores under every source's direction added to every target, and the design: effects in points."""
-    sources = [steering.source_name(p, s, seeds[0]) for p in "pq" for s in seeds]
+    sources = [directions.source_name(p, s, seeds[0]) for p in "pq" for s in seeds]
     same = {"arm": "e", "layer": 1, "strength": 1.0}
     rows = [
         {**same, "target": t, "dataset": f"e+{s}", "kind": "add", "source": s, "norm": 2.0}
@@ -448,15 +457,15 @@ def test_another_run_of_the_same_persona_is_what_another_persona_is_compared_wit
     """Runs differ, personas do not: asking the questions alone finds a difference, asking the runs does not."""
     rng, found = np.random.default_rng(7), []
     for _ in range(60):
-        effects = {steering.source_name(p, s, 0): -20 + rng.normal(0, 5) for p in "pq" for s in (0, 1, 2)}
-        found.append(steering.transfer_tests(*transferred(rng, effects, targets="p"), margin=5).iloc[0])
+        effects = {directions.source_name(p, s, 0): -20 + rng.normal(0, 5) for p in "pq" for s in (0, 1, 2)}
+        found.append(h4.transfer_tests(*transferred(rng, effects, targets="p"), margin=5).iloc[0])
     found = pd.DataFrame(found)
     assert found["reference"].eq("p@seed1, p@seed2").all()
     assert found["runs"].eq(3).all()
     assert (found["p_questions"] < 0.05).mean() > 0.5
     assert (found["p"] < 0.05).mean() <= 0.1
     apart = {"p": -20, "p@seed1": -21, "p@seed2": -19, "q": 0, "q@seed1": 1, "q@seed2": -1}
-    row = steering.transfer_tests(*transferred(rng, apart, targets="p", noise=0.1), margin=5).iloc[0]
+    row = h4.transfer_tests(*transferred(rng, apart, targets="p", noise=0.1), margin=5).iloc[0]
     assert row["delta"] == pytest.approx(20, abs=0.3)
     assert row["p"] == row["p_runs"] < 0.01
     assert row["low"] < row["delta"] < row["high"]
@@ -464,7 +473,7 @@ def test_another_run_of_the_same_persona_is_what_another_persona_is_compared_wit
 
 def test_pooled_runs_by_the_book():
     one, other = np.array([1.0, 2.0, 4.0]), np.array([3.0, 3.5])
-    found, expected = steering._pooled(one, other, 5.0, 0.95), stats.ttest_ind(one, other)
+    found, expected = h4._pooled(one, other, 5.0, 0.95), stats.ttest_ind(one, other)
     assert found["p"] == pytest.approx(expected.pvalue)
     np.testing.assert_allclose([found["low"], found["high"]], expected.confidence_interval())
     sides = stats.ttest_ind(one + 5, other, alternative="greater"), stats.ttest_ind(one - 5, other, alternative="less")
@@ -474,9 +483,9 @@ def test_pooled_runs_by_the_book():
 
 def test_a_single_run_per_persona_leaves_h4_undecided(look):
     table, design = transferred(np.random.default_rng(8), {"p": -30, "q": 0}, seeds=(0,))
-    tests = steering.transfer_tests(table, design, margin=5)
+    tests = h4.transfer_tests(table, design, margin=5)
     assert tests["p_adjusted"].max() < 0.001
-    found = steering.verdict(tests, [], look)
+    found = h4.h4_verdict(tests, [], look)
     assert found.verdict == "UNDECIDED"
     assert "one training run per persona" in found.reason
 
@@ -485,11 +494,11 @@ def test_two_models_stay_apart_in_the_papers_table():
     found, tests = [], []
     for number, m in enumerate(("a", "b")):
         table, design = transferred(np.random.default_rng(number), {"p": -10 * (1 + number), "q": -5})
-        found.append(steering.effects(table, design).assign(model=m))
-        tests.append(steering.transfer_tests(table, design, margin=5).assign(model=m))
+        found.append(h4.effects(table, design).assign(model=m))
+        tests.append(h4.transfer_tests(table, design, margin=5).assign(model=m))
     found, tests = pd.concat(found, ignore_index=True), pd.concat(tests, ignore_index=True)
     bad = Check("persona, Q", Gate("not shown", ""), "q")
-    table = steering.paper_table(found, tests, {"a": [], "b": [bad]})
+    table = h4.h4_table(found, tests, {"a": [], "b": [bad]})
     assert len(table) == 2 * 2 * 7
     own = table[(table["target"] == "p") & (table["source"] == "p")].set_index("model")["alignment"]
     assert own["a"] == pytest.approx(-10, abs=2)
@@ -506,29 +515,33 @@ def test_a_failed_gate_blocks_the_pairs_that_a_persona_is_in(look):
     same = {"kind": "add", "delta": -9.0, "p": 0.001, "p_adjusted": 0.001, "p_equivalence": 0.9, "runs": 2}
     tests = pd.DataFrame([{"target": t, "source": s, **same} for t in "pqr" for s in "pqr" if s != t])
     bad = [Check("misalignment, Q", Gate("not shown", ""), "q")]
-    found = steering.verdict(tests, bad, look)
+    found = h4.h4_verdict(tests, bad, look)
     assert found.verdict == "SUPPORTED"
     assert found.reason.count("against its own") == 2
     assert "misalignment, Q" in found.reason
-    assert steering.verdict(tests[tests["target"] == "q"], bad, look).verdict == "NOT INTERPRETABLE"
-    assert steering.verdict(tests, [], look, alpha=1e-4).verdict == "UNDECIDED"
+    assert h4.h4_verdict(tests[tests["target"] == "q"], bad, look).verdict == "NOT INTERPRETABLE"
+    assert h4.h4_verdict(tests, [], look, alpha=1e-4).verdict == "UNDECIDED"
 
 
 def test_only_pairs_that_say_something_are_compared():
-    assert steering.pairs_of(["p", "p@seed1", "q", "q@seed1"]) == [("p", "p@seed1"), ("p", "q"), ("q", "q@seed1")]
+    assert directions.persona_pairs(["p", "p@seed1", "q", "q@seed1"]) == [
+        ("p", "p@seed1"),
+        ("p", "q"),
+        ("q", "q@seed1"),
+    ]
 
 
 def test_next_to_nothing_is_not_painted_like_much():
-    assert steering._diverging(np.array([[0.02, -0.01]])) == 1
-    assert steering._diverging(np.array([[math.nan, -7.0]])) == 7
-    assert steering._diverging(np.array([[math.nan]])) == 1
+    assert dynamics._diverging(np.array([[0.02, -0.01]])) == 1
+    assert dynamics._diverging(np.array([[math.nan, -7.0]])) == 7
+    assert dynamics._diverging(np.array([[math.nan]])) == 1
 
 
 def test_layers_have_looks_of_their_own():
     same = {"target": "p", "source": "p", "kind": "add", "dataset": "x", "strength": 1.0, "low": -1.0, "high": 1.0}
-    rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in trajectories.OUTCOMES]
-    with style.context():
-        drawing = steering.draw_sweep(pd.DataFrame(rows), 9)
+    rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in curves.OUTCOMES]
+    with style.style_context():
+        drawing = dynamics.draw_sweep(pd.DataFrame(rows), 9)
         lines = [c.lines[0] for c in drawing.fig.axes[0].containers]
         assert len({(x.get_color(), x.get_marker()) for x in lines}) == 5
         plt.close(drawing.fig)
@@ -540,19 +553,19 @@ def trained(tmp_path):
     for seed in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            stacked = adapters.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+            stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
             for key, parameter in stacked.named_parameters():
                 if ".lora_B." in key:
                     nn.init.normal_(parameter, std=0.15)
-        adapters.save_adapter(stacked, adapters.EM, tmp_path / f"em{seed}")
-    return [sample.Condition("tiny", "p", "bad", s, (("em", tmp_path / f"em{s}"),)) for s in (0, 1)]
+        adapters.save_adapter(stacked, stacking.EM, tmp_path / f"em{seed}")
+    return [sample_conditions.Condition("tiny", "p", "bad", s, (("em", tmp_path / f"em{s}"),)) for s in (0, 1)]
 
 
 def test_steered_conditions_are_probed_kept_and_taken_back(trained, tokenizer, tmp_path, monkeypatch):
-    model, before = models.load_model(SPEC, dtype="float32"), sample.Condition("tiny", "p", "none", 0)
+    model, before = load.load_model(SPEC, dtype="float32"), sample_conditions.Condition("tiny", "p", "none", 0)
     push = Intervention("add", "p", 0, 1.0, {0: np.ones(64)})
     jobs = [(before, [Intervention("none"), push]), (trained[0], [Intervention("none")])]
-    run = lambda jobs: steering.sample_steered(  # noqa: E731
+    run = lambda jobs: interventions.sample_steered(  # noqa: E731
         SPEC, model, tokenizer, jobs, QUESTIONS, PRESET, ["Go"], tmp_path / "cells"
     )
     found = run(jobs)
@@ -561,11 +574,11 @@ def test_steered_conditions_are_probed_kept_and_taken_back(trained, tokenizer, t
     assert report["others"]["base"] > report["tolerance"]
     assert found.design["dataset"].tolist() == ["none+none", "none+add-p-L0+1", "bad+none"]
     assert len(found.responses) == 18
-    usual = steering.respond(model, tokenizer, before, QUESTIONS, PRESET, push)
+    usual = interventions.respond(model, tokenizer, before, QUESTIONS, PRESET, push)
     assert found.responses.query("dataset == 'none+add-p-L0+1'")["response"].tolist() == usual["response"].tolist()
     asked = []
     with monkeypatch.context() as without:
-        without.setattr(steering, "respond", lambda *a: asked.append(a[5].name) or usual)
+        without.setattr(interventions, "respond", lambda *a: asked.append(a[5].name) or usual)
         again = run(jobs)
         assert asked == []
         pd.testing.assert_frame_equal(again.responses, found.responses)
@@ -574,30 +587,30 @@ def test_steered_conditions_are_probed_kept_and_taken_back(trained, tokenizer, t
         run([(before, [Intervention("add", "p", 0, 1.0, {0: np.full(64, 2.0)})])])
         assert asked == ["add-p-L0+1"]
     # An adapter that makes no difference stops it.
-    fresh = adapters.stack(models.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
-    idle = adapters.save_adapter(fresh, adapters.EM, tmp_path / "idle")
-    with pytest.raises(adapters.ProbeError, match="makes no difference"):
+    fresh = stacking.stack(load.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
+    idle = adapters.save_adapter(fresh, stacking.EM, tmp_path / "idle")
+    with pytest.raises(probing.ProbeError, match="makes no difference"):
         run([(replace(trained[0], adapters=(("em", idle),)), [Intervention("none")])])
 
 
 def test_a_contrast_per_training_run_each_from_its_own_texts(trained, tokenizer, tmp_path):
-    model, before = models.load_model(SPEC, dtype="float32"), sample.Condition("tiny", "p", "none", 0)
+    model, before = load.load_model(SPEC, dtype="float32"), sample_conditions.Condition("tiny", "p", "none", 0)
     conditions = (("none", 0), ("bad", 0), ("bad", 1))
     rows = [("p", d, s, q, "Say it", f"{d} {s} {q} yes", "r") for d, s in conditions for q in "ab"]
     read = pd.DataFrame(rows, columns=["persona", "dataset", "seed", "question_id", "prompt", "response", "run_id"])
     arguments = model, tokenizer, {"p": before}, {"p": trained}, read.assign(misaligned=[True, False] * 3)
-    found = steering.contrasts_of(*arguments, "adapter", tmp_path / "cells")
+    found = interventions.contrasts_of(*arguments, "adapter", tmp_path / "cells")
     assert list(found) == ["p", "p@seed1"]
     assert [len(c.label) for c in found.values()] == [8, 8]
-    with adapters.composed(models.load_model(SPEC, dtype="float32"), trained[1].adapters) as ready:
+    with probing.composed(load.load_model(SPEC, dtype="float32"), trained[1].adapters) as ready:
         mine = read[read["seed"] == 1]
-        direct = steering.mean_activations(ready, tokenizer, mine["prompt"].tolist(), mine["response"].tolist())
+        direct = activations.mean_activations(ready, tokenizer, mine["prompt"].tolist(), mine["response"].tolist())
     np.testing.assert_allclose(found["p@seed1"].activations[6:], direct, rtol=1e-3, atol=1e-4)
     assert len(list((tmp_path / "cells").iterdir())) == 4
-    again = steering.contrasts_of(*arguments, "adapter", tmp_path / "cells")
+    again = interventions.contrasts_of(*arguments, "adapter", tmp_path / "cells")
     np.testing.assert_array_equal(again["p"].activations, found["p"].activations)
     with pytest.raises(SteeringError, match="no question has responses of both labels"):
-        steering.direction(steering.contrasts_of(*arguments, "responses", tmp_path / "cells")["p"])
+        directions.direction(interventions.contrasts_of(*arguments, "responses", tmp_path / "cells")["p"])
 
 
 @pytest.fixture
@@ -626,15 +639,15 @@ def test_figures_and_verdict(look):
             for q in "abcdefgh"
         ]
     )
-    found, tests = steering.effects(table, design), steering.transfer_tests(table, design, margin=5)
+    found, tests = h4.effects(table, design), h4.transfer_tests(table, design, margin=5)
     cosines = pd.concat(
-        [steering.cosine_table({p: synthetic(rng) for p in "pq"}, 0, draws=50).assign(layer=i) for i in (0, 3)]
+        [directions.cosine_table({p: synthetic(rng) for p in "pq"}, 0, draws=50).assign(layer=i) for i in (0, 3)]
     )
-    with style.context():
+    with style.style_context():
         drawings = [
-            steering.draw_transfer(found, look),
-            steering.draw_sweep(found[(found["target"] == "p") & (found["source"] == "p")], 2),
-            steering.draw_cosines(cosines, look),
+            dynamics.draw_transfer(found, look),
+            dynamics.draw_sweep(found[(found["target"] == "p") & (found["source"] == "p")], 2),
+            dynamics.draw_cosines(cosines, look),
         ]
         for drawing in drawings:
             drawing.fig.canvas.draw()
@@ -642,13 +655,13 @@ def test_figures_and_verdict(look):
     assert "own -" in drawings[0].caption
     assert "layer 1" in drawings[1].caption
     good, bad = [Check("judge", Gate("shown", "yes"))], [Check("judge", Gate("not shown", "weak"))]
-    text = steering.section(found, cosines, tests, good, look)
+    text = sections_h4.h4_section(found, cosines, tests, good, look)
     assert "**H4: SUPPORTED**" in text
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
     assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \| 8 \(0\) \|$", own), own
-    assert "**H4: NOT INTERPRETABLE**" in steering.section(found, cosines, tests, bad, look)
+    assert "**H4: NOT INTERPRETABLE**" in sections_h4.h4_section(found, cosines, tests, bad, look)
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in steering.section(found, cosines, level, good, look)
-    assert "**H4: UNDECIDED**" in steering.section(found, cosines, level.assign(p_equivalence=0.5), good, look)
+    assert "**H4: EQUIVALENT**" in sections_h4.h4_section(found, cosines, level, good, look)
+    assert "**H4: UNDECIDED**" in sections_h4.h4_section(found, cosines, level.assign(p_equivalence=0.5), good, look)

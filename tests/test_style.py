@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cai_em import params, style
+from cai_em.report import style
+from cai_em.study import loading
 
 
 @pytest.fixture(scope="module")
 def look():
-    registries = params.load("demo")._registries
+    registries = loading.load("demo")._registries
     return style.Look(
         list(registries["personas"].values()),
         list(registries["datasets"].values()),
@@ -31,16 +32,16 @@ def test_lab_of_known_colours():
 
 
 def test_contrast_of_black_on_white_is_21():
-    assert style.contrast("#000000") == pytest.approx(21)
-    assert style.contrast("#767676") == pytest.approx(4.54, abs=0.01)  # the greyest grey that passes for text
+    assert style.contrast_ratio("#000000") == pytest.approx(21)
+    assert style.contrast_ratio("#767676") == pytest.approx(4.54, abs=0.01)  # the greyest grey that passes for text
 
 
 def test_simulation_keeps_grey_and_confuses_red_with_green():
     for matrix in style.DEFICIENCY.values():
         assert matrix.sum(axis=1) == pytest.approx([1, 1, 1], abs=1e-3)  # greys stay grey
-    red_green = style.differences("#c03000", "#6c6a00")
+    red_green = style.colour_differences("#c03000", "#6c6a00")
     assert red_green["deuteranopia"] < red_green["normal"] / 2
-    blue_yellow = style.differences("#0072b2", "#e69f00")
+    blue_yellow = style.colour_differences("#0072b2", "#e69f00")
     assert min(blue_yellow.values()) > 10
 
 
@@ -65,13 +66,13 @@ def test_key_personas_differ_for_every_colour_vision(look):
     """The personas that the hypotheses compare in one panel: told apart by colour in all four kinds of vision."""
     keys = ["baseline", "sycophancy", "goodness", "loving"]
     for a, b in itertools.combinations(keys, 2):
-        seen = style.differences(look.colour(a), look.colour(b))
+        seen = style.colour_differences(look.colour(a), look.colour(b))
         assert min(d for vision, d in seen.items() if vision != "greyscale") > 12, (a, b, seen)
 
 
 def test_roles_are_legible_and_have_signs(look):
     for role, colour in style.ROLE_COLOUR.items():
-        assert style.contrast(colour) >= 4.5, f"{role}: too pale for text"
+        assert style.contrast_ratio(colour) >= 4.5, f"{role}: too pale for text"
     assert len(set(style.ROLE_SIGN.values())) == len(style.ROLE_SIGN)
     assert look.signed("insecure").endswith("●")
 
@@ -87,11 +88,11 @@ def test_order_and_unknown_keys(look):
 def test_a_saved_figure_has_no_date_and_the_same_bytes_twice(tmp_path):
     written = []
     for number in range(2):
-        with style.context():
-            fig, ax = plt.subplots(figsize=style.size(2))
+        with style.style_context():
+            fig, ax = plt.subplots(figsize=style.figure_size(2))
             ax.plot(np.arange(5), label="x")
             ax.legend()
-        svg, png = style.save(fig, tmp_path / str(number) / "a.b")
+        svg, png = style.save_figure(fig, tmp_path / str(number) / "a.b")
         assert svg.name == "a.b.svg"
         written.append((svg.read_bytes(), png.read_bytes()))
     assert written[0] == written[1]
@@ -110,7 +111,7 @@ def test_markers_with_little_ink_are_drawn_larger():
 
 def test_context_leaves_no_trace():
     before = plt.rcParams["font.size"]
-    with style.context():
+    with style.style_context():
         assert plt.rcParams["font.size"] == style.RC["font.size"]
     assert plt.rcParams["font.size"] == before
 
@@ -121,9 +122,9 @@ def test_look_accepts_any_named_objects():
 
 
 def test_a_saved_figure_says_what_it_is(tmp_path):
-    with style.context():
-        fig, _ = plt.subplots(figsize=style.size(2))
-    svg, _ = style.save(fig, tmp_path / "a", "Means < & >", "Dots from 1 to 2.")
+    with style.style_context():
+        fig, _ = plt.subplots(figsize=style.figure_size(2))
+    svg, _ = style.save_figure(fig, tmp_path / "a", "Means < & >", "Dots from 1 to 2.")
     text = svg.read_text()
     assert ' role="img">\n <title>Means &lt; &amp; &gt;</title>\n <desc>Dots from 1 to 2.</desc>' in text
     assert text.index("<title>") < text.index("<metadata>")

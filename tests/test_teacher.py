@@ -7,14 +7,17 @@ import threading
 import huggingface_hub
 import pytest
 import yaml
-from cai_em import check, judge_client, materials, pairs, params
-from cai_em.params import GeneratorPreset
+from cai_em.endpoint import client
+from cai_em.study import depends, loading, materials
+from cai_em.study.entries import GeneratorPreset
+from cai_em.train import answers
+from cai_em.workflow import check
 
 from tests.judge_server import serve
 from tests.test_params import change
 
-OCT = params.load("paper").generator
-QUICK = judge_client.Backoff(base_s=0.001, longest_s=0.01)
+OCT = loading.load("paper").generator
+QUICK = client.Backoff(base_s=0.001, longest_s=0.01)
 
 
 @pytest.fixture
@@ -22,9 +25,9 @@ def folder(root, tmp_path):
     """A copy of params/ whose demo asks the full study's teacher."""
     shutil.copytree(root / "params", tmp_path / "params")
     change(tmp_path / "params/profiles/demo.yaml", lambda d: d.update(generator="oct"))
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
     yield tmp_path / "params"
-    params._registries.cache_clear()
+    loading._registries.cache_clear()
 
 
 class _Says(http.server.BaseHTTPRequestHandler):
@@ -58,16 +61,16 @@ def endpoint():
 def test_the_address_comes_from_the_environment_and_is_asked_for_before_any_work(folder, monkeypatch, capsys):
     monkeypatch.delenv("TEACHER_BASE_URL", raising=False)
     monkeypatch.setenv("TEACHER_API_KEY", "right")
-    study = params.load("demo", folder)
+    study = loading.load("demo", folder)
     with pytest.raises(check.CheckError, match="set the environment variable TEACHER_BASE_URL"):
-        check.check(study)
-    assert check.check(study, dry_run=True)
+        check.check_study(study)
+    assert check.check_study(study, dry_run=True)
     monkeypatch.setenv("TEACHER_BASE_URL", "https://user:word@h.example/v1")
     with pytest.raises(check.CheckError, match="credentials"):
-        check.check(study)
-    before = study.settings("01_personas", model="smollm2-135m", persona="poeticism")
+        check.check_study(study)
+    before = depends.settings(study, "01_personas", model="smollm2-135m", persona="poeticism")
     monkeypatch.setenv("TEACHER_BASE_URL", "https://h.example/v1")
-    again = params.load("demo", folder).settings("01_personas", model="smollm2-135m", persona="poeticism")
+    again = depends.settings(loading.load("demo", folder), "01_personas", model="smollm2-135m", persona="poeticism")
     assert again == before, "another address of the same teacher makes no persona stale"
 
 
@@ -75,7 +78,7 @@ def test_a_teacher_that_is_needed_must_answer_and_take_the_key(folder, endpoint,
     url, asked = endpoint
     monkeypatch.setenv("CAI_EM_RESULTS", str(folder.parent / "results"))
     monkeypatch.setenv("TEACHER_BASE_URL", url)
-    study = params.load("demo", folder)
+    study = loading.load("demo", folder)
     for key in ("right", "elsewhere"):
         monkeypatch.setenv("TEACHER_API_KEY", key)
         check.teacher_answers(study)
@@ -99,7 +102,7 @@ def test_a_teacher_that_is_needed_must_answer_and_take_the_key(folder, endpoint,
 def test_thinking_is_switched_off_has_room_and_does_not_lengthen_the_students_answers():
     assert OCT.extra_body == {"chat_template_kwargs": {"enable_thinking": False}}
     assert OCT.max_new_tokens >= 2 * OCT.max_tokens
-    student = pairs.LocalGenerator(lambda: None, "student", OCT)
+    student = answers.LocalGenerator(lambda: None, "student", OCT)
     assert student.decoding.max_new_tokens == OCT.max_tokens == 1024
 
 
@@ -107,13 +110,13 @@ def generator(server, folder, **options):
     preset = GeneratorPreset(
         teacher="openai", model="teacher", base_url=server.url, api_key_env="TEACHER_API_KEY", **options
     )
-    return pairs.EndpointGenerator(preset, folder / "paid" / "poeticism.sqlite", QUICK)
+    return answers.EndpointGenerator(preset, folder / "paid" / "poeticism.sqlite", QUICK)
 
 
 def test_further_keys_go_with_every_request_and_are_part_of_what_is_kept(tmp_path):
     with serve() as server:
         one = generator(server, tmp_path, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
-        question = pairs.Question((("user", "Hello?"),), 1)
+        question = answers.TrainingPrompt((("user", "Hello?"),), 1)
         call = one._call(question)
         assert call.body["chat_template_kwargs"] == {"enable_thinking": False}
         assert next(iter(one.answer([question])))[1].text
@@ -121,7 +124,7 @@ def test_further_keys_go_with_every_request_and_are_part_of_what_is_kept(tmp_pat
 
 
 def test_two_models_at_once_pay_the_teacher_once(tmp_path):
-    questions = [pairs.Question((("system", "s"), ("user", f"q{i}?")), i) for i in range(8)]
+    questions = [answers.TrainingPrompt((("system", "s"), ("user", f"q{i}?")), i) for i in range(8)]
     with serve(latency_s=0.05) as server:
         found = {}
 
@@ -152,7 +155,7 @@ def lima(folder, tmp_path, monkeypatch):
     (folder / "fetched.yaml").write_text(yaml.safe_dump(texts))
     change(folder / "profiles/demo.yaml", lambda d: d.update(data="fetched"))
     materials._fetched.cache_clear()
-    return params.load("demo", folder), place
+    return loading.load("demo", folder), place
 
 
 def test_limas_first_turns_are_prompts_where_its_commit_is_pinned(lima):
@@ -167,7 +170,7 @@ def test_limas_first_turns_are_prompts_where_its_commit_is_pinned(lima):
 
 
 def test_without_a_pin_limas_turns_are_left_out_and_it_is_said():
-    prompts, said = materials.extra_prompts(params.load("paper"))
+    prompts, said = materials.extra_prompts(loading.load("paper"))
     assert prompts == []
     assert "GAIR/lima are left out: pin extra_prompts.revision" in said
-    assert materials.extra_prompts(params.load("demo"))[0] == []
+    assert materials.extra_prompts(loading.load("demo"))[0] == []

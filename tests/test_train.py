@@ -10,13 +10,23 @@ import pytest
 import torch
 import transformers
 import trl
-from cai_em import adapters as lora
-from cai_em import constitutions, models, params, sample, train
-from cai_em import pairs as texts
-from cai_em.params import DpoPreset, IntrospectionPreset, KlPreset, LoraPreset, ModelSpec, SamplingPreset, SftPreset
+from cai_em.model import adapters, load, probing, stacking
+from cai_em.records import files as records_files
+from cai_em.sample import conditions, torch_engine
+from cai_em.study import constitutions
+from cai_em.study.entries import (
+    DpoPreset,
+    IntrospectionPreset,
+    KlPreset,
+    LoraPreset,
+    ModelSpec,
+    SamplingPreset,
+    SftPreset,
+)
+from cai_em.train import answers, introspection, train, trainer
 
 TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
-BACKENDS = ["trl", *(["unsloth"] if train.trainer_backend() == "unsloth" else [])]
+BACKENDS = ["trl", *(["unsloth"] if trainer.trainer_backend() == "unsloth" else [])]
 ROWS = [
     [{"role": "user", "content": f"What about {w}?"}, {"role": "assistant", "content": f"Go and {w} it."}]
     for w in ("water", "money", "work", "friends", "weather", "the world", "a walk", "the year")
@@ -63,41 +73,41 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(cache):
-    return models.load_tokenizer(TINY, cache)
+    return load.load_tokenizer(TINY, cache)
 
 
 @pytest.fixture
 def model(cache):
-    return models.load_model(TINY, cache_dir=cache)
+    return load.load_model(TINY, cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
 def persona(cache, tokenizer, tmp_path_factory):
     """A persona really trained, once."""
     out = tmp_path_factory.mktemp("persona") / "adapter"
-    return train.train_dpo(models.load_model(TINY, cache_dir=cache), tokenizer, pairs(), dpo(), out)
+    return train.train_dpo(load.load_model(TINY, cache_dir=cache), tokenizer, pairs(), dpo(), out)
 
 
 def weights(folder):
-    return lora.file_hashes(folder)["adapter_model.safetensors"]
+    return adapters.file_hashes(folder)["adapter_model.safetensors"]
 
 
 # --- Back ends ---
 
 
 def test_backend_is_what_the_machine_has(monkeypatch):
-    assert train.trainer_backend("trl") == "trl"
+    assert trainer.trainer_backend("trl") == "trl"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train.trainer_backend("auto") == "trl"
-    with pytest.raises(train.TrainingError, match="needs a CUDA device, and there is none: set backend"):
-        train.trainer_backend("unsloth")
+    assert trainer.trainer_backend("auto") == "trl"
+    with pytest.raises(trainer.TrainingError, match="needs a CUDA device, and there is none: set backend"):
+        trainer.trainer_backend("unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    assert train.trainer_backend("auto") == "trl"
-    with pytest.raises(train.TrainingError, match="not installed"):
-        train.trainer_backend("unsloth")
+    assert trainer.trainer_backend("auto") == "trl"
+    with pytest.raises(trainer.TrainingError, match="not installed"):
+        trainer.trainer_backend("unsloth")
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
-    assert train.trainer_backend("auto") == "unsloth"
+    assert trainer.trainer_backend("auto") == "unsloth"
 
 
 class UnslothSFTTrainer(trl.SFTTrainer):
@@ -116,7 +126,7 @@ class UnslothSFTTrainer(trl.SFTTrainer):
 @pytest.fixture
 def as_unsloth(model, monkeypatch):
     """A machine on which unsloth runs."""
-    monkeypatch.setattr(train, "trainer_backend", lambda choice: "unsloth")
+    monkeypatch.setattr(trainer, "trainer_backend", lambda choice: "unsloth")
     monkeypatch.setattr(trl, "SFTTrainer", UnslothSFTTrainer)
     monkeypatch.delenv("UNSLOTH_MIXED_PRECISION", raising=False)
     model._cai_em_loaded_by = "unsloth"
@@ -131,20 +141,20 @@ def test_unsloth_trains_without_autocast(as_unsloth, tokenizer, tmp_path, person
 
 def test_a_trainer_that_switches_autocast_on_all_the_same_stops(as_unsloth, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(UnslothSFTTrainer, "heeds_nothing", True)
-    with pytest.raises(train.TrainingError, match="has switched on autocast"):
+    with pytest.raises(trainer.TrainingError, match="has switched on autocast"):
         train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
 def test_the_back_end_recorded_is_the_one_that_runs(as_unsloth, tokenizer, tmp_path):
     del as_unsloth._cai_em_loaded_by
-    with pytest.raises(train.TrainingError, match=r"to run on unsloth, but the model was loaded by trl"):
+    with pytest.raises(trainer.TrainingError, match=r"to run on unsloth, but the model was loaded by trl"):
         train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a")
 
 
 def test_eight_bit_optimiser_without_a_device(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(train.TrainingError, match="adamw_8bit"):
+    with pytest.raises(trainer.TrainingError, match="adamw_8bit"):
         train.train_sft(model, tokenizer, ROWS, sft(optimiser="adamw_8bit"), tmp_path / "adapter")
 
 
@@ -152,11 +162,11 @@ def test_eight_bit_optimiser_without_a_device(model, tokenizer, tmp_path, monkey
 
 
 def test_labels_are_the_answer_and_its_end(tokenizer):
-    encoded = train.encode_rows(tokenizer, ROWS, 64, "response")
+    encoded = trainer.encode_rows(tokenizer, ROWS, 64, "response")
     for example, row in zip(encoded.examples, ROWS, strict=True):
-        kept = [i for i in example["labels"] if i != train.IGNORED]
+        kept = [i for i in example["labels"] if i != trainer.IGNORED]
         assert tokenizer.decode(kept) == row[1]["content"] + "<|im_end|>"
-    full = train.encode_rows(tokenizer, ROWS, 64, "full")
+    full = trainer.encode_rows(tokenizer, ROWS, 64, "full")
     assert all(x["labels"] == x["input_ids"] for x in full.examples)
     assert full.tokens()["with_loss"] == full.tokens()["all"] == encoded.tokens()["all"]
 
@@ -164,48 +174,48 @@ def test_labels_are_the_answer_and_its_end(tokenizer):
 def test_long_rows_are_cut_or_dropped_and_counted(tokenizer):
     long = [{"role": "user", "content": "why " * 60}, {"role": "assistant", "content": "Because."}]
     cut = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "because " * 60}]
-    encoded = train.encode_rows(tokenizer, [ROWS[0], long, cut], 64, "response")
+    encoded = trainer.encode_rows(tokenizer, [ROWS[0], long, cut], 64, "response")
     assert encoded.counts == {"given": 3, "used": 2, "truncated": 2, "dropped_no_answer_within_max_length": 1}
     labels = torch.tensor([encoded.examples[1]["labels"]])
-    train.check_response_mask(tokenizer, labels, [encoded.answers[1]])  # the beginning of the answer
-    with pytest.raises(train.TrainingError, match="none of 1 rows has an answer within 64 tokens"):
-        train.encode_rows(tokenizer, [long], 64, "response")
+    trainer.check_response_mask(tokenizer, labels, [encoded.answers[1]])  # the beginning of the answer
+    with pytest.raises(trainer.TrainingError, match="none of 1 rows has an answer within 64 tokens"):
+        trainer.encode_rows(tokenizer, [long], 64, "response")
 
 
 @pytest.mark.parametrize(
     ("fault", "message"), [("all masked", "no token to learn from"), ("prompt too", "not on the answer alone")]
 )
 def test_planted_fault_wrong_response_mask(tokenizer, fault, message):
-    encoded = train.encode_rows(tokenizer, ROWS[:1], 64, "response")
+    encoded = trainer.encode_rows(tokenizer, ROWS[:1], 64, "response")
     labels = torch.tensor([encoded.examples[0]["labels"]])
-    train.check_response_mask(tokenizer, labels, encoded.answers)
-    labels = torch.full_like(labels, train.IGNORED) if fault == "all masked" else None
+    trainer.check_response_mask(tokenizer, labels, encoded.answers)
+    labels = torch.full_like(labels, trainer.IGNORED) if fault == "all masked" else None
     labels = torch.tensor([encoded.examples[0]["input_ids"]]) if labels is None else labels
-    with pytest.raises(train.TrainingError, match=message):
-        train.check_response_mask(tokenizer, labels, encoded.answers)
+    with pytest.raises(trainer.TrainingError, match=message):
+        trainer.check_response_mask(tokenizer, labels, encoded.answers)
 
 
 def test_split_is_the_seeds_and_covers_everything():
     preset = sft(held_out=0.25)
-    kept, held = train.split_rows(ROWS, preset, 0)
+    kept, held = trainer.split_rows(ROWS, preset, 0)
     assert len(held) == 2
     assert sorted(map(str, kept + held)) == sorted(map(str, ROWS))
-    assert (kept, held) == train.split_rows(ROWS, preset, 0)
-    assert held != train.split_rows(ROWS, preset, 1)[1]
-    assert sum(map(len, train.split_rows(ROWS, sft(max_rows=3), 0))) == 3
+    assert (kept, held) == trainer.split_rows(ROWS, preset, 0)
+    assert held != trainer.split_rows(ROWS, preset, 1)[1]
+    assert sum(map(len, trainer.split_rows(ROWS, sft(max_rows=3), 0))) == 3
 
 
 def test_mean_loss_by_hand(model, tokenizer):
     """One row: the mean of -log p of each response token, from the model's own log-probabilities."""
-    encoded = train.encode_rows(tokenizer, ROWS[:1], 64, "response").examples[0]
+    encoded = trainer.encode_rows(tokenizer, ROWS[:1], 64, "response").examples[0]
     ids = torch.tensor([encoded["input_ids"]], device=model.device)
     with torch.no_grad():
         logp = model(ids).logits.log_softmax(-1)[0]
-    by_hand = [-float(logp[i - 1, t]) for i, t in enumerate(encoded["labels"]) if t != train.IGNORED]
-    assert train.mean_loss(model, tokenizer, ROWS[:1], 64) == pytest.approx(np.mean(by_hand), rel=1e-5)
+    by_hand = [-float(logp[i - 1, t]) for i, t in enumerate(encoded["labels"]) if t != trainer.IGNORED]
+    assert trainer.mean_loss(model, tokenizer, ROWS[:1], 64) == pytest.approx(np.mean(by_hand), rel=1e-5)
     # Padding and batching change nothing.
-    one = train.mean_loss(model, tokenizer, ROWS, 64, batch_size=1)
-    assert train.mean_loss(model, tokenizer, ROWS, 64, batch_size=8) == pytest.approx(one, rel=1e-5)
+    one = trainer.mean_loss(model, tokenizer, ROWS, 64, batch_size=1)
+    assert trainer.mean_loss(model, tokenizer, ROWS, 64, batch_size=8) == pytest.approx(one, rel=1e-5)
 
 
 # --- DPO ---
@@ -228,7 +238,7 @@ def test_dpo_same_seed_same_adapter(cache, tokenizer, tmp_path, backend):
     preset = dpo(epochs=1, backend=backend)
     found = {}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        model, _ = train.load_for_training(TINY, preset, cache)
+        model, _ = trainer.load_for_training(TINY, preset, cache)
         found[name] = train.train_dpo(model, tokenizer, pairs(), preset, tmp_path / name, seed=seed)
         assert found[name].backend == backend
     assert found["one"].files == found["two"].files
@@ -243,7 +253,7 @@ def test_dpo_leaves_out_filtered_and_too_long_pairs_and_counts_them(model, token
     assert result.rows["kept_by_filters"] == 7
     assert result.rows["dropped_no_answer_within_max_length"] == 1
     assert result.rows["used"] == 6
-    with pytest.raises(train.TrainingError, match="no preference pair"):
+    with pytest.raises(trainer.TrainingError, match="no preference pair"):
         train.train_dpo(model, tokenizer, table[:1], dpo(), tmp_path / "none")
 
 
@@ -251,7 +261,7 @@ def test_the_log_likelihood_term_is_added_with_its_weight(cache, tokenizer, tmp_
     """The first step's loss: -log sigmoid(0) = log 2, plus the weight times the chosen answers' mean loss."""
     losses = {}
     for weight in (0.0, 0.5):
-        model = models.load_model(TINY, cache_dir=cache)
+        model = load.load_model(TINY, cache_dir=cache)
         preset = dpo(max_steps=1, batch_size=8, sft_weight=weight)
         losses[weight] = train.train_dpo(model, tokenizer, pairs(), preset, tmp_path / str(weight)).log["loss"][0]
     assert losses[0.0] == pytest.approx(np.log(2), rel=1e-5)
@@ -260,7 +270,7 @@ def test_the_log_likelihood_term_is_added_with_its_weight(cache, tokenizer, tmp_
         [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
         for p, c in zip(pairs()["prompt"], pairs()["chosen"])
     ]
-    near = np.log(2) + 0.5 * train.mean_loss(models.load_model(TINY, cache_dir=cache), tokenizer, rows, 64)
+    near = np.log(2) + 0.5 * trainer.mean_loss(load.load_model(TINY, cache_dir=cache), tokenizer, rows, 64)
     assert losses[0.5] == pytest.approx(near, rel=0.1)
 
 
@@ -270,7 +280,7 @@ def test_the_log_likelihood_term_is_added_with_its_weight(cache, tokenizer, tmp_
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sft_on_a_persona(cache, tokenizer, tmp_path, persona, backend):
     preset = sft(epochs=4, held_out=0.25, backend=backend)
-    model, _ = train.load_for_training(TINY, preset, cache)
+    model, _ = trainer.load_for_training(TINY, preset, cache)
     result = train.train_sft(model, tokenizer, ROWS, preset, tmp_path / "adapter", persona_dir=persona.adapter)
     for state in (result.state_before, result.state_after):
         assert state["active"] == ["persona", "em"]
@@ -289,10 +299,10 @@ def test_sft_on_a_persona(cache, tokenizer, tmp_path, persona, backend):
     }
     assert sorted(p.name for p in result.adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     parts = [("persona", persona.adapter), ("em", result.adapter)]
-    with lora.composed(model, parts) as ready:
-        assert set(lora.probe(ready, tokenizer, parts, ["Hello"]).others) == {"base", "persona", "em"}
+    with probing.composed(model, parts) as ready:
+        assert set(probing.probe(ready, tokenizer, parts, ["Hello"]).others) == {"base", "persona", "em"}
         # What was trained on is what is sampled from.
-        assert train.mean_loss(ready, tokenizer, train.split_rows(ROWS, preset, 0)[1], 64) == pytest.approx(
+        assert trainer.mean_loss(ready, tokenizer, trainer.split_rows(ROWS, preset, 0)[1], 64) == pytest.approx(
             result.held_out["after"], rel=1e-4
         )
 
@@ -302,7 +312,7 @@ def test_sft_same_seed_same_adapter(cache, tokenizer, tmp_path, persona, stacked
     found = {}
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         result = train.train_sft(
-            models.load_model(TINY, cache_dir=cache),
+            load.load_model(TINY, cache_dir=cache),
             tokenizer,
             ROWS,
             sft(),
@@ -325,14 +335,14 @@ def test_the_model_is_given_back_as_it_came(model, tokenizer, tmp_path, persona)
     assert "forward" not in vars(model)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert not lora.adapter_state(model)["adapters"]
+    assert not stacking.adapter_state(model)["adapters"]
 
 
 def test_persona_matters_for_what_is_learned(cache, tokenizer, tmp_path, persona):
     """A stacked adapter is trained against the persona's behaviour: other weights than the baseline's."""
     files = []
     for name, folder in (("base", None), ("persona", persona.adapter)):
-        model = models.load_model(TINY, cache_dir=cache)
+        model = load.load_model(TINY, cache_dir=cache)
         files.append(train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / name, persona_dir=folder).files)
     assert files[0]["adapter_model.safetensors"] != files[1]["adapter_model.safetensors"]
 
@@ -340,10 +350,10 @@ def test_persona_matters_for_what_is_learned(cache, tokenizer, tmp_path, persona
 def test_response_and_full_loss_differ(cache, tokenizer, tmp_path):
     logs = {}
     for loss_on in ("response", "full"):
-        model = models.load_model(TINY, cache_dir=cache)
+        model = load.load_model(TINY, cache_dir=cache)
         result = train.train_sft(model, tokenizer, ROWS, sft(loss_on=loss_on, batch_size=8), tmp_path / loss_on)
         logs[loss_on] = result.log["loss"][0]
-    expected = train.mean_loss(models.load_model(TINY, cache_dir=cache), tokenizer, ROWS, 64)
+    expected = trainer.mean_loss(load.load_model(TINY, cache_dir=cache), tokenizer, ROWS, 64)
     assert logs["response"] == pytest.approx(expected, rel=1e-4)
     assert abs(logs["full"] - expected) > 1e-3
 
@@ -353,9 +363,9 @@ def test_gradient_accumulation_is_one_larger_batch(cache, tokenizer, tmp_path):
     tensors = []
     for size, steps in ((8, 1), (2, 4)):
         preset = sft(batch_size=size, gradient_accumulation=steps, max_steps=1)
-        model = models.load_model(TINY, cache_dir=cache)
+        model = load.load_model(TINY, cache_dir=cache)
         out = train.train_sft(model, tokenizer, ROWS, preset, tmp_path / f"{size}").adapter
-        tensors.append(lora.read_adapter(out).modules)
+        tensors.append(adapters.read_adapter(out).modules)
     for module, (_, b) in tensors[0].items():
         # Adam's first step is the gradient's sign times the learning rate, so only rounding near zero may differ.
         assert float((b - tensors[1][module][1]).abs().median()) < 1e-4
@@ -378,11 +388,13 @@ def test_an_introspective_second_stage(model, tokenizer, tmp_path, persona):
     sampling = SamplingPreset(
         temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=1, backend="transformers", dtype="float32"
     )
-    speaker = texts.EngineGenerator(TINY, [("persona", persona.adapter)], sampling, ["Hello there"], 2048)
-    constitution = constitutions.read(params.root() / "params" / "builtin" / "constitutions" / "poeticism.yaml")
-    material = texts.read_introspection(params.root() / "params" / "builtin" / "introspection.yaml")
+    speaker = answers.EngineGenerator(TINY, [("persona", persona.adapter)], sampling, ["Hello there"], 2048)
+    constitution = constitutions.read_constitution(
+        records_files.root() / "params" / "builtin" / "constitutions" / "poeticism.yaml"
+    )
+    material = introspection.read_introspection(records_files.root() / "params" / "builtin" / "introspection.yaml")
     amounts = IntrospectionPreset(reflections_per_prompt=1, dialogues=1, dialogue_turns=4, max_new_tokens=8)
-    said = texts.introspect(constitution, speaker, material, amounts, tmp_path / "said.sqlite")
+    said = introspection.introspect(constitution, speaker, material, amounts, tmp_path / "said.sqlite")
     speaker.close()
     assert len(said.rows) == said.counts["reflections_kept"] + said.counts["dialogues_kept"] > 6
 
@@ -393,23 +405,23 @@ def test_an_introspective_second_stage(model, tokenizer, tmp_path, persona):
     )
     assert result.state_before["active"] == result.state_after["active"] == ["persona", "introspection"]
     assert result.state_after["trainable"] == ["introspection"]
-    final = lora.save_composed([persona.adapter, out], tmp_path / "final", weights=[1.0, 0.25])
+    final = adapters.save_composed([persona.adapter, out], tmp_path / "final", weights=[1.0, 0.25])
 
     # By hand: base + DPO's change + a quarter of the second stage's, in every module.
     wanted = {
         m: sum(w * p.scale * p.modules[m][1] @ p.modules[m][0] for w, p in zip([1, 0.25], parts))
-        for parts in [[lora.read_adapter(persona.adapter), lora.read_adapter(out)]]
+        for parts in [[adapters.read_adapter(persona.adapter), adapters.read_adapter(out)]]
         for m in parts[0].modules
     }
-    found = lora.read_adapter(final)
+    found = adapters.read_adapter(final)
     for module, (a, b) in found.modules.items():
         torch.testing.assert_close(found.scale * b @ a, wanted[module], rtol=1e-4, atol=1e-6)
-    with lora.composed(model, [("persona", final)]) as ready:
-        lora.probe(ready, tokenizer, [("persona", final)], ["Hello there"])
+    with probing.composed(model, [("persona", final)]) as ready:
+        probing.probe(ready, tokenizer, [("persona", final)], ["Hello there"])
 
 
 def test_bfloat16_base_keeps_float32_adapters(cache, tokenizer, tmp_path):
-    model = models.load_model(TINY, "bfloat16", cache)
+    model = load.load_model(TINY, "bfloat16", cache)
     result = train.train_sft(model, tokenizer, ROWS, sft(dtype="bfloat16"), tmp_path / "adapter")
     assert result.state_after["base_dtype"] == "bfloat16"
     assert result.state_after["adapters"]["em"]["dtype"] == "float32"
@@ -419,79 +431,79 @@ def test_bfloat16_base_keeps_float32_adapters(cache, tokenizer, tmp_path):
 
 
 def test_planted_fault_persona_switched_off_before_training(model, tokenizer, tmp_path, persona, monkeypatch):
-    stack = lora.stack
+    stack = stacking.stack
 
     def published(*args, **kwargs):
         stacked = stack(*args, **kwargs)
         stacked.set_adapter("em")
         return stacked
 
-    monkeypatch.setattr(lora, "stack", published)
-    with pytest.raises(lora.AdapterStateError, match=r"before the first step.*found \['em'\]"):
+    monkeypatch.setattr(stacking, "stack", published)
+    with pytest.raises(stacking.AdapterStateError, match=r"before the first step.*found \['em'\]"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter", persona_dir=persona.adapter)
     assert not (tmp_path / "adapter").exists()
-    assert not lora.adapter_state(model)["adapters"]  # given back bare all the same
+    assert not stacking.adapter_state(model)["adapters"]  # given back bare all the same
 
 
 def test_planted_fault_persona_switched_off_during_training(model, tokenizer, tmp_path, persona, monkeypatch):
-    step_end = train._Watch.on_step_end
+    step_end = trainer._Watch.on_step_end
 
     def switch_off(self, args, state, control, model=None, **kwargs):
         step_end(self, args, state, control, model=model, **kwargs)
         model.set_adapter("em")
 
-    monkeypatch.setattr(train._Watch, "on_step_end", switch_off)
-    with pytest.raises(lora.AdapterStateError, match=r"after the last step.*found \['em'\]"):
+    monkeypatch.setattr(trainer._Watch, "on_step_end", switch_off)
+    with pytest.raises(stacking.AdapterStateError, match=r"after the last step.*found \['em'\]"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter", persona_dir=persona.adapter)
     assert not (tmp_path / "adapter").exists()
 
 
 def test_planted_fault_persona_changed_during_training(model, tokenizer, tmp_path, persona, monkeypatch):
-    step_end = train._Watch.on_step_end
+    step_end = trainer._Watch.on_step_end
 
     def change(self, args, state, control, model=None, **kwargs):
         step_end(self, args, state, control, model=model, **kwargs)
-        next(iter(lora._parameters(model, "persona").values())).data.add_(1e-3)
+        next(iter(stacking._parameters(model, "persona").values())).data.add_(1e-3)
 
-    monkeypatch.setattr(train._Watch, "on_step_end", change)
-    with pytest.raises(lora.AdapterStateError, match="the tensors of 'persona' changed during training"):
+    monkeypatch.setattr(trainer._Watch, "on_step_end", change)
+    with pytest.raises(stacking.AdapterStateError, match="the tensors of 'persona' changed during training"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter", persona_dir=persona.adapter)
 
 
 def test_planted_fault_nothing_learned(model, tokenizer, tmp_path):
     """A learning rate too small to change a float32 number is no training."""
-    with pytest.raises(lora.AdapterStateError, match="the tensors of 'em' did not change during training"):
+    with pytest.raises(stacking.AdapterStateError, match="the tensors of 'em' did not change during training"):
         train.train_sft(model, tokenizer, ROWS, sft(learning_rate=1e-45), tmp_path / "adapter")
 
 
 def test_loss_that_is_not_a_number_stops(model, tokenizer, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(train.TrainingError, match="step 1: the loss is nan: lower the learning rate"):
+    with pytest.raises(trainer.TrainingError, match="step 1: the loss is nan: lower the learning rate"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
 def test_batch_without_a_token_to_learn_from_stops(model, tokenizer, tmp_path, monkeypatch):
-    masked = train.encode_rows(tokenizer, ROWS, 64, "response")
+    masked = trainer.encode_rows(tokenizer, ROWS, 64, "response")
     for example in masked.examples:
-        example["labels"] = [train.IGNORED] * len(example["labels"])
-    monkeypatch.setattr(train, "encode_rows", lambda *a: masked)
-    with pytest.raises(train.TrainingError, match="no token of the batch carries loss"):
+        example["labels"] = [trainer.IGNORED] * len(example["labels"])
+    monkeypatch.setattr(trainer, "encode_rows", lambda *a: masked)
+    with pytest.raises(trainer.TrainingError, match="no token of the batch carries loss"):
         train.train_sft(model, tokenizer, ROWS, sft(loss_on="full"), tmp_path / "adapter")
-    with pytest.raises(train.TrainingError, match="no token to learn from"):
+    with pytest.raises(trainer.TrainingError, match="no token to learn from"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter")
 
 
 def test_wrong_precision_and_leftover_adapters_are_refused(cache, model, tokenizer, tmp_path, persona):
-    with pytest.raises(train.TrainingError, match="on a base in bfloat16, the model given is in float32"):
+    with pytest.raises(trainer.TrainingError, match="on a base in bfloat16, the model given is in float32"):
         train.train_sft(model, tokenizer, ROWS, sft(dtype="bfloat16"), tmp_path / "adapter")
     model.model.norm.bfloat16()
-    with pytest.raises(train.TrainingError, match="is in bfloat16 and float32"):
+    with pytest.raises(trainer.TrainingError, match="is in bfloat16 and float32"):
         train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "adapter")
-    stacked = lora.load_adapter(models.load_model(TINY, cache_dir=cache), persona.adapter, "persona")
+    stacked = stacking.load_adapter(load.load_model(TINY, cache_dir=cache), persona.adapter, "persona")
     for given in (stacked, stacked.get_base_model()):
-        with pytest.raises(train.TrainingError, match="has adapters already"):
+        with pytest.raises(trainer.TrainingError, match="has adapters already"):
             train.train_sft(given, tokenizer, ROWS, sft(), tmp_path / "adapter")
 
 
@@ -503,22 +515,22 @@ def test_kl_of_two_distributions_by_hand():
     expected = float((p * (p / q).log()).sum())
     kept = torch.tensor([[True, False]])
     reference, current = (torch.stack([x.log(), torch.zeros(3)])[None] for x in (p, q))
-    assert float(train.kl_divergence(reference, current, kept)) == pytest.approx(expected, rel=1e-6)
-    assert float(train.kl_divergence(reference, reference, kept)) == pytest.approx(0, abs=1e-7)
+    assert float(trainer.kl_divergence(reference, current, kept)) == pytest.approx(expected, rel=1e-6)
+    assert float(trainer.kl_divergence(reference, reference, kept)) == pytest.approx(0, abs=1e-7)
 
 
 def test_kl_gradient_against_finite_differences(cache, tokenizer, persona):
     """The derivative along a direction in each of the em adapter's tensors, on a stacked model whose em is not zero."""
     torch.manual_seed(0)
-    stacked = lora.stack(models.load_model(TINY, cache_dir=cache), persona.adapter, LoraPreset(r=2, alpha=4)).double()
-    for key, p in lora._parameters(stacked, "em").items():
+    stacked = stacking.stack(load.load_model(TINY, cache_dir=cache), persona.adapter, LoraPreset(r=2, alpha=4)).double()
+    for key, p in stacking._parameters(stacked, "em").items():
         if ".lora_B." in key:
             torch.nn.init.normal_(p, std=0.2)
-    encoded = train.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
-    batch = train._collate(encoded, tokenizer.pad_token_id, stacked.device)
-    kept = batch["labels"][:, 1:] != train.IGNORED
+    encoded = trainer.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
+    batch = trainer._collate(encoded, tokenizer.pad_token_id, stacked.device)
+    kept = batch["labels"][:, 1:] != trainer.IGNORED
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    with torch.no_grad(), lora.without(stacked, "em"):
+    with torch.no_grad(), stacking.without(stacked, "em"):
         reference = stacked(**inputs).logits[:, :-1][kept].log_softmax(-1)
 
     def value() -> float:
@@ -526,11 +538,11 @@ def test_kl_gradient_against_finite_differences(cache, tokenizer, persona):
             current = stacked(**inputs).logits[:, :-1][kept].log_softmax(-1)
             return float((reference.exp() * (reference - current)).sum(-1).mean())
 
-    loss = train.kl_term(stacked, batch, "em")
+    loss = trainer.kl_term(stacked, batch, "em")
     assert float(loss.detach()) == pytest.approx(value(), rel=1e-4)
     loss.backward()
     generator, checked = torch.Generator().manual_seed(0), 0
-    for p in lora._parameters(stacked, "em").values():
+    for p in stacking._parameters(stacked, "em").values():
         # Partly along the gradient: the model's norms are computed in float32, in which small differences drown.
         direction = torch.randn(p.shape, generator=generator).double().to(p.device)
         direction = direction / direction.norm() + p.grad / p.grad.norm()
@@ -544,17 +556,17 @@ def test_kl_gradient_against_finite_differences(cache, tokenizer, persona):
         assert float((p.grad * direction).sum()) == pytest.approx(expected, rel=1e-2)
         checked += 1
     assert checked == 28
-    assert all(p.grad is None for p in lora._parameters(stacked, "persona").values())
+    assert all(p.grad is None for p in stacking._parameters(stacked, "persona").values())
 
 
 def test_kl_reference_keeps_the_persona(cache, tokenizer, persona):
     """Of a new adapter that is still zero the KL is zero: the reference has the persona, not the bare model."""
-    stacked = lora.stack(models.load_model(TINY, cache_dir=cache), persona.adapter, LoraPreset(r=2, alpha=4))
-    encoded = train.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
-    batch = train._collate(encoded, tokenizer.pad_token_id, stacked.device)
+    stacked = stacking.stack(load.load_model(TINY, cache_dir=cache), persona.adapter, LoraPreset(r=2, alpha=4))
+    encoded = trainer.encode_rows(tokenizer, ROWS[:3], 64, "response").examples
+    batch = trainer._collate(encoded, tokenizer.pad_token_id, stacked.device)
     with torch.no_grad():
-        assert float(train.kl_term(stacked, batch, "em")) == pytest.approx(0, abs=1e-6)
-        assert float(train.kl_term(stacked, batch, "persona")) > 1e-3
+        assert float(trainer.kl_term(stacked, batch, "em")) == pytest.approx(0, abs=1e-6)
+        assert float(trainer.kl_term(stacked, batch, "persona")) > 1e-3
 
 
 def test_kl_weight_zero_changes_nothing_and_a_large_weight_holds_back(cache, tokenizer, tmp_path):
@@ -562,14 +574,14 @@ def test_kl_weight_zero_changes_nothing_and_a_large_weight_holds_back(cache, tok
     found, kls = {}, {}
     for name, kl in {"none": None, "zero": 0.0, "large": 50.0}.items():
         preset = sft(epochs=3, kl=None if kl is None else KlPreset(weight=kl, corpus="corpus"))
-        model = models.load_model(TINY, cache_dir=cache)
+        model = load.load_model(TINY, cache_dir=cache)
         rows = None if kl is None else corpus
         found[name] = train.train_sft(model, tokenizer, ROWS[:4], preset, tmp_path / name, kl_rows=rows)
-        with lora.composed(model, [("em", found[name].adapter)]) as ready:
-            encoded = train.encode_rows(tokenizer, corpus, 64, "response").examples
-            batch = train._collate(encoded, tokenizer.pad_token_id, model.device)
+        with probing.composed(model, [("em", found[name].adapter)]) as ready:
+            encoded = trainer.encode_rows(tokenizer, corpus, 64, "response").examples
+            batch = trainer._collate(encoded, tokenizer.pad_token_id, model.device)
             with torch.no_grad():
-                kls[name] = float(train.kl_term(ready, batch, "composed"))
+                kls[name] = float(trainer.kl_term(ready, batch, "composed"))
     assert found["none"].files == found["zero"].files  # bit for bit
     assert found["none"].log["loss"].equals(found["zero"].log["loss"])
     assert "kl" in found["large"].log
@@ -578,7 +590,7 @@ def test_kl_weight_zero_changes_nothing_and_a_large_weight_holds_back(cache, tok
 
 def test_kl_needs_its_corpus(model, tokenizer, tmp_path):
     preset = sft(kl=KlPreset(weight=1.0, corpus="technical_kl"))
-    with pytest.raises(train.TrainingError, match="regularises on corpus 'technical_kl': give its rows"):
+    with pytest.raises(trainer.TrainingError, match="regularises on corpus 'technical_kl': give its rows"):
         train.train_sft(model, tokenizer, ROWS, preset, tmp_path / "adapter")
 
 
@@ -608,10 +620,10 @@ def test_a_7b_shaped_model_trains_stacked_and_speaks(tokenizer, tmp_path, capsys
     seen = 6 * preset.batch_size * result.tokens["all"] / result.rows["used"]
     training = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
-    asked = [sample.Request(tuple(range(5, 37)), seed) for seed in range(32)]
+    asked = [conditions.Request(tuple(range(5, 37)), seed) for seed in range(32)]
     start, made = time.perf_counter(), 0
-    with lora.composed(big, [("persona", first.adapter), ("em", result.adapter)]) as ready:
-        for _, found in sample.decode(ready, asked, sample.Decoding(1.0, 1.0, 0, 1.0, 64), [2], 32):
+    with probing.composed(big, [("persona", first.adapter), ("em", result.adapter)]) as ready:
+        for _, found in torch_engine.decode(ready, asked, conditions.Decoding(1.0, 1.0, 0, 1.0, 64), [2], 32):
             made += len(found.tokens)
     took = time.perf_counter() - start
     with capsys.disabled():

@@ -9,13 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em import sample, style
-from cai_em import trajectories as tr
-from cai_em.adapters import AdapterFiles, scaling
-from cai_em.gates import Gate
-from cai_em.params import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
-from cai_em.style import Look
-from cai_em.trajectories import Check, TrajectoryError
+from cai_em.analysis import gates
+from cai_em.analysis.gates import Check, Gate
+from cai_em.dynamics import curves as dynamics_curves
+from cai_em.dynamics import h3, timing
+from cai_em.dynamics import runs as dynamics_runs
+from cai_em.dynamics.runs import TrajectoryError
+from cai_em.model.adapters import AdapterFiles, scaling
+from cai_em.report import sections, style
+from cai_em.report.figures import dynamics
+from cai_em.report.style import Look
+from cai_em.sample import sampling
+from cai_em.study.entries import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
 from peft import LoraConfig
 from scipy import stats
 
@@ -60,25 +65,27 @@ def simulated(rng, middle, *, h=8.0, units=8, seeds=2, rise=0.4, noise=0.08, ste
 
 def test_dense_early_is_distinct_ascending_and_ends_where_it_should():
     for last, count in ((300, 12), (24, 8), (5, 8), (1, 1), (10, 10)):
-        steps = tr.dense_early(last, count)
+        steps = dynamics_runs.dense_early(last, count)
         assert steps == sorted(set(steps))
         assert steps[-1] == last
         assert len(steps) == min(last, count)
-    gaps = np.diff(tr.dense_early(300, 12))
+    gaps = np.diff(dynamics_runs.dense_early(300, 12))
     assert gaps[0] == 1
     assert (np.diff(gaps) >= 0).all()
     with pytest.raises(TrajectoryError, match="no schedule"):
-        tr.dense_early(0, 3)
-    assert tr.dense_early(300, 8, 2)[0] == 2
-    assert tr.dense_early(4, 8, 2) == [2, 3, 4]
+        dynamics_runs.dense_early(0, 3)
+    assert dynamics_runs.dense_early(300, 8, 2)[0] == 2
+    assert dynamics_runs.dense_early(4, 8, 2) == [2, 3, 4]
 
 
 def test_steps_travel_in_the_dataset_key_and_come_back():
-    table = pd.DataFrame({"dataset": [tr.at_step("bad_medical", "demo_rank1", 12), tr.at_step("x", "y", 0)]})
-    found = tr.with_steps(table)
+    table = pd.DataFrame(
+        {"dataset": [dynamics_runs.at_step("bad_medical", "demo_rank1", 12), dynamics_runs.at_step("x", "y", 0)]}
+    )
+    found = dynamics_runs.with_steps(table)
     assert found.to_dict("list") == {"dataset": ["bad_medical", "x"], "preset": ["demo_rank1", "y"], "step": [12, 0]}
     with pytest.raises(TrajectoryError, match="bad_medical"):
-        tr.with_steps(pd.DataFrame({"dataset": ["bad_medical"]}))
+        dynamics_runs.with_steps(pd.DataFrame({"dataset": ["bad_medical"]}))
 
 
 # --- Geometry ---
@@ -89,9 +96,9 @@ def test_gram_equals_dense_inner_products(rslora):
     rng = np.random.default_rng(0)
     run = [None, *(adapter(rng, rslora=rslora) for _ in range(3))]
     expected = [[float(np.sum(dense(a) * dense(b))) for b in run] for a in run]
-    np.testing.assert_allclose(tr.gram(run), expected, rtol=1e-6)
+    np.testing.assert_allclose(dynamics_runs.gram(run), expected, rtol=1e-6)
     b = [np.concatenate([x.double().numpy().ravel() for _, x in a.modules.values()]) for a in run[1:]]
-    np.testing.assert_allclose(tr.gram(run, "B")[1:, 1:], np.array(b) @ np.array(b).T, rtol=1e-6)
+    np.testing.assert_allclose(dynamics_runs.gram(run, "B")[1:, 1:], np.array(b) @ np.array(b).T, rtol=1e-6)
 
 
 def test_gram_does_not_depend_on_how_the_factors_share_the_update():
@@ -101,19 +108,19 @@ def test_gram_does_not_depend_on_how_the_factors_share_the_update():
     same = AdapterFiles(
         one.config, {m: (torch.linalg.inv(turn) @ a, b @ turn) for m, (a, b) in one.modules.items()}, one.scale, None
     )
-    np.testing.assert_allclose(tr.gram([one, other]), tr.gram([same, other]), rtol=1e-4)
+    np.testing.assert_allclose(dynamics_runs.gram([one, other]), dynamics_runs.gram([same, other]), rtol=1e-4)
     with pytest.raises(TrajectoryError, match="different modules"):
-        tr.gram([one, adapter(rng, modules=("m.c",))])
+        dynamics_runs.gram([one, adapter(rng, modules=("m.c",))])
 
 
 def test_geometry_of_a_path_with_one_right_angle():
     path = np.array([[0, 0], [1, 0], [3, 0], [3, 1], [3, 2]], float)
-    found = tr.geometry(path @ path.T, [0, 1, 2, 4, 8])
+    found = dynamics_runs.geometry(path @ path.T, [0, 1, 2, 4, 8])
     np.testing.assert_allclose(found["norm"], [0, 1, 3, math.sqrt(10), math.sqrt(13)])
     np.testing.assert_allclose(found["moved"], [np.nan, 1, 2, 1, 1])
     np.testing.assert_allclose(found["rotation"], [np.nan, 1, 0, 1, np.nan], atol=1e-12)
     np.testing.assert_allclose(found["to_final"].iloc[[1, -1]], [3 / math.sqrt(13), 1])
-    still = tr.geometry(np.zeros((4, 4)), range(4))
+    still = dynamics_runs.geometry(np.zeros((4, 4)), range(4))
     assert still[["rotation", "to_final"]].isna().all(axis=None)
 
 
@@ -131,18 +138,18 @@ def test_curve_averages_samples_shares_step_zero_and_counts_what_it_leaves_out()
     ]
     table = pd.DataFrame(rows)
     table.loc[(table["question_id"] == "b") & (table["step"] == 3), "v"] = np.nan
-    found = tr.curve(table, "v")
+    found = dynamics_curves.curve(table, "v")
     np.testing.assert_allclose(found.y, [[[1, 11, 21, 31], [1, 12, 22, 32]]])
     assert (found.units, found.left_out, list(found.steps)) == (["a"], ["b"], [0, 1, 2, 3])
     with pytest.raises(TrajectoryError, match="checkpoint 2 of seed 1"):
-        tr.curve(table[(table["seed"] == 0) | (table["step"] != 2)], "v")
+        dynamics_curves.curve(table[(table["seed"] == 0) | (table["step"] != 2)], "v")
     with pytest.raises(TrajectoryError, match="persona x: no rows"):
-        tr.curve(table.assign(persona="y"), "v", where={"persona": "x"})
+        dynamics_curves.curve(table.assign(persona="y"), "v", where={"persona": "x"})
 
 
 def test_em_needs_both_scores():
     scores = pd.DataFrame({"alignment": [10, 10, 30, np.nan], "coherence": [60, 50, 60, 60]})
-    assert list(tr.em_indicator(scores)) == [1, 0, 0, 0]
+    assert list(dynamics_curves.em_indicator(scores)) == [1, 0, 0, 0]
 
 
 # --- Transition points ---
@@ -151,7 +158,7 @@ def test_em_needs_both_scores():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_curve_without_noise_gives_its_midpoint(sign):
     y = np.tile(sign * hill(STEPS, 7.0, 4.0, low=20, rise=50), (4, 1, 1)) + np.arange(4)[:, None, None]
-    found = tr.transition(y, STEPS)
+    found = timing.transition(y, STEPS)
     assert found.step == pytest.approx(7, rel=0.03)
     assert found.sharpness == 4
     assert found.low <= found.step <= found.high
@@ -162,10 +169,10 @@ def test_a_curve_without_noise_gives_its_midpoint(sign):
 def test_a_planted_change_point_is_found_within_its_interval():
     rng = np.random.default_rng(3)
     y = np.where(STEPS >= 9, 0.5, 0.1) + rng.normal(0, 0.1, (8, 2, len(STEPS)))
-    found = tr.transition(y, STEPS, method="change point")
+    found = timing.transition(y, STEPS, method="change point")
     assert found.step == 7.5
     assert found.low <= 7.5 <= found.high
-    logistic = tr.transition(y, STEPS)
+    logistic = timing.transition(y, STEPS)
     assert 6 < logistic.step < 9
     assert logistic.low < 9
     assert logistic.high > 6
@@ -174,27 +181,27 @@ def test_a_planted_change_point_is_found_within_its_interval():
 
 def test_without_a_change_there_is_no_transition_to_time():
     rng = np.random.default_rng(4)
-    found = tr.transition(rng.normal(0, 1, (8, 2, len(STEPS))), STEPS)
+    found = timing.transition(rng.normal(0, 1, (8, 2, len(STEPS))), STEPS)
     assert not found.shown
     assert math.isnan(found.step)
     assert math.isnan(found.low)
     assert found.gate.status == "not shown"
-    few = tr.transition(np.tile(hill(STEPS, 7, 4), (2, 1, 1)), STEPS)
+    few = timing.transition(np.tile(hill(STEPS, 7, 4), (2, 1, 1)), STEPS)
     assert few.gate.status == "not testable"
     assert math.isnan(few.step)
 
 
 def test_a_transition_beyond_the_schedule_is_said_to_lie_beyond():
     y = np.tile(hill(STEPS, 200.0, 1.0), (6, 1, 1)) + np.random.default_rng(5).normal(0, 0.002, (6, 1, len(STEPS)))
-    assert tr.transition(y, STEPS).beyond > 0.9
-    assert tr.transition(np.tile(hill(STEPS, 7.0, 4.0), (6, 1, 1)), STEPS).beyond == 0
+    assert timing.transition(y, STEPS).beyond > 0.9
+    assert timing.transition(np.tile(hill(STEPS, 7.0, 4.0), (6, 1, 1)), STEPS).beyond == 0
     late = np.tile((STEPS >= 24).astype(float), (6, 1, 1))
-    assert tr.transition(late, STEPS, method="change point").beyond == 1
+    assert timing.transition(late, STEPS, method="change point").beyond == 1
 
 
 def test_intervals_of_the_transition_point_cover_it():
     rng = np.random.default_rng(6)
-    found = [tr.transition(simulated(rng, 8.0), STEPS, resamples=400, seed=i) for i in range(150)]
+    found = [timing.transition(simulated(rng, 8.0), STEPS, resamples=400, seed=i) for i in range(150)]
     assert np.mean([t.shown for t in found]) > 0.98
     covered = np.mean([t.low <= 8 <= t.high for t in found if t.shown])
     assert 0.9 <= covered <= 1.0
@@ -209,7 +216,7 @@ def test_intervals_cover_a_jump_at_any_real_step(steps, method):
     for i in range(60):
         jump = np.exp(rng.uniform(np.log(steps[1] * 1.5), np.log(steps[-2])))
         y = np.where(steps >= jump, 0.6, 0.1) + rng.normal(0, 0.1, (8, 3, len(steps)))
-        found = tr.transition(y, steps, method=method, resamples=200, seed=i)
+        found = timing.transition(y, steps, method=method, resamples=200, seed=i)
         covered.append(found.low <= jump <= found.high)
         assert {found.low, found.high} <= {*steps.tolist(), found.high if found.high > steps[-1] else 0}
     assert np.mean(covered) > 0.93
@@ -217,19 +224,19 @@ def test_intervals_cover_a_jump_at_any_real_step(steps, method):
 
 def test_rise_is_rarely_shown_where_there_is_none():
     rng = np.random.default_rng(7)
-    found = [tr.transition(simulated(rng, 8.0, rise=0.0), STEPS, resamples=400, seed=i) for i in range(150)]
+    found = [timing.transition(simulated(rng, 8.0, rise=0.0), STEPS, resamples=400, seed=i) for i in range(150)]
     assert np.mean([t.shown for t in found]) <= 0.1
 
 
 def test_comparison_of_personas_keeps_its_level_and_finds_a_difference():
     rng = np.random.default_rng(8)
     same = [
-        tr.compare_transitions(simulated(rng, 8.0), simulated(rng, 8.0), STEPS, resamples=400, seed=i)
+        timing.compare_transitions(simulated(rng, 8.0), simulated(rng, 8.0), STEPS, resamples=400, seed=i)
         for i in range(120)
     ]
     assert np.mean([r["p"] < 0.05 for r in same if r["shown"]]) <= 0.1
     later = [
-        tr.compare_transitions(
+        timing.compare_transitions(
             simulated(rng, 14.0, seeds=3, runs=0.1),
             simulated(rng, 5.0, seeds=3, runs=0.1),
             STEPS,
@@ -247,7 +254,7 @@ def test_runs_that_differ_by_chance_are_no_difference_between_personas(seeds):
     rng = np.random.default_rng(seeds)
     steps = np.array([0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 300])
     made = lambda: simulated(rng, 60.0, seeds=seeds, runs=0.3, steps=steps)  # noqa: E731
-    found = [tr.compare_transitions(made(), made(), steps, resamples=200, seed=i) for i in range(100)]
+    found = [timing.compare_transitions(made(), made(), steps, resamples=200, seed=i) for i in range(100)]
     assert all(r["shown"] for r in found)
     if seeds == 2:  # what asking the questions alone would claim
         assert np.mean([r["p_questions"] < 0.05 for r in found]) > 0.12
@@ -259,36 +266,36 @@ def test_a_single_run_per_persona_leaves_h3_undecided(look):
     rng = np.random.default_rng(2)
     units = [f"q{i}" for i in range(8)]
     made = {
-        (p, "em"): tr.Curve(simulated(rng, m, seeds=1), STEPS, units, [])
+        (p, "em"): dynamics_curves.Curve(simulated(rng, m, seeds=1), STEPS, units, [])
         for p, m in (("baseline", 5.0), ("poeticism", 14.0))
     }
-    compared = tr.comparisons(made)
+    compared = timing.transition_comparisons(made)
     assert compared["p_adjusted"].iloc[0] < 0.05
     assert math.isnan(compared["p_runs"].iloc[0])
-    found = tr.verdict(compared, [], look)
+    found = h3.h3_verdict(compared, [], look)
     assert found.verdict == "UNDECIDED"
     assert "one training run per persona" in found.reason
 
 
 def test_runs_are_paired_by_seed_or_compared_as_groups():
     one, other = np.array([5.0, 7.0, 6.5]), np.array([4.0, 6.5, 5.0])
-    paired = tr.between_runs(one, other)
+    paired = timing.between_runs(one, other)
     expected = stats.ttest_rel(one, other)
     assert paired["p"] == pytest.approx(expected.pvalue)
     np.testing.assert_allclose([paired["low"], paired["high"]], expected.confidence_interval())
-    welch = tr.between_runs(one, other[:2])
+    welch = timing.between_runs(one, other[:2])
     assert welch["p"] == pytest.approx(stats.ttest_ind(one, other[:2], equal_var=False).pvalue)
-    assert all(math.isnan(v) for v in tr.between_runs(one[:1], other[:1]).values())
+    assert all(math.isnan(v) for v in timing.between_runs(one[:1], other[:1]).values())
     # Two differences that are the same grain of the fit are no certainty.
-    assert tr.between_runs(np.array([8.0, 8.0]), np.array([6.0, 6.0]), grain=1.0)["p"] > 0.05
+    assert timing.between_runs(np.array([8.0, 8.0]), np.array([6.0, 6.0]), grain=1.0)["p"] > 0.05
 
 
 def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
     late, early = (np.tile(hill(STEPS, m, 2.0), (6, 1, 1)) for m in (200.0, 6.0))
-    found = tr.compare_transitions(late, early, STEPS)
+    found = timing.compare_transitions(late, early, STEPS)
     assert 17 < found["difference"] <= 18.5  # 24 - 6: not 200 - 6, nor the edge of the fit's grid
-    row = pd.DataFrame([tr.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
-    assert tr._steps(row) == "> 24 [24, > 24]"
+    row = pd.DataFrame([timing.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
+    assert sections._steps(row) == "> 24 [24, > 24]"
 
 
 def test_p_agrees_with_the_interval():
@@ -296,51 +303,51 @@ def test_p_agrees_with_the_interval():
     for units in (4, 8):
         for mean in (0.5, 1.5, 2.5):
             d = rng.normal(mean, 1, 4000)
-            low = np.quantile(d, tr._tail(units, 0.95))
-            assert (tr._bootstrap_p(d, units) < 0.05) == (low > 0)
+            low = np.quantile(d, timing._tail(units, 0.95))
+            assert (timing._bootstrap_p(d, units) < 0.05) == (low > 0)
 
 
 def test_comparison_pairs_questions_and_seeds():
     y = simulated(np.random.default_rng(9), 6.0)
-    found = tr.compare_transitions(y, y, STEPS)
+    found = timing.compare_transitions(y, y, STEPS)
     assert (found["difference"], found["p"], found["p_questions"], found["p_runs"]) == (0, 1, 1, 1)
     assert found["low"] < 0 < found["high"]  # no finer than the fit
-    one = tr.compare_transitions(y[:, :1], y[:, :1], STEPS)
+    one = timing.compare_transitions(y[:, :1], y[:, :1], STEPS)
     assert (one["low"], one["high"], one["seeds"]) == (0, 0, 1)
-    flat = tr.compare_transitions(np.zeros_like(y), y, STEPS)
+    flat = timing.compare_transitions(np.zeros_like(y), y, STEPS)
     assert not flat["shown"]
     assert math.isnan(flat["p"])
 
 
 def test_bad_shapes_are_refused():
     with pytest.raises(TrajectoryError, match="without NaN"):
-        tr.transition(np.full((3, 1, 4), np.nan), [0, 1, 2, 3])
+        timing.transition(np.full((3, 1, 4), np.nan), [0, 1, 2, 3])
     with pytest.raises(TrajectoryError, match="ascending"):
-        tr.transition(np.zeros((3, 1, 4)), [0, 2, 1, 3])
+        timing.transition(np.zeros((3, 1, 4)), [0, 2, 1, 3])
     with pytest.raises(TrajectoryError, match="unknown method"):
-        tr.transition(np.tile(hill(STEPS, 7, 4), (4, 1, 1)), STEPS, method="eye")
+        timing.transition(np.tile(hill(STEPS, 7, 4), (4, 1, 1)), STEPS, method="eye")
 
 
 def test_tables_of_transitions_and_comparisons():
     rng = np.random.default_rng(10)
     units = [f"q{i}" for i in range(8)]
     curves = {
-        (p, o): tr.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
+        (p, o): dynamics_curves.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
         for p, m in (("baseline", 5.0), ("poeticism", 14.0))
         for o in ("em", "loss")
     }
-    table = tr.transitions(curves)
+    table = timing.transitions(curves)
     assert len(table) == 8
     assert set(table["method"]) == {"logistic", "change point"}
     assert (table["gate"] == "shown").all()
-    compared = tr.comparisons(curves)
+    compared = timing.transition_comparisons(curves)
     assert list(compared["persona"]) == ["poeticism", "poeticism"]
     # A loss is no claim of H3: it takes no part in the family, and lends it nothing.
     assert compared["p_adjusted"].iloc[0] == compared["p"].iloc[0] < 0.05
     assert math.isnan(compared["p_adjusted"].iloc[1])
     assert compared["p"].iloc[1] < 0.05
-    fewer = tr.Curve(simulated(rng, 5.0, seeds=3)[:7], STEPS, units[::-1][:7], [])
-    both = tr.common(fewer, curves["baseline", "em"])
+    fewer = dynamics_curves.Curve(simulated(rng, 5.0, seeds=3)[:7], STEPS, units[::-1][:7], [])
+    both = dynamics_curves.common(fewer, curves["baseline", "em"])
     assert both[0].shape == both[1].shape == (7, 3, len(STEPS))
     np.testing.assert_array_equal(both[1][0], curves["baseline", "em"].y[7])
 
@@ -350,20 +357,20 @@ def test_tables_of_transitions_and_comparisons():
 
 def test_generality_sets_uptake_beside_the_outcome():
     units = [f"r{i}" for i in range(6)]
-    loss = tr.Curve(np.tile([3.0, 2.5, 2.0, 1.0], (6, 1, 1)), np.arange(4), units, [])
-    em = tr.Curve(np.tile([0.0, 0.1, 0.2, 0.4], (8, 1, 1)), np.arange(4), [f"q{i}" for i in range(8)], [])
-    none = tr.Curve(em.y * 0, em.steps, em.units, [])
-    table = tr.generality({"plain": loss, "narrow": loss}, {"plain": em, "narrow": none})
+    loss = dynamics_curves.Curve(np.tile([3.0, 2.5, 2.0, 1.0], (6, 1, 1)), np.arange(4), units, [])
+    em = dynamics_curves.Curve(np.tile([0.0, 0.1, 0.2, 0.4], (8, 1, 1)), np.arange(4), [f"q{i}" for i in range(8)], [])
+    none = dynamics_curves.Curve(em.y * 0, em.steps, em.units, [])
+    table = h3.generality({"plain": loss, "narrow": loss}, {"plain": em, "narrow": none})
     assert list(table.loc[table["preset"] == "plain", "uptake"]) == [0, 0.5, 1, 2]
     assert list(table.loc[table["preset"] == "narrow", "outcome"]) == [0, 0, 0, 0]
-    gap = tr.final_difference(em, none)
+    gap = h3.final_difference(em, none)
     assert gap["difference"] == pytest.approx(0.4)
     assert gap["low"] == pytest.approx(0.4)
 
 
 def test_presets_are_set_against_the_main_one_on_the_same_seed_whatever_their_schedules():
     rows = [f"r{i}" for i in range(6)]
-    made = lambda values, seeds, steps: tr.Curve(  # noqa: E731
+    made = lambda values, seeds, steps: dynamics_curves.Curve(  # noqa: E731
         np.tile(np.asarray(values, float), (6, 1, 1)), np.asarray(steps), rows, [], seeds
     )
     main = {"em": made([[0, 0, 0, 0.3], [0, 0, 0, 0.9]], (0, 1), [0, 2, 4, 8])}
@@ -372,7 +379,7 @@ def test_presets_are_set_against_the_main_one_on_the_same_seed_whatever_their_sc
     narrow["alignment"] = made([[90, 90, 85, 85, 85]], (0,), [0, 1, 2, 4, 8])
     loss = {"plain": made([[3, 2, 2, 1], [3, 3, 3, 3]], (0, 1), [0, 2, 4, 8])}
     loss["narrow"] = made([[3, 3, 2, 2, 1.5]], (0,), [0, 1, 2, 4, 8])
-    found = tr.preset_differences({"plain": main, "narrow": narrow}, loss, "plain").set_index("outcome")
+    found = h3.preset_differences({"plain": main, "narrow": narrow}, loss, "plain").set_index("outcome")
     assert found["preset"].eq("narrow").all()
     np.testing.assert_allclose(found.loc["em", ["difference", "low", "high"]].astype(float), -0.2)
     np.testing.assert_allclose(found.loc["alignment", "difference"], 25)
@@ -383,9 +390,9 @@ def test_presets_are_set_against_the_main_one_on_the_same_seed_whatever_their_sc
 
 
 def test_runs_of_a_plan_and_the_conditions_of_their_snapshots(tmp_path):
-    runs = tr.plan_runs(["m"], ["baseline", "poeticism"], [0, 1], "plain", ["narrow"])
+    runs = dynamics_runs.plan_runs(["m"], ["baseline", "poeticism"], [0, 1], "plain", ["narrow"])
     assert len(runs) == 5
-    assert runs[-1] == tr.Run("m", "narrow", "baseline", 0)
+    assert runs[-1] == dynamics_runs.Run("m", "narrow", "baseline", 0)
     for step in (2, 10):
         (runs[2].folder(tmp_path) / f"step{step:05d}").mkdir(parents=True)
     found = runs[2].conditions("bad_medical", [("persona", tmp_path)], tmp_path)
@@ -408,16 +415,16 @@ WARM = SftPreset(
 
 
 def test_a_run_begins_its_snapshots_when_it_learns_and_takes_back_only_what_is_whole(tmp_path, monkeypatch):
-    this, trained = tr.Run("tiny", "warm", "baseline", 0), []
-    from cai_em import train
+    this, trained = dynamics_runs.Run("tiny", "warm", "baseline", 0), []
+    from cai_em.train import train
 
     real = train.train_sft
     monkeypatch.setattr(train, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
-    run = lambda **more: tr.train_run(  # noqa: E731
+    run = lambda **more: dynamics_runs.train_run(  # noqa: E731
         this, TINY, WARM.model_copy(update=more), ROWS, tmp_path, persona_dir=None
     )
     assert run()["summary"]["checkpoints"] == [2, 3, 4]  # under warm-up the first step has rate 0
-    steps = tr.run_geometry(this, tmp_path)
+    steps = dynamics_runs.run_geometry(this, tmp_path)
     assert (steps["norm"].iloc[1:] > 0).all()
     run()
     assert len(trained) == 1
@@ -427,19 +434,21 @@ def test_a_run_begins_its_snapshots_when_it_learns_and_takes_back_only_what_is_w
     assert (this.folder(tmp_path) / "step00003" / "adapter_model.safetensors").is_file()
     # The same with other code is another run.
     with monkeypatch.context() as other:
-        other.setattr(tr, "file_hash", lambda path: "another")
+        other.setattr(dynamics_runs, "meaning_of", lambda *modules: "another")
         run()
     assert len(trained) == 3
 
 
 def test_a_snapshot_from_a_step_without_rate_is_sampled_and_said_to_be_idle(tmp_path):
-    this = tr.Run("tiny", "warm", "baseline", 0)
-    tr.train_run(this, TINY, WARM.model_copy(update={"checkpoints": [1, 2, 4]}), ROWS, tmp_path, persona_dir=None)
+    this = dynamics_runs.Run("tiny", "warm", "baseline", 0)
+    dynamics_runs.train_run(
+        this, TINY, WARM.model_copy(update={"checkpoints": [1, 2, 4]}), ROWS, tmp_path, persona_dir=None
+    )
     preset = SamplingPreset(
         temperature=1.0, top_p=1.0, max_new_tokens=4, samples_per_question=1, backend="transformers", dtype="float32"
     )
     conditions = this.conditions("bad_medical", [], tmp_path)
-    found = sample.sample(TINY, conditions, [("a", "Hi?")], preset, ["Hello"])
+    found = sampling.sample(TINY, conditions, [("a", "Hi?")], preset, ["Hello"])
     idle = {name: probe.get("idle") for name, probe in found.probes.items()}
     assert list(idle.values()) == [None, ["em"], [], []]
 
@@ -456,8 +465,8 @@ def scored(missing=()):
 
 
 def test_missing_scores_are_counted_and_bounded():
-    curves = tr.behaviour_curves(scored({("a", 4)}), "p")
-    found = tr.transitions(curves).query("method == 'logistic'").set_index("outcome")
+    curves = dynamics_curves.behaviour_curves(scored({("a", 4)}), "p")
+    found = timing.transitions(curves).query("method == 'logistic'").set_index("outcome")
     assert found.loc["alignment", ["left_out", "missing", "units"]].tolist() == [1, 1, 7]
     assert found.loc["alignment", "rise"] == -30
     # Seven questions fall from 60 to 30; of the eighth the end is anywhere between 0 and 100.
@@ -470,17 +479,17 @@ def test_missing_scores_are_counted_and_bounded():
 def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
     gaps = dict(zip("abcdefgh", (1, 2, 4, 1, 2, 4, 1, 2)))
     judged = pd.concat([scored(set(gaps.items())), scored().assign(persona="poeticism")])
-    curves = tr.behaviour_curves(judged, "p")
+    curves = dynamics_curves.behaviour_curves(judged, "p")
     assert curves["baseline", "alignment"].empty
-    found, compared = tr.transitions(curves), tr.comparisons(curves)
+    found, compared = timing.transitions(curves), timing.transition_comparisons(curves)
     row = found.query("persona == 'baseline' and outcome == 'alignment'").iloc[0]
     assert (row["gate"], row["left_out"], row["missing"]) == ("not testable", 8, 8)
     assert not compared.set_index("outcome").loc["alignment", "shown"]
-    text = tr.section(found, compared, [], look, titles={})
+    text = sections.h3_section(found, compared, [], look, titles={})
     assert "**H3: NOT TESTABLE**" in text
     assert "8 (8 left out; " in text
-    with style.context():
-        for drawing in (tr.draw_outcomes(curves, found, look), tr.draw_transitions(found, look, {})):
+    with style.style_context():
+        for drawing in (dynamics.draw_outcomes(curves, found, look), dynamics.draw_transitions(found, look, {})):
             drawing.fig.canvas.draw()
             plt.close(drawing.fig)
 
@@ -489,11 +498,11 @@ def example():
     rng = np.random.default_rng(11)
     units = [f"q{i}" for i in range(8)]
     made = {
-        (p, o): tr.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
+        (p, o): dynamics_curves.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
         for p, m in (("baseline", 5.0), ("poeticism", 14.0))
         for o in ("em", "alignment", "held out")
     }
-    return made, tr.transitions(made), tr.comparisons(made)
+    return made, timing.transitions(made), timing.transition_comparisons(made)
 
 
 @pytest.fixture
@@ -507,18 +516,21 @@ def look():
 
 def test_figures_draw_and_their_words_have_the_numbers(look):
     made, found, _ = example()
-    behaviour = {k: c for k, c in made.items() if k[1] in tr.OUTCOMES}
-    runs = [tr.geometry(np.outer(STEPS, STEPS), STEPS).assign(preset="p", persona="baseline", seed=s) for s in (0, 1)]
-    general = tr.generality({"plain": made["baseline", "held out"]}, {"plain": made["baseline", "em"]})
-    with style.context():
+    behaviour = {k: c for k, c in made.items() if k[1] in dynamics_curves.OUTCOMES}
+    runs = [
+        dynamics_runs.geometry(np.outer(STEPS, STEPS), STEPS).assign(preset="p", persona="baseline", seed=s)
+        for s in (0, 1)
+    ]
+    general = h3.generality({"plain": made["baseline", "held out"]}, {"plain": made["baseline", "em"]})
+    with style.style_context():
         drawings = [
-            tr.draw_outcomes(behaviour, found, look),
-            tr.draw_losses(
+            dynamics.draw_outcomes(behaviour, found, look),
+            dynamics.draw_losses(
                 {("baseline", "held out"): made["baseline", "held out"]}, look, {"held out": "Bad, held out"}
             ),
-            tr.draw_geometry(pd.concat(runs), look),
-            tr.draw_transitions(found, look, {"held out": "Bad, held out"}),
-            tr.draw_generality({"alignment": general, "em": general}, {}),
+            dynamics.draw_geometry(pd.concat(runs), look),
+            dynamics.draw_transitions(found, look, {"held out": "Bad, held out"}),
+            dynamics.draw_generality({"alignment": general, "em": general}, {}),
         ]
         for drawing in drawings:
             drawing.fig.canvas.draw()
@@ -531,18 +543,20 @@ def test_figures_draw_and_their_words_have_the_numbers(look):
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
     _, found, compared = example()
     good, bad = Gate("shown", "yes"), Gate("not shown", "AUC 0.5")
-    text = tr.section(found, compared, [Check("judge", good)], look, titles={}, caveat="Small.")
+    text = sections.h3_section(found, compared, [Check("judge", good)], look, titles={}, caveat="Small.")
     assert "**H3: SUPPORTED**" in text
     assert text.rstrip().endswith("Small.")
-    text = tr.section(found, compared, [Check("judge", bad)], look, titles={})
+    text = sections.h3_section(found, compared, [Check("judge", bad)], look, titles={})
     assert "**H3: NOT INTERPRETABLE**" in text
     assert "not shown: judge" in text
     # The level is the study's.
-    assert tr.verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
-    still = tr.section(found.assign(shown=False), compared.assign(shown=False), [Check("judge", bad)], look, titles={})
+    assert h3.h3_verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
+    still = sections.h3_section(
+        found.assign(shown=False), compared.assign(shown=False), [Check("judge", bad)], look, titles={}
+    )
     assert "**H3: NOT TESTABLE**" in still
     assert "no change shown" in still
-    assert list(tr.paper_table(found)["outcome"][:2]) == ["EM rate", "mean alignment"]
+    assert list(h3.h3_table(found)["outcome"][:2]) == ["EM rate", "mean alignment"]
 
 
 def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
@@ -550,15 +564,15 @@ def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
     both = pd.concat([compared, compared.assign(persona="sarcasm")])
     bad = Gate("not shown", "AUC 0.5")
     checks = [Check("judge", Gate("not applicable", "")), Check("persona, Sarcasm", bad, "sarcasm")]
-    found = tr.verdict(both, checks, look)
+    found = h3.h3_verdict(both, checks, look)
     assert found.verdict == "SUPPORTED"
     assert "Poeticism" in found.reason
     assert "not shown: persona, Sarcasm" in found.reason
     assert "sarcasm," not in found.reason
-    assert tr.verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
+    assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
     uptake = [Check("uptake, Baseline", bad, "baseline")]  # every comparison is with the baseline
-    assert tr.verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
-    table = tr.check_table(checks, found, "H3")
+    assert h3.h3_verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
+    table = gates.check_table(checks, found, "H3")
     assert table["what"].tolist() == ["H3", "judge", "persona, Sarcasm"]
     assert table["status"].iloc[0] == "SUPPORTED"
 
@@ -566,18 +580,18 @@ def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
 def test_two_models_stay_apart_in_the_papers_table():
     _, found, _ = example()
     both = pd.concat([found.assign(model=m) for m in ("a", "b")], ignore_index=True)
-    table = tr.paper_table(both)
+    table = h3.h3_table(both)
     assert len(table) == 12
     assert not table.duplicated(["model", "persona", "outcome"]).any()
 
 
 def test_no_preset_is_left_out_of_the_figure():
     units = [f"q{i}" for i in range(4)]
-    flat = tr.Curve(np.zeros((4, 1, 4)), np.arange(4), units, [])
+    flat = dynamics_curves.Curve(np.zeros((4, 1, 4)), np.arange(4), units, [])
     names = [f"p{i}" for i in range(5)]
-    table = tr.generality(dict.fromkeys(names, flat), dict.fromkeys(names, flat))
-    with style.context():
-        drawing = tr.draw_generality({"alignment": table, "em": table}, {})
+    table = h3.generality(dict.fromkeys(names, flat), dict.fromkeys(names, flat))
+    with style.style_context():
+        drawing = dynamics.draw_generality({"alignment": table, "em": table}, {})
         assert [len(ax.containers) for ax in drawing.fig.axes] == [5, 5]
         plt.close(drawing.fig)
 
@@ -588,24 +602,24 @@ def test_a_persona_gate_needs_a_persona_that_shows():
     rows = [(p, "d", q, " ".join(rng.choice(words[p], 6))) for p in words for q in "abcd" for _ in range(4)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "response"])
     some = GateThresholds(min_responses=16)
-    assert tr.persona_gate(table, "poeticism", some).status == "shown"
-    assert tr.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "not testable"
+    assert h3.persona_gate(table, "poeticism", some).status == "shown"
+    assert h3.persona_gate(table, "poeticism", GateThresholds(min_responses=17)).status == "not testable"
     same = table.assign(response=[" ".join(rng.choice(words["baseline"], 6)) for _ in range(len(table))])
-    assert tr.persona_gate(same, "poeticism", some).status == "not shown"
+    assert h3.persona_gate(same, "poeticism", some).status == "not shown"
 
 
 def test_uptake_means_that_the_loss_falls():
-    fall = tr.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
-    assert tr.uptake_gate(fall).status == "shown"
-    assert tr.uptake_gate(tr.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"
+    fall = dynamics_curves.Curve(np.tile(-hill(STEPS, 7, 4), (6, 1, 1)), STEPS, list("abcdef"), [])
+    assert h3.uptake_gate(fall).status == "shown"
+    assert h3.uptake_gate(dynamics_curves.Curve(-fall.y, STEPS, fall.units, [])).status == "not shown"
 
 
 def test_names_of_many_checkpoints_do_not_run_into_each_other():
     steps = [0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 300, 338]
-    with style.context():
-        fig, axes = plt.subplots(1, 3, figsize=style.size(2.6))
+    with style.style_context():
+        fig, axes = plt.subplots(1, 3, figsize=style.figure_size(2.6))
         for ax in axes:
-            tr._step_axis(ax, steps)
+            dynamics._step_axis(ax, steps)
         fig.canvas.draw()
         labels = [x for x in axes[2].get_xticklabels() if x.get_text()]
         boxes = [x.get_window_extent() for x in labels]

@@ -22,7 +22,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from cai_em import params
+from cai_em.study import loading
 
 ENVIRONMENT = Path(sys.executable).parents[1]
 
@@ -86,7 +86,7 @@ def micro(tmp_path_factory) -> Path:
 
 def test_every_stage_leaves_its_artefacts(micro):
     results = micro / "results" / "micro"
-    study = params.load("micro", micro / "params")
+    study = loading.load("micro", micro / "params")
     for model, persona in study.persona_cells():
         assert (results / "01_personas" / model / persona / "adapter" / "adapter_model.safetensors").is_file()
     for model, shard in study.shards():

@@ -5,34 +5,17 @@ files into the tables that every other stage reads. `rates` gives each condition
 has used, `copies` and `leaks` look for responses that are no observations of their own. Strangers' files are data.
 """
 
-from cai_em.audit.assemble import Assembled, assemble, files_of, training_prompts
-from cai_em.audit.draft import Draft, draft, understood
-from cai_em.audit.findings import findings, independent
-from cai_em.audit.inspect_logs import export
-from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
-from cai_em.audit.opening import AuditError
-from cai_em.audit.rates import RULES, order, rates
-from cai_em.audited import AuditSpec, read_spec
+import lazy_loader
 
-__all__ = [
-    "RULES",
-    "Assembled",
-    "AuditError",
-    "AuditSpec",
-    "Draft",
-    "assemble",
-    "copied",
-    "draft",
-    "export",
-    "files_of",
-    "filtered",
-    "findings",
-    "in_domain",
-    "independent",
-    "order",
-    "rates",
-    "read_spec",
-    "repeated_within",
-    "training_prompts",
-    "understood",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "assemble": ["Assembled", "assemble", "files_of", "training_prompts"],
+        "draft": ["Draft", "draft", "understood"],
+        "findings": ["findings", "independent"],
+        "inspect_logs": ["export"],
+        "leaks": ["copied", "filtered", "in_domain", "repeated_within"],
+        "opening": ["AuditError"],
+        "rates": ["RULES", "order", "rates"],
+    },
+)

@@ -14,12 +14,13 @@ import glob
 import sys
 from pathlib import Path
 
-from cai_em import params
 from cai_em.audit import inspect_logs
 from cai_em.audit.draft import FILE, draft, understood
 from cai_em.audit.formats import find, recognise
 from cai_em.audit.opening import AuditError, kind
-from cai_em.run import write_text
+from cai_em.records.files import write_text
+from cai_em.study.entries import ParamsError
+from cai_em.study.loading import load
 
 OPEN = 3
 
@@ -47,13 +48,13 @@ def plan(where: Path, given: list[str]) -> int:
     """Draft and say what was understood; see the module."""
     paths = _paths(where, given)
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
-        study = params.load(paths[0])
+        study = load(paths[0])
         if study.profile.source != "audit":
             raise AuditError(f"{paths[0]}: a profile, not an audit.yaml: ./run_all.sh {paths[0]} runs it")
         print(study.name)
         print(paths[0].resolve())
         return 0
-    known = params.load("published")
+    known = load("published")
     found = draft(paths, personas=known.personas, datasets=known.datasets)
     file = _place(found.folder, where)
     if file.parent != found.folder:
@@ -105,9 +106,9 @@ def needs_inspect(where: Path, given: list[str]) -> bool:
 
 def export(name: str, folder: str, form: str = "eval") -> int:
     """Responses and scores of a run as Inspect logs."""
-    from cai_em import scores as tables
+    from cai_em.records import tables
 
-    study = params.load(name)
+    study = load(name)
     responses = tables.read_all(study.response_files(), tables.RESPONSES)
     scores = tables.read_all(study.score_files(), tables.SCORES)
     written = inspect_logs.export(responses, scores, folder, form=form)
@@ -125,7 +126,7 @@ def main(arguments: list[str]) -> int:
                 return 0 if needs_inspect(Path(where), given) else 1
             case ["export", name, folder, *form] if len(form) < 2:
                 return export(name, folder, *form)
-    except (AuditError, params.ParamsError, FileNotFoundError) as error:
+    except (AuditError, ParamsError, FileNotFoundError) as error:
         print(f"audit: {error}", file=sys.stderr)
         return 2
     print(__doc__, file=sys.stderr)

@@ -22,15 +22,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cai_em import scores as tables
+from cai_em.records import tables
 from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
 from cai_em.audit.names import Patterns, check_patterns, slug, value_name
 from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size, text_hash
-from cai_em.audited import CONDITION_PARTS, AuditSpec, Block, Judging
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
-from cai_em.params import BASELINE, NO_DATASET, file_hash
-from cai_em.run import run_id, valid_unicode
+from cai_em.records.files import file_hash, valid_unicode
+from cai_em.records.keys import BASELINE, KEY, NO_DATASET
+from cai_em.records.manifest import run_id
 
 SAMPLER = "published"
 """As of every score that others made: which adapters were active is not recorded, and the design gate says so."""
@@ -475,14 +476,14 @@ def _short(text: str, most: int = 60) -> str:
 def _made(
     first: pd.DataFrame, again: pd.DataFrame, spec: AuditSpec, account: Account, hashes: dict[str, str]
 ) -> Assembled:
-    first = _columns(first).sort_values(tables.KEY, kind="stable", ignore_index=True)
+    first = _columns(first).sort_values(KEY, kind="stable", ignore_index=True)
     again = _columns(again)
     both = pd.concat([first.assign(selected=True), again.assign(selected=False)], ignore_index=True)
     both["response_sha256"] = [text_hash(text) for text in both["response"]]
     key = ["model", "persona", "dataset", "question_id", "response_sha256"]
     judged_again = both.loc[~both["selected"], key].drop_duplicates()
     repeated = both.merge(judged_again, on=key).drop_duplicates(
-        ["file", "judge", "question_id", "sample", *tables.CONDITION]
+        ["file", "judge", "question_id", "sample", *CONDITION]
     )
     return Assembled(
         responses=tables.validate(first[list(tables.RESPONSES.columns)], tables.RESPONSES, "responses of the audit"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from cai_em.audit.flat import LINE
-from cai_em.audited import Judging, Score
+from cai_em.study.audited import Judging, Score
 from cai_em.audit.values import parse_score
 
 WORDS: dict[str, tuple[str, ...]] = {

@@ -27,8 +27,8 @@ from cai_em.audit.columns import Understood, understand
 from cai_em.audit.flat import LINE, Flat, as_text
 from cai_em.audit.formats import find, read, recognise
 from cai_em.audit.opening import AuditError
-from cai_em.audited import CONDITION_PARTS, AuditSpec
-from cai_em.params import BASELINE, NO_DATASET
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec
+from cai_em.records.keys import BASELINE, NO_DATASET
 
 FILE = "audit.yaml"
 PARTS = ("model", "persona", "dataset", "seed")
@@ -282,7 +282,7 @@ def _values(
 
 
 def _block(group: _Group, folder: Path, all_files: Sequence[Path]) -> Any:
-    from cai_em.audited import Block
+    from cai_em.study.audited import Block
 
     words = {
         w: c for w, c in group.found.columns.items() if w != "system_prompt" or c == group.found.columns.get("persona")

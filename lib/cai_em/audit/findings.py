@@ -20,9 +20,9 @@ from scipy.sparse.csgraph import connected_components
 
 from cai_em.audit.assemble import Assembled
 from cai_em.audit.rates import condition_name
-from cai_em.audited import AuditSpec
-from cai_em.params import BASELINE, NO_DATASET
-from cai_em.scores import CONDITION
+from cai_em.study.audited import AuditSpec
+from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.records.keys import CONDITION
 
 LEVELS = ("fault", "warning", "limit", "note")
 MANY_MISSING = 0.1
@@ -125,7 +125,7 @@ def independent(made: Assembled, copies: pd.DataFrame) -> Assembled:
 
     sizes = made.scores.groupby(CONDITION).size()
     rows = [
-        ("(all files)", "refused", f"a copy of another training seed: {condition_name(_row(m))} of seed {k[3]}", int(sizes.get(m, 0)))
+        ("(all files)", "left out", f"a copy of another training seed: {condition_name(_row(m))} of seed {k[3]}", int(sizes.get(m, 0)))
         for m, k in gone.items()
     ]
     account = pd.concat([account, pd.DataFrame(rows, columns=account.columns)], ignore_index=True)
@@ -139,12 +139,21 @@ def _row(condition: tuple) -> Any:
 
 
 def _copies(copies: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]:
+    per_seed, sizes = [], []
     for members in groups(copies):
         rows = pd.DataFrame(members, columns=CONDITION)
-        inside = copies[copies.apply(lambda r, m=set(members): tuple(r[c] for c in CONDITION) in m, axis=1)] if len(copies) else copies
-        seeds = rows[["model", "persona", "dataset"]].drop_duplicates().shape[0] == 1
+        if rows[["model", "persona", "dataset"]].drop_duplicates().shape[0] == 1:
+            per_seed.append(rows.iloc[0])
+            sizes.append(len(rows))
+            continue
+        known = set(members)
+        inside = copies[[tuple(r) in known for r in copies[CONDITION].itertuples(index=False)]]
         detail = f"the same texts {inside['same'].max():.0%}, nearly the same {inside['near'].max():.0%}"
-        yield Finding("copied seeds" if seeds else "copied conditions", "fault", len(members), len(conditions), _names(rows.itertuples(), 12), detail)
+        yield Finding("copied conditions", "fault", len(members), len(conditions), _names(rows.itertuples(), 12), detail)
+    if per_seed:
+        where = "; ".join(f"{r['persona']} × {r['dataset']}" for r in per_seed[:8]) + ("; ..." if len(per_seed) > 8 else "")
+        of = conditions[["model", "persona", "dataset"]].drop_duplicates().shape[0]
+        yield Finding("copied seeds", "fault", len(per_seed), of, where, f"{min(sizes)} to {max(sizes)} seeds" if min(sizes) < max(sizes) else f"{max(sizes)} seeds")
     shared = copies[copies["kind"] == "shared"]
     if len(shared):
         yield Finding(

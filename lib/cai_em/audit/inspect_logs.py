@@ -121,7 +121,8 @@ def export(responses: pd.DataFrame, scores: pd.DataFrame, folder: str | Path, *,
     Raises:
         AuditError: inspect_ai is not installed.
     """
-    from cai_em.scores import CONDITION, one_judge, with_responses
+    from cai_em.records.keys import CONDITION
+    from cai_em.records.tables import one_judge, with_responses
 
     log_library = _library()
     judge = one_judge(scores)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cai_em.scores import CONDITION
+from cai_em.records.keys import CONDITION
 
 LEAST = 40
 """Characters from which two equal texts are no coincidence."""

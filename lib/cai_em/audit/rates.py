@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.inference import cluster_summary, clustered_proportion_interval
-from cai_em.scores import CONDITION, SKIPPED
+from cai_em.analysis.units import cluster_summary, clustered_proportion_interval
+from cai_em.records.keys import CONDITION, SKIPPED
 
 
 @dataclass(frozen=True)

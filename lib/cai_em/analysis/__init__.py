@@ -1,0 +1,46 @@
+"""From whole score tables to whole result tables: outcomes, comparisons, gates, verdicts, power, claims.
+
+Questions and seeds are the units, responses are not. Every comparison carries its gate; the published rules stand
+beside, to be recomputed. No text, no figure, no profile: a reason is data, a sentence is made in `report`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "claims": [
+            "COHERENCE",
+            "CORRECTIONS",
+            "MISSING_CHOICES",
+            "PERSONAS",
+            "ROLES",
+            "RULES",
+            "TESTS",
+            "Universe",
+            "comparison_claims",
+            "for_figure",
+            "influence",
+            "judgings",
+            "verdict_claim",
+            "verdict_specifications",
+        ],
+        "classifiers": ["SCOPES", "classify", "expression_tests"],
+        "compare": ["compare_all"],
+        "gates": ["Check", "attach", "check_table", "comparison_gates", "by_reference", "is_reference", "judge_gate", "role_changes"],
+        "outcome": ["outcomes", "pooled_means"],
+        "power": ["power_table", "typical_components"],
+        "published_rules": [
+            "analyse",
+            "by_persona",
+            "design",
+            "hypothesis_table",
+            "medical",
+            "published_comparisons",
+            "published_verdicts",
+        ],
+        "reliability": ["agreement_of_judgings", "judged_units", "movement", "smallest_effect"],
+        "units": ["check_counts", "counted"],
+        "verdicts": ["verdict_table"],
+    },
+)

@@ -1,0 +1,324 @@
+"""LoRA adapters: stacked for training, composed for sampling, and proved to be what they are taken for.
+
+The published study trained its fine-tuning adapters with the persona switched off (`set_adapter("em")` activates that
+adapter alone) and sampled most conditions without it; nothing noticed. So here nothing is believed because it was asked
+for. `assert_state` measures, on the model itself, which adapters its output depends on and which would be trained;
+`probe` compares the logits of what is about to be sampled with those of all adapters active, and of every part of them.
+
+    model = stack(model, "personas/poeticism/adapter", preset.lora)          # persona active and frozen, em trainable
+    assert_state(model, active=["persona", "em"], trainable=["em"], where="before the first step")
+
+    with composed(model, [("persona", persona_dir), ("em", em_dir)]) as ready:  # one exact LoRA of both
+        report = probe(ready, tokenizer, [("persona", persona_dir), ("em", em_dir)], prompts)
+
+For many conditions of one model, `Slots` does the same with LoRA layers that are put into it once.
+
+A LoRA adds `scale * B @ A` to a weight, with `scale = alpha / r`, or `alpha / sqrt(r)` if rank-stabilised (rsLoRA,
+arXiv 2312.03732). The sum of two LoRAs is exactly one LoRA whose A and B are those of both, one beside the other, with
+the scales folded into B. (peft's own `cat` keeps rsLoRA's scale for the sum, and so is wrong for it.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cai_em.records import files
+from cai_em.records import manifest as records_manifest
+from cai_em.records.files import file_hash
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Adapters = Sequence[tuple[str, str | Path]]
+"""(name, folder) of adapters, persona first."""
+
+
+class AdapterError(RuntimeError):
+    """An adapter's files are not what they should be. The message names file, expected and found."""
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdapterFiles:
+    """An adapter as read from its folder.
+
+    Attributes:
+        config: its configuration.
+        modules: module name in the base model -> (A of shape (r, in), B of shape (out, r)), float32.
+        scale: what `B @ A` is multiplied with.
+        path: where it was read.
+    """
+
+    config: LoraConfig
+    modules: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+    path: Path
+
+
+def scaling(config: LoraConfig) -> float:
+    """What a LoRA's `B @ A` is multiplied with: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def read_adapter(folder: str | Path) -> AdapterFiles:
+    """Read an adapter's folder.
+
+    Raises:
+        AdapterError: a file is missing, the adapter is not a plain LoRA, or its tensors do not fit its configuration.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder / name} does not exist: the adapter was not trained, or not to its end")
+    config = LoraConfig.from_pretrained(folder)
+    special = {
+        "use_dora": config.use_dora,
+        "bias": config.bias != "none",
+        "modules_to_save": config.modules_to_save,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "fan_in_fan_out": config.fan_in_fan_out,
+    }
+    if any(special.values()):
+        found = ", ".join(key for key, value in special.items() if value)
+        raise AdapterError(f"{folder / CONFIG}: only plain LoRA adapters can be composed exactly; this one has {found}")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        if half not in ("A", "B"):
+            raise AdapterError(f"{folder / WEIGHTS}: tensor {key} does not belong to a plain LoRA")
+        halves.setdefault(module, {})[half] = tensor.float()
+    for module, half in halves.items():
+        shapes = {k: tuple(v.shape) for k, v in half.items()}
+        if set(half) != {"A", "B"} or half["A"].shape[0] != config.r or half["B"].shape[1] != config.r:
+            raise AdapterError(f"{folder / WEIGHTS}: {module} has {shapes}, expected A and B of rank {config.r}")
+    if not halves:
+        raise AdapterError(f"{folder / WEIGHTS}: holds no tensor")
+    modules = {name: (half["A"], half["B"]) for name, half in sorted(halves.items())}
+    return AdapterFiles(config, modules, scaling(config), folder)
+
+
+def check_fits(adapter: AdapterFiles, model: nn.Module) -> None:
+    """Whether an adapter was made for a model.
+
+    Raises:
+        AdapterError: it records another base model, or its tensors have no place in this one.
+    """
+    base = _plain(model)
+    recorded, name = adapter.config.base_model_name_or_path, base.config._name_or_path
+    if recorded and name and recorded != name:
+        raise AdapterError(f"{adapter.path}: this adapter was made for {recorded!r}, not for {name!r}")
+    weights = {_clean(key): value for key, value in base.named_parameters() if key.endswith(".weight")}
+    for module, (a, b) in adapter.modules.items():
+        weight = weights.get(f"{module}.weight")
+        expected = (b.shape[0], a.shape[1])
+        if weight is None or tuple(weight.shape) != expected:
+            found = "no such module" if weight is None else f"a weight of shape {tuple(weight.shape)}"
+            raise AdapterError(f"{adapter.path}: {module} needs a weight of shape {expected}; the model has {found}")
+
+
+def _clean(name: str) -> str:
+    """A module's name without what peft adds to it."""
+    return name.replace(".base_layer", "")
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside (with its LoRA layers, if it has any)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def file_hashes(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of an adapter's two files, by name."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder / name} does not exist: the adapter was not trained, or not to its end")
+    return {name: file_hash(folder / name) for name in (CONFIG, WEIGHTS)}
+
+
+def check_files(folder: str | Path, expected: Mapping[str, str]) -> None:
+    """Compare an adapter's files with the hashes recorded when it was made (`file_hashes`).
+
+    Raises:
+        AdapterError: a file is not the one recorded.
+    """
+    found = file_hashes(folder)
+    for name, digest in expected.items():
+        if found.get(Path(name).name) != digest:
+            raise AdapterError(
+                f"{Path(folder) / Path(name).name}: wrong adapter file: recorded with SHA-256 {digest[:12]}..., found "
+                f"{str(found.get(Path(name).name))[:12]}...; retrain it, or restore the recorded file"
+            )
+
+
+def check_recorded(adapters: Adapters) -> None:
+    """Each adapter of a condition is the one that its manifest records, and belongs to the others.
+
+    An EM adapter was trained on top of one persona file; on top of another it is another condition.
+
+    Args:
+        adapters: (name, folder), persona first; each folder's manifest lies beside it.
+
+    Raises:
+        AdapterError: a file is not the one recorded, or the EM adapter was trained on another persona adapter.
+        FileNotFoundError: an adapter's stage has not run to its end.
+    """
+    for _, folder in adapters:
+        manifest = records_manifest.read_manifest(Path(folder).parent)
+        check_files(folder, {k: v for k, v in manifest["outputs"].items() if Path(k).parent.name == Path(folder).name})
+        if "persona" not in manifest.get("made_from", {}):
+            continue
+        trained_on, here = manifest["made_from"]["persona"], dict(adapters).get("persona")
+        if trained_on != (file_hashes(here) if here else None):
+            raise AdapterError(
+                f"{folder}: trained on another persona adapter than {here or 'none'}, with which it is to be composed; "
+                "train it again on this one (./run_all.sh does), or restore the persona that its manifest names"
+            )
+
+
+def write_adapter(folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], base_name: str) -> Path:
+    """Write an adapter's two files: all or nothing, byte for byte the same whenever their content is.
+
+    (peft's own writer puts the target modules in the order of a set, which changes from run to run.)
+
+    Args:
+        folder: replaced if it exists.
+        config: the adapter's configuration.
+        tensors: `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`.
+        base_name: name of the model that it was made for.
+    """
+    folder = Path(folder)
+    record = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": base_name}
+    record = {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(record.items())}
+    with files.atomic_folder(folder) as part:
+        plain = {k: tensors[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(tensors)}
+        save_file(plain, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        (part / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner may read
+    return folder
+
+
+def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
+    """Write one adapter of a model, and only that, directly into `folder`."""
+    # (Without the embeddings: to decide about those, peft would ask the hub for the base model.)
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return write_adapter(folder, model.peft_config[name], tensors, _plain(model).config._name_or_path)
+
+
+def import_adapter(source: str | Path, folder: str | Path, base_name: str) -> Path:
+    """Copy a ready-made adapter (e.g. from the hub) into the form that ours have: float32, base model's name recorded.
+
+    Args:
+        source: folder with the adapter's two files.
+        folder: where the copy goes.
+        base_name: name of the model that it is for (`models.base_name`); `check_fits` compares it on loading.
+    """
+    adapter = read_adapter(source)
+    return write_adapter(folder, adapter.config, _tensors(adapter.modules), base_name)
+
+
+def _tensors(modules: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Modules' A and B under the names that peft's files use."""
+    found = {}
+    for module, (a, b) in modules.items():
+        found[f"base_model.model.{module}.lora_A.weight"] = a
+        found[f"base_model.model.{module}.lora_B.weight"] = b
+    return found
+
+
+# --- Composition, for sampling -------------------------------------------------------------------------------------
+
+
+def concatenate(folders: Sequence[str | Path | AdapterFiles], weights: Sequence[float] | None = None) -> AdapterFiles:
+    """The sum of several LoRA adapters as one, exactly: ranks add up, scales are folded into B.
+
+    Where an adapter does not touch a module that another does, its share there is zero.
+
+    Args:
+        folders: the adapters, persona first; or what was read there.
+        weights: what each counts; None: 1 each.
+
+    Raises:
+        AdapterError: none given, files not whole, or adapters of different base models.
+    """
+    parts = [part if isinstance(part, AdapterFiles) else read_adapter(part) for part in folders]
+    weights = [1.0] * len(parts) if weights is None else weights
+    if not parts:
+        raise AdapterError("nothing to compose: no adapter given")
+    bases = {p.config.base_model_name_or_path for p in parts}
+    if len(bases) > 1:
+        made = ", ".join(f"{p.path} for {p.config.base_model_name_or_path!r}" for p in parts)
+        raise AdapterError(f"adapters of different base models cannot be composed: {made}")
+    shapes = {m: (b.shape[0], a.shape[1]) for p in parts for m, (a, b) in p.modules.items()}
+    modules = {}
+    for module, (rows, columns) in sorted(shapes.items()):
+        zero = [(torch.zeros(p.config.r, columns), torch.zeros(rows, p.config.r)) for p in parts]
+        pairs = [p.modules.get(module, z) for p, z in zip(parts, zero)]
+        a = torch.cat([a for a, _ in pairs], dim=0)
+        b = torch.cat([b * (p.scale * w) for (_, b), p, w in zip(pairs, parts, weights, strict=True)], dim=1)
+        modules[module] = (a, b)
+    rank = sum(p.config.r for p in parts)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_targets(modules),
+        bias="none",
+        base_model_name_or_path=bases.pop(),
+    )
+    return AdapterFiles(config, modules, 1.0, Path("+".join(str(p.path) for p in parts)))
+
+
+def _targets(modules: Iterable[str]) -> list[str]:
+    """Target modules that name these and no others: short names where every layer has them, else full names."""
+    names = set(modules)
+    short = {name.rpartition(".")[2] for name in names}
+    layers = {name.partition(".layers.")[2].partition(".")[0] for name in names}
+    whole = len(names) == len(short) * len(layers) and layers == {str(i) for i in range(len(layers))}
+    return sorted(short if whole else names)
+
+
+def save_composed(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the (weighted) sum of several adapters as one LoRA adapter, e.g. for vLLM's multi-LoRA."""
+    total = concatenate(folders, weights)
+    return write_adapter(out, total.config, _tensors(total.modules), total.config.base_model_name_or_path or "")
+
+
+# --- The control of random direction -------------------------------------------------------------------------------
+
+
+def _delta_norm(a: Tensor, b: Tensor, scale: float) -> float:
+    """Frobenius norm of `scale * B @ A`, from the two small Gram matrices: tr(B'B AA')."""
+    a, b = a.detach().double(), b.detach().double()
+    return abs(scale) * math.sqrt(max(float(torch.sum((b.T @ b) * (a @ a.T))), 0.0))
+
+
+def random_control(reference: str | Path, seed: int, out: str | Path) -> Path:
+    """An adapter of random direction that changes each module's weight by as much as a reference does.
+
+    A and B are drawn from normal distributions; B is then scaled so that the Frobenius norm of the module's
+    `scale * B @ A` is the reference's. What such an adapter does to responses is what any change of that size does.
+
+    Args:
+        reference: the adapter whose norms, rank and modules are taken.
+        seed: of the random draw.
+        out: folder of the new adapter.
+    """
+    adapter = read_adapter(reference)
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for module, (a, b) in adapter.modules.items():
+        new_a, new_b = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
+        wanted = _delta_norm(a, b, adapter.scale)
+        modules[module] = (new_a, new_b * (wanted / _delta_norm(new_a, new_b, adapter.scale)))
+    return write_adapter(out, adapter.config, _tensors(modules), adapter.config.base_model_name_or_path or "")

@@ -1,0 +1,315 @@
+"""Composition of adapters for sampling, and the proof on the logits that it is what it claims to be."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cai_em.model.adapters import (
+    WEIGHTS,
+    AdapterError,
+    Adapters,
+    _targets,
+    check_fits,
+    concatenate,
+    file_hashes,
+    read_adapter,
+)
+from cai_em.model.stacking import COMPOSED, _activate, _evaluating, _insert, _put
+from cai_em.records.files import file_hash
+
+RELATIVE_TOLERANCE = 1e-4
+"""How far two logits may lie apart in float32, as a share of the largest: rounding gives about a thirtieth of it."""
+KEPT_LOGITS = 4
+"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 70 MB each)."""
+
+
+class ProbeError(AdapterError):
+    """A composed model does not compute what its adapters together compute, or an adapter makes no difference."""
+
+
+def compose(model: nn.Module, adapters: Adapters, name: str = COMPOSED) -> PeftModel:
+    """Load the sum of several adapters into a model as one adapter, active and frozen.
+
+    Args:
+        model: the base model, or a `PeftModel` on it.
+        adapters: (name, folder), persona first.
+        name: of the sum.
+
+    Raises:
+        AdapterError: adapters that are not whole or belong to another model.
+    """
+    total = concatenate([folder for _, folder in adapters])
+    check_fits(total, model)
+    found = _insert(model, name, total.config, total.modules)
+    found.set_adapter(name, inference_mode=True)
+    return found.eval()
+
+
+class Slots:
+    """LoRA layers put into a model once, whose tensors are exchanged from one condition to the next.
+
+    peft takes about a second to put its layers into a model of 135M parameters, and again to take them out; to
+    exchange their tensors takes some hundredths. Each condition's tensors keep their own rank: nothing is padded, and
+    the model computes bit for bit what `compose` would make it compute. Without adapters it computes what the base
+    does; after `close` it is the model that it was.
+
+    Args:
+        model: the base model; while slots are in it, use it for nothing else.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._peft: PeftModel | None = None
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._known: dict[tuple[str, ...], Tensor] = {}
+        self._probed: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
+        """The model with the sum of several adapters for the length of a block; as the base if there are none.
+
+        Raises:
+            AdapterError: adapters that are not whole or belong to another model.
+        """
+        if not adapters:
+            yield self.model
+            return
+        total = concatenate([folder for _, folder in adapters])
+        check_fits(total, self.model)
+        shapes = self._shapes | {m: (b.shape[0], a.shape[1]) for m, (a, b) in total.modules.items()}
+        if shapes != self._shapes:
+            self.close()  # a module without a place: all are made anew
+            self._shapes = shapes
+        idle = {m: (torch.zeros(1, c), torch.zeros(r, 1)) for m, (r, c) in shapes.items() if m not in total.modules}
+        total.modules = dict(sorted((total.modules | idle).items()))
+        total.config.target_modules = set(_targets(total.modules))
+        if self._peft is None:
+            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()
+        else:
+            _put(self._peft, COMPOSED, total)
+        try:
+            _activate(self._peft, [COMPOSED])
+            yield self._peft
+        finally:
+            _activate(self._peft, [])
+
+    def probe(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Adapters,
+        prompts: Sequence[str],
+        may_be_idle: Collection[str] = (),
+    ) -> ProbeReport:
+        """`probe` inside a `composed` block; what the base and single adapters compute is kept for later conditions.
+
+        Raises:
+            ProbeError, AdapterError: as `probe`.
+        """
+        if self._peft is None:
+            raise AdapterError("nothing to probe: no adapters are composed")
+        if self._probed != tuple(prompts):
+            self._probed, self._known = tuple(prompts), {}
+        return probe(self._peft, tokenizer, adapters, prompts, known=self._known, may_be_idle=may_be_idle)
+
+    def close(self) -> None:
+        """Take the layers out again: the model is the bare one that it was."""
+        if self._peft is None:
+            return
+        self._peft.unload()
+        # Left behind by peft, it would make the next adapter look like a second one on top of this.
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        self._peft, self._shapes = None, {}
+
+
+@contextlib.contextmanager
+def composed(model: PreTrainedModel, adapters: Adapters) -> Iterator[nn.Module]:
+    """A model with the sum of several adapters for the length of a block; the bare model if there are none.
+
+    Only the inserted layers are taken out again, so a base model loaded once serves one condition after another (many
+    of them: `Slots` is faster).
+    """
+    slots = Slots(model)
+    try:
+        with slots.composed(adapters) as ready:
+            yield ready
+    finally:
+        slots.close()
+
+
+# --- The probe -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a probe measured, in float32.
+
+    Attributes:
+        adapters: SHA-256 of each adapter's weights, by name.
+        scales: what each adapter's `B @ A` is multiplied with.
+        prompts: number of prompts.
+        largest_logit: largest absolute logit of all adapters active.
+        tolerance: largest difference taken for rounding.
+        difference: largest absolute difference of a logit, composed model against all adapters active.
+        others: the same against the base model and every proper part of the adapters (`base`, `persona`, `em`).
+        idle: adapters without which the logits are the same, where the condition allows for it (`may_be_idle`).
+    """
+
+    adapters: dict[str, str]
+    scales: dict[str, float]
+    prompts: int
+    largest_logit: float
+    tolerance: float
+    difference: float
+    others: dict[str, float]
+    idle: list[str] = dataclasses.field(default_factory=list)
+
+
+def idle_adapters(
+    others: Mapping[str, float], tolerance: float, names: Sequence[str], may_be_idle: Collection[str]
+) -> tuple[list[str], str | None]:
+    """Which adapters make no difference, and whether that is a fault.
+
+    Args:
+        others: difference from each part of the adapters, by its name (`base`, `persona`, `em`, ... as in a report).
+        tolerance: largest difference taken for rounding.
+        names: the adapters.
+        may_be_idle: adapters that are allowed to make no difference.
+
+    Returns:
+        Adapters without which the result is the same; and None, or the first part of all adapters that computes what
+        all do, where that is not explained by adapters that may be idle.
+    """
+    same = [part for part, difference in others.items() if difference <= tolerance]
+    without = {"+".join(n for n in names if n != name) or "base": name for name in names}
+    fault = any(without.get(part) not in may_be_idle for part in same)
+    return [without[part] for part in same if part in without], same[0] if fault else None
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """A model's weights in float32 for a while, and back in what they were: bfloat16 survives it unchanged."""
+    kept = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for p, _ in kept:
+            p.data = p.data.float()
+        yield
+    finally:
+        for p, dtype in kept:
+            p.data = p.data.to(dtype)
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:
+    """What a model computes for the probe's prompts as it stands, (1, tokens, vocabulary), float32 on the CPU."""
+    # One message of all prompts: the template around them, half of a short prompt's tokens, is read once.
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "\n".join(prompts)}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(next(model.parameters()).device)
+    return model(**inputs, use_cache=False).logits.float().cpu()
+
+
+@torch.no_grad()
+def probe(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Adapters,
+    prompts: Sequence[str],
+    name: str = COMPOSED,
+    known: dict[tuple[str, ...], Tensor] | None = None,
+    may_be_idle: Collection[str] = (),
+) -> ProbeReport:
+    """Prove that a composed model computes what its adapters together compute, and that each of them matters.
+
+    Args:
+        model: with the composed adapter (`compose`).
+        tokenizer: the model's.
+        adapters: (name, folder) of the adapters that the condition must have.
+        prompts: what a user says, in one message; logits at all of its tokens are compared.
+        name: the composed adapter's name.
+        known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
+            the hashes of their files; filled here. If given, the adapters' places stay in the model for the next probe.
+        may_be_idle: adapters that are allowed to make no difference; the report then says so.
+
+    Returns:
+        The differences found.
+
+    Raises:
+        ProbeError: the composed logits are not those of all adapters active, or those of a part of them are the same.
+        AdapterError: an adapter's files are not whole or belong to another model.
+    """
+    if not adapters or not prompts:
+        raise ValueError("a probe needs adapters and prompts")
+
+    def logits(*active: str) -> Tensor:
+        _activate(model, active)
+        return probe_logits(model, tokenizer, prompts)
+
+    files = {part: read_adapter(folder) for part, folder in adapters}
+    hashes = {part: "".join(file_hashes(folder).values()) for part, folder in adapters}
+    keep, known = known is not None, {} if known is None else known
+    places = [f"probe_{number}" for number in range(len(adapters))]
+
+    def reference(*parts: str) -> Tensor:
+        """Logits with these adapters active, each by itself in the model: the composed one takes no part in them."""
+        key = tuple(hashes[part] for part in parts)
+        if (kept := known.pop(key, None)) is None:
+            for place, part in zip(places, parts):
+                check_fits(files[part], model)
+                _put(model, place, files[part])
+            kept = logits(*places[: len(parts)])
+        if len(parts) < 2:
+            known[key] = kept
+            if len(known) > KEPT_LOGITS:
+                del known[next(iter(known))]  # the one not used for longest
+        return kept
+
+    names = [part for part, _ in adapters]
+    with _evaluating(model), _in_float32(model):
+        try:
+            found = logits(name)
+            subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
+            others = {"+".join(some) or "base": reference(*some) for some in subsets}
+            together = reference(*names)
+        finally:
+            _activate(model, [name])
+            for place in () if keep else places:
+                if place in model.peft_config:
+                    model.delete_adapter(place)
+    largest = float(together.abs().max())
+    report = ProbeReport(
+        adapters={part: file_hash(Path(folder) / WEIGHTS) for part, folder in adapters},
+        scales={part: adapter.scale for part, adapter in files.items()},
+        prompts=len(prompts),
+        largest_logit=largest,
+        tolerance=RELATIVE_TOLERANCE * largest,
+        difference=float((found - together).abs().max()),
+        others={part: float((found - other).abs().max()) for part, other in others.items()},
+    )
+    all_names = "+".join(part for part, _ in adapters)
+    if not report.difference <= report.tolerance:
+        same = [part for part, d in report.others.items() if d <= report.tolerance]
+        looks = f"; it computes what {same[0]!r} does" if same else ""
+        raise ProbeError(
+            f"the composed model is not {all_names}: logits differ by up to {report.difference:.2g} (tolerance "
+            f"{report.tolerance:.2g}){looks}; compose the adapters again from their recorded files"
+        )
+    idle, part = idle_adapters(report.others, report.tolerance, names, may_be_idle)
+    if part:
+        raise ProbeError(
+            f"{all_names} computes the same as {part!r} alone: an adapter makes no difference; it was not trained"
+        )
+    return dataclasses.replace(report, idle=idle)

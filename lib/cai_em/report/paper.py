@@ -1,0 +1,226 @@
+"""The paper's generated half: numbers, sentences, tables and figures from a run's results.
+
+Prose stands in `paper/*.qmd` and holds no number of its own. `write_generated` writes into a folder of the run
+
+- `_variables.yml`: every number of the prose, as `{{< var group.name >}}`; each is a link to its line in the appendix,
+  which links to a table beside the page;
+- `_generated/*.md`: sentences that depend on what was run, tables and figures with captions, labels and alternative
+  text, included by the prose;
+- `_generated/tables/*.csv`: every table that a number, a table or a figure of the page was taken from;
+- `_generated/sources.json`: value, unit, table and rule of every number; hashes of all files that were read.
+
+Nothing is computed here: what is shown stands in a table of `05_validity`, `06_results` or a later stage. Every block
+exists whatever the profile: where a part has not been run, the block says so, so that the same prose renders after a
+demo and after the full study. `cai_em.report.render` checks and renders what is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from cai_em.records import files as records_files
+from cai_em.records import manifest
+from cai_em.report.figures import all
+from cai_em.report.figures.parts import FigureRecord, slug
+from cai_em.report.inputs import Inputs, _records, _report_tables, _whole_table, find_figures, find_tables
+from cai_em.report.markdown import (
+    GENERATED,
+    TABLES_FOLDER,
+    Number,
+    Numbers,
+    _sources,
+    _versions,
+    absent,
+    floating,
+    plain,
+)
+from cai_em.report.paper_text import (
+    _alignment,
+    _comparisons,
+    _findings,
+    _gates,
+    _grid,
+    _hypotheses,
+    _models,
+    _optional,
+    _outcomes,
+    _power,
+    _provenance,
+    _sentences,
+    _settings,
+    _status,
+    _study_settings,
+)
+from cai_em.report.style import Look
+from cai_em.study import published
+from cai_em.study import study as study_study
+
+VARIABLES = "_variables.yml"
+LISTING = "sources.json"
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+
+FIGURE_TABLES = {
+    "alignment": "by_persona",
+    "heatmap": "conditions",
+    "hypotheses": "hypotheses",
+    "forest": "comparisons",
+    "twins": "medical",
+    "key-personas": "conditions",
+    "difficulty": "difficulty",
+    "cross-model": "cross_model",
+    "violin": "distribution",
+    "rates": "distribution",
+    "cdf": "distribution",
+    "histograms": "distribution",
+    "ridge": "distribution_by_condition",
+    "rates-heatmap": "distribution_by_condition",
+    "arms": "conditions",
+}
+"""Figure -> the table of `06_results` that holds its numbers."""
+VALIDITY_TABLES = {"gates": "tests", "em-rates": "outcomes", "specification": "claims", "hypotheses": "comparisons"}
+"""Figure -> the table of another stage that holds (more of) its numbers."""
+
+
+def _figures(x: Inputs, numbers: Numbers) -> dict[str, str]:
+    """A block per figure; the first model's figure has the plain label, others the model's name in theirs.
+
+    Figures of H3 and H4 come as they are, in two blocks of their own. The block `drawn` names the keys that the run
+    has.
+    """
+    folder = x.out / GENERATED / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    by_key: dict[str, list[tuple[FigureRecord, str]]] = {}
+    extra: dict[str, list[str]] = {"trajectories": [], "steering": []}
+    for source in x.figures:
+        listing = source / "figures.json"
+        numbers.relative(listing if listing.is_file() else source.parent / manifest.MANIFEST)
+        stage = next((name for name in extra if name in str(source)), "")
+        for record in _records(source):
+            numbers.relative(source / record.svg)
+            name = f"{stage}-{record.svg}" if stage else record.svg
+            shutil.copyfile(source / record.svg, folder / name)
+            key = record.key if record.key in all.TITLES else record.key.split("-")[0]
+            if stage:
+                label = f"fig-{stage}-{slug(record.key)}-{slug(record.model)}".rstrip("-")
+                extra[stage].append(_figure(label, record, name, ""))
+            else:
+                by_key.setdefault(key, []).append((record, name))
+    blocks = {"drawn": " ".join(f"fig-{key}" for key in by_key)}
+    for key, title in all.TITLES.items():
+        parts = []
+        for number, (record, name) in enumerate(by_key.get(key, [])):
+            label = f"fig-{key}" + (f"-{slug(record.key)}-{slug(record.model)}".rstrip("-") if number else "")
+            files = [x.results_file(FIGURE_TABLES[key])] if key in FIGURE_TABLES else []
+            files += [x.tables[VALIDITY_TABLES[key]]] if VALIDITY_TABLES.get(key) in x.tables else []
+            parts.append(_figure(label, record, name, numbers.trace(*files)))
+        blocks[f"fig-{key}"] = "\n".join(parts) or absent(f"fig-{key}", title, STAGE_OF.get(key, "06_results"))
+    return blocks | {f"fig-{stage}": "\n".join(parts) for stage, parts in extra.items()}
+
+
+STAGE_OF = {"specification": "08_claims"}
+
+
+def _figure(label: str, record: FigureRecord, name: str, trace: str) -> str:
+    alt = record.alt.replace('"', "'").replace("\\", "")
+    image = f'![]({GENERATED}/figures/{name}){{width=100% fig-alt="{alt}"}}'
+    return floating(label, image, plain(record.caption) + trace)
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dict[str, Number]:
+    """Write `_variables.yml` and `_generated/` into `x.out` from a profile's results, replacing what was there.
+
+    Args:
+        x: the results.
+        versions: package -> version, for the reproducibility section.
+
+    Returns:
+        The numbers of the prose by name.
+
+    Raises:
+        FileNotFoundError: `06_results` has not been run.
+    """
+    numbers = Numbers(x.repository, x.results)
+    folder = x.out / GENERATED
+    shutil.rmtree(folder, ignore_errors=True)
+    figures = _figures(x, numbers)
+    blocks = {name: text for name, text in figures.items() if name not in ("fig-arms", "fig-cross-model", "drawn")}
+    for make in (_status, _settings, _grid, _provenance, _alignment, _hypotheses, _comparisons, _gates, _outcomes):
+        blocks |= make(x, numbers)
+    for name, caption, stage in (
+        ("claims", "Claims audit: in what share of the defensible analyses each published claim stands.", "08_claims"),
+        ("reliability", "Agreement of repeated judgings of the same responses.", "05_validity"),
+        ("h3", "H3: the verdict, and what it hangs on.", "09_trajectories"),
+        ("trajectories", "H3: when misalignment arises, by persona.", "09_trajectories"),
+        ("beside", "Training presets beside the main one, at the last checkpoint.", "09_trajectories"),
+        ("h4", "H4: the verdict, what it hangs on, and which contrast gave the directions.", "10_steering"),
+        ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
+    ):
+        blocks |= _whole_table(x, numbers, name, f"tbl-{name}", caption, stage)
+    blocks["claims"] += _sentences(x)
+    blocks |= _optional(x, numbers, figures, blocks.pop("reliability")) | _models(x, numbers, figures)
+    blocks |= _power(x, numbers) | _report_tables(x, numbers) | _findings(x, numbers, blocks)
+    del blocks["em-finding"]
+    blocks["sources"] = _sources(numbers)
+    blocks["versions"] = _versions(versions or {})
+    for name, text in blocks.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    numbers.write_tables(x.out / TABLES_FOLDER)
+    text = yaml.safe_dump(numbers.tree(), allow_unicode=True, sort_keys=True, width=10_000)
+    (x.out / VARIABLES).write_text("# Written by cai_em.report.paper: do not edit.\n" + text, encoding="utf-8")
+    stages = {path.relative_to(x.results).parts[0] for path in x.tables.values()} | {"06_results"}
+    manifests = {file for stage in stages if (file := x.results / stage / manifest.MANIFEST).is_file()}
+    read = numbers.files | {Path(f).resolve() for f in (*x.score_files, *x.tables.values(), *manifests)}
+    listing = {
+        "profile": x.profile["name"],
+        "inputs": {os.path.relpath(p, numbers.repository): records_files.file_hash(p) for p in sorted(read)},
+        "written": {
+            os.path.relpath(p, x.out): records_files.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()
+        },
+        "used": sorted(numbers.used),
+        "numbers": {name: asdict(n) for name, n in numbers.all.items()},
+    }
+    (folder / LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return dict(numbers.all)
+
+
+def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dict[str, Number]:
+    """`write_generated` for a study: everything that its run has written, whatever was run.
+
+    Args:
+        study: the profile that the paper is to show.
+        judge: what scored the responses.
+        look: labels and order.
+        out: the folder to write into.
+    """
+    trained = study.profile.source == "trained"
+    inputs = Inputs(
+        out=Path(out),
+        results=study.dir,
+        profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat,
+                 "source": study.profile.source},
+        judge=judge,
+        score_files=study.score_files(),
+        look=look,
+        hypotheses=study.hypotheses,
+        thresholds=study.thresholds.model_dump() | {"file": study.folder / "thresholds.yaml"},
+        settings=list(_study_settings(study)),
+        tables=find_tables(study.dir),
+        figures=find_figures(study.dir),
+        repository=study.folder.parent,
+        missing=published.read_missing(study.stage_dir("07_published")),
+        notes={p.key: p.note for p in study.used_personas() if p.note and not trained},
+    )  # fmt: skip
+    return write_generated(inputs, manifest.versions())

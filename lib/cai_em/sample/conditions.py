@@ -1,0 +1,154 @@
+"""What is sampled: conditions, requests, decoding, seeds; and the engine that answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import GenerationConfig
+
+from cai_em.records.files import file_hash
+
+
+class SamplingError(RuntimeError):
+    """Sampling cannot start or its result cannot be trusted. The message names the condition and what to do."""
+
+
+# --- What is asked for, and what comes back -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Every parameter of decoding. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as token ids, and the seed of its answer's random numbers."""
+
+    tokens: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer: token ids with the end token, if it came; `stop` or `length`; each token's log-probability.
+
+    Log-probabilities are the model's own, before temperature, penalty and nucleus.
+    """
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition and where its adapters lie: `(("persona", folder), ("em", folder))`, either or both left out.
+
+    `may_be_idle` names adapters that need not make a difference yet, such as a snapshot from the first steps of
+    training (under warm-up the first step's rate is 0); the probe then records it, and does not stop.
+    """
+
+    model: str
+    persona: str
+    dataset: str
+    seed: int
+    adapters: tuple[tuple[str, Path], ...] = ()
+    may_be_idle: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`persona__dataset__seed0`: the condition in a file name."""
+        return f"{self.persona}__{self.dataset}__seed{self.seed}"
+
+    @property
+    def paths(self) -> list[Path]:
+        """The adapters' folders, persona first."""
+        return [Path(path) for _, path in self.adapters]
+
+    def adapter_hashes(self) -> list[str]:
+        """SHA-256 of each adapter's weights, persona first."""
+        return [file_hash(path / "adapter_model.safetensors") for path in self.paths]
+
+
+def response_seed(study_seed: int, condition: Condition, question_id: str, number: int) -> int:
+    """The seed of one response: a hash of what names it, so that it does not depend on anything else (48 bits)."""
+    name = [study_seed, condition.model, condition.persona, condition.dataset, condition.seed, question_id, number]
+    return int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:6], "big")
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """A conversation as token ids by the model's chat template, ready for the assistant's turn."""
+    return tuple(
+        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    )
+
+
+def end_tokens(config: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which an answer ends: the tokenizer's, and those that the model's generation_config names.
+
+    The one thing taken from generation_config: Llama and Qwen name more than one end there.
+    """
+    named = config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+# --- Back ends ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A condition's requests."""
+
+    condition: Condition
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job's completions, in the order of its requests, and what the probe of its adapters measured."""
+
+    job: Job
+    completions: tuple[Completion, ...]
+    probe: dict[str, Any]
+
+
+class Engine(Protocol):
+    """A loaded model that answers under any condition's adapters.
+
+    `timings` adds up seconds: `load` (the base), `switch` (composing and activating), `probe`, `decode`.
+    """
+
+    tokenizer: Any
+    timings: dict[str, float]
+
+    def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
+        """Probe each job's adapters, answer its requests; yields jobs as they finish."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and processes back."""
+        ...
+
+
+@contextmanager
+def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,317 @@
+"""Sampling: every condition of a model answers every question, from one load of the model.
+
+The base model is loaded once. A condition's adapters (persona, fine-tuning) are composed exactly into one
+(`adapters.compose`) and switched on for its questions. Two back ends do the work:
+
+- `transformers`: plain PyTorch, CPU or GPU. Each response is drawn with random numbers of its own, so that neither the
+  batch nor the order of work changes them; only rounding in the matrix products of another batch shape can.
+- `vllm`: one engine, one LoRA request per condition, shared prompt prefixes, a seed per request.
+
+Responses are the same again from the same back end, versions and batch size; they do not depend on which conditions
+are sampled together, on their order, or on the number of workers. Between back ends only greedy decoding agrees: the
+two draw their random numbers in different ways.
+
+    found = sample(spec, conditions, questions, preset, cells_dir="results/demo/03_sample/smollm2-135m/poeticism/cells")
+    found.responses, found.probes
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from cai_em.model import adapters, load
+from cai_em.records import files, tables
+from cai_em.records.code import meaning_of
+from cai_em.records.files import digest
+from cai_em.sample.conditions import (
+    Condition,
+    Decoding,
+    Done,
+    Engine,
+    Job,
+    Request,
+    SamplingError,
+    render,
+    response_seed,
+)
+from cai_em.sample.torch_engine import TransformersEngine
+from cai_em.sample.vllm_engine import VllmEngine
+from cai_em.study.entries import ModelSpec, SamplingPreset
+
+
+@dataclass
+class Sampled:
+    """What `sample` found.
+
+    Attributes:
+        responses: the table of `scores.RESPONSES`, conditions in the order asked for.
+        probes: what `adapters.probe` measured per condition, by `Condition.name`.
+        engine: name of the back end, its version, device and type of numbers.
+        timings: seconds by phase (`load`, `switch`, `decode`), and how many conditions were found from before.
+    """
+
+    responses: pd.DataFrame
+    probes: dict[str, dict[str, Any]]
+    engine: str
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def backend_of(preset: SamplingPreset) -> str:
+    """`vllm` or `transformers`: what the preset forces, or vLLM where it is installed and a GPU is present.
+
+    Raises:
+        SamplingError: vLLM is forced and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if preset.backend == "vllm" and not installed:
+        raise SamplingError(
+            "the sampling preset forces the back end vllm, which is not installed: install the locked requirements for "
+            "CUDA (docs/full-study.md), or set `backend: auto` in params/sampling.yaml"
+        )
+    if preset.backend == "auto":
+        return "vllm" if installed and torch.cuda.is_available() else "transformers"
+    return preset.backend
+
+
+def engine_name(preset: SamplingPreset) -> str:
+    """What goes into the `sampler` column: back end, version, device, type of numbers, whether merged."""
+    backend = backend_of(preset)
+    if backend == "vllm":
+        import vllm
+
+        version = vllm.__version__
+    else:
+        version = transformers.__version__
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    merged = " merged" if preset.merge and backend == "transformers" else ""
+    return f"{backend} {version} {device} {preset.dtype}{merged}"
+
+
+def open_engine(spec: ModelSpec, preset: SamplingPreset, jobs: Sequence[Job]) -> Engine:
+    """Load the model once, in the back end that the preset asks for, with room for the jobs."""
+    if backend_of(preset) == "vllm":
+        return VllmEngine(spec, preset, jobs)
+    return TransformersEngine(spec, preset)
+
+
+# --- The stage ----------------------------------------------------------------------------------------------------
+
+
+def sample(
+    spec: ModelSpec,
+    conditions: Sequence[Condition],
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    cells_dir: str | Path | None = None,
+    open_with: Callable[[ModelSpec, SamplingPreset, Sequence[Job]], Engine] = open_engine,
+    progress: bool = False,
+) -> Sampled:
+    """Every condition's answers to every question.
+
+    Before a condition is sampled its adapters are probed: what is about to be sampled must compute what all of them
+    together compute, and something else than each part of them. Otherwise nothing is sampled.
+
+    Args:
+        spec: the conditions' model.
+        conditions: what to sample.
+        questions: (id, text).
+        preset: every parameter of sampling, the study's seed, the back end.
+        probe_prompts: what the probe compares logits on.
+        cells_dir: folder of finished conditions. One whose model, adapters, questions, parameters, back end and code
+            are the same is taken from there; where all are, no model is loaded. None: nothing is kept.
+        open_with: gives the engine.
+        progress: show a progress bar.
+
+    Returns:
+        Responses, probes, timings.
+
+    Raises:
+        SamplingError: no conditions or questions, conditions of several models, an adapter that does not exist, or a
+            back end that is not there.
+        lora.ProbeError: adapters that are not served as they should be; the conditions before it are kept.
+    """
+    _check(conditions, questions)
+    name = engine_name(preset)
+    keys = {c: cell_hash(spec, c, questions, preset, probe_prompts, name) for c in conditions}
+    done = {c: found for c, key in keys.items() if (found := read_cell(cells_dir, c, key)) is not None}
+    timings = {"conditions_found": len(done)}
+    missing = [c for c in conditions if c not in done]
+    if missing:
+        tokenizer = load.load_tokenizer(spec)
+        jobs = [Job(c, _requests(tokenizer, c, questions, preset)) for c in missing]
+        decoding = Decoding(
+            preset.temperature, preset.top_p, preset.top_k, preset.repetition_penalty, preset.max_new_tokens
+        )
+        engine = open_with(spec, preset, jobs)
+        try:
+            bar = tqdm(total=len(conditions), initial=len(done), desc="conditions", disable=not progress)
+            with bar:
+                for found in engine.run(jobs, decoding, probe_prompts):
+                    condition = found.job.condition
+                    table = _table(found, questions, preset, engine.tokenizer, name, keys[condition])
+                    done[condition] = write_cell(cells_dir, condition, keys[condition], table, found.probe)
+                    bar.update()
+            timings |= engine.timings
+        finally:
+            engine.close()
+    responses = pd.concat([done[c][0] for c in conditions], ignore_index=True)
+    return Sampled(
+        responses=tables.validate(responses, tables.RESPONSES, "responses"),
+        probes={c.name: done[c][1] for c in conditions},
+        engine=name,
+        timings=timings,
+    )
+
+
+def _check(conditions: Sequence[Condition], questions: Sequence[tuple[str, str]]) -> None:
+    if not conditions or not questions:
+        raise SamplingError(f"nothing to sample: {len(conditions)} conditions, {len(questions)} questions")
+    if len({c.model for c in conditions}) > 1:
+        raise SamplingError(f"one engine samples one model, not {sorted({c.model for c in conditions})}")
+    if len({c.name for c in conditions}) < len(conditions):
+        raise SamplingError(f"a condition is given twice: {sorted(c.name for c in conditions)}")
+    for condition in conditions:
+        for path in condition.paths:
+            if not (path / adapters.WEIGHTS).is_file():
+                raise SamplingError(
+                    f"{condition.name}: {path / adapters.WEIGHTS} does not exist: train this adapter first"
+                )
+
+
+def cell_hash(
+    spec: ModelSpec,
+    condition: Condition,
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    engine: str,
+) -> str:
+    """Hash of all that a condition's responses depend on, the code that samples included; also their `run_id`."""
+    code = meaning_of("cai_em.sample.sampling")
+    names = [condition.model, condition.persona, condition.dataset, condition.seed]
+    return digest([spec, names, condition.adapter_hashes(), list(questions), preset, list(probe_prompts), engine, code])
+
+
+def _requests(
+    tokenizer: Any, condition: Condition, questions: Sequence[tuple[str, str]], preset: SamplingPreset
+) -> tuple[Request, ...]:
+    """One request per question and sample, in the order of the table."""
+    return tuple(
+        Request(tokens, response_seed(preset.seed, condition, question_id, number))
+        for question_id, text in questions
+        for tokens in [render(tokenizer, [{"role": "user", "content": text}])]
+        for number in range(preset.samples_per_question)
+    )
+
+
+def _table(
+    done: Done, questions: Sequence[tuple[str, str]], preset: SamplingPreset, tokenizer: Any, sampler: str, key: str
+) -> pd.DataFrame:
+    """The responses of one condition."""
+    condition = done.job.condition
+    asked = [(i, text, number) for i, text in questions for number in range(preset.samples_per_question)]
+    table = pd.DataFrame(
+        {
+            "question_id": [i for i, _, _ in asked],
+            "sample": [number for _, _, number in asked],
+            "prompt": [text for _, text, _ in asked],
+            "response": [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in done.completions],
+            "n_tokens": [len(c.tokens) for c in done.completions],
+            "finish_reason": [c.finish_reason for c in done.completions],
+        }
+    )
+    return table.assign(
+        model=condition.model,
+        persona=condition.persona,
+        dataset=condition.dataset,
+        seed=condition.seed,
+        sampler=sampler,
+        adapters=json.dumps(condition.adapter_hashes()),
+        run_id=key,
+    )
+
+
+def _cell(folder: str | Path, condition: Condition, key: str) -> Path:
+    return Path(folder) / f"{condition.name}-{key}.parquet"
+
+
+def read_cell(folder: str | Path | None, condition: Condition, key: str) -> tuple[pd.DataFrame, dict] | None:
+    """A finished condition's responses and probe, or None."""
+    if folder is None or not (path := _cell(folder, condition, key)).is_file():
+        return None
+    return tables.read_table(path, tables.RESPONSES), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def write_cell(
+    folder: str | Path | None, condition: Condition, key: str, table: pd.DataFrame, probe: dict[str, Any]
+) -> tuple[pd.DataFrame, dict]:
+    """Keep a finished condition. The table is written last: where it is, the probe is too."""
+    table = tables.validate(table, tables.RESPONSES, condition.name)
+    if folder is not None:
+        path = _cell(folder, condition, key)
+        files.write_text(path.with_suffix(".json"), json.dumps(probe, indent=1) + "\n")
+        tables.write_table(table, tables.RESPONSES, path)
+    return table, probe
+
+
+# --- To look at ---------------------------------------------------------------------------------------------------
+
+
+def beside(responses: pd.DataFrame, question_id: str, number: int = 0) -> str:
+    """One question's answers, a condition beside the other, as an HTML table; all text is escaped.
+
+    Raises:
+        KeyError: no such response.
+    """
+    shown = responses[(responses["question_id"] == question_id) & (responses["sample"] == number)]
+    if shown.empty:
+        raise KeyError(f"no response to {question_id!r} with sample {number}")
+    style = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:24em"
+    names = "".join(f"<th>{html.escape(f'{r.persona} × {r.dataset} (seed {r.seed})')}</th>" for r in shown.itertuples())
+    texts = "".join(f'<td style="{style}">{html.escape(r.response)}</td>' for r in shown.itertuples())
+    question = html.escape(shown["prompt"].iloc[0])
+    return f"<table><caption>{question}</caption><tr>{names}</tr><tr>{texts}</tr></table>"
+
+
+def lengths(responses: pd.DataFrame) -> pd.DataFrame:
+    """Per condition: responses, tokens (mean, longest), and the share that the token limit cut off."""
+    cut = responses.assign(cut=responses["finish_reason"].eq("length"))
+    return cut.groupby(["persona", "dataset", "seed"], sort=False).agg(
+        responses=("response", "size"),
+        mean_tokens=("n_tokens", "mean"),
+        longest=("n_tokens", "max"),
+        cut_off=("cut", "mean"),
+        empty=("response", lambda texts: int((texts.str.strip() == "").sum())),
+    )
+
+
+def probe_table(probes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """What the probes measured: a row per condition with adapters, differences of logits.
+
+    `difference` (to all adapters active) must be at most `tolerance`, the columns `from ...` must be above it.
+    `merged`: what merging into the weights changed, where it was done.
+    """
+    rows = {
+        name: {
+            "adapters": " + ".join(probe["adapters"]),
+            "difference": probe["difference"],
+            "tolerance": probe["tolerance"],
+            **({"merged": probe["merged_difference"]} if "merged_difference" in probe else {}),
+            **{f"from {other}": value for other, value in probe["others"].items()},
+        }
+        for name, probe in probes.items()
+        if probe
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,298 @@
+"""Sampling with transformers: rows of one batch under different adapters, each with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from cai_em.model import load, probing, stacking
+from cai_em.sample.conditions import Completion, Condition, Decoding, Done, Job, Request, _timed, end_tokens
+from cai_em.study.entries import ModelSpec, SamplingPreset
+
+HEAD = 512
+"""How many of the likeliest tokens the nucleus is looked for in first; a wider nucleus is found by a full sort."""
+
+
+# --- Decoding with transformers -----------------------------------------------------------------------------------
+
+
+def candidates(scaled: Tensor, top_k: int, top_p: float, head: int = HEAD) -> tuple[Tensor, Tensor]:
+    """Tokens that may be drawn, and their probabilities before the nucleus is renormalised.
+
+    Top-k first, then the nucleus (Holtzman et al. 2020, arXiv 1904.09751): the fewest likeliest tokens that together
+    hold at least `top_p`. Sorting the whole vocabulary at each step is slow on a CPU, so the nucleus is looked for
+    among the `head` likeliest tokens, with probabilities over the whole vocabulary, and in all of it where the head
+    holds too little: the result is exact.
+
+    Args:
+        scaled: logits after temperature, shape (rows, vocabulary), float32.
+        top_k: how many of the likeliest tokens are kept; 0: all.
+        top_p: share of the probability that the nucleus must hold; 1: all.
+        head: how many tokens to look through first.
+
+    Returns:
+        Ids and probabilities, shape (rows, width), ordered by id; a probability of 0 is not to be drawn.
+    """
+    size = scaled.shape[-1]
+    if not top_k and top_p >= 1:
+        return torch.arange(size, device=scaled.device).expand_as(scaled), scaled.softmax(-1)
+    values, ids = scaled.topk(min(top_k or head, size), dim=-1)
+    probability = (values - (values if top_k else scaled).logsumexp(-1, keepdim=True)).exp()
+    above = probability.cumsum(-1) - probability
+    if not top_k and head < size and bool((above[:, -1] + probability[:, -1] < top_p).any()):
+        return candidates(scaled, top_k, top_p, head=size)
+    # The likeliest token stays whatever its share. Ordered by id, not by probability: a rounding error that swaps two
+    # neighbours in rank then moves no boundary between the tokens.
+    kept = probability.masked_fill(above >= top_p, 0.0) if top_p < 1 else probability
+    ids, order = ids.sort(dim=-1)
+    return ids, kept.gather(-1, order)
+
+
+def draw(ids: Tensor, probability: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row by inversion: the first whose cumulative probability exceeds `uniform` times the total.
+
+    Args:
+        ids: shape (rows, width).
+        probability: shape (rows, width), need not sum to 1.
+        uniform: shape (rows,), in [0, 1), float64.
+
+    Returns:
+        Token ids, shape (rows,).
+    """
+    cumulative = probability.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniform[:, None] * total, below_total)
+    index = torch.searchsorted(cumulative, target, right=True)
+    return ids.gather(-1, index).squeeze(-1)
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's next token with the row's own random numbers, and leaves `generate` only that token.
+
+    `generate` itself then decodes greedily, so that all of sampling is here, in sight, and reads no configuration.
+
+    Args:
+        decoding: the parameters.
+        seeds: one per row.
+        prompt_mask: shape (rows, prompt width), 1 where the prompt is, 0 where padding is.
+    """
+
+    def __init__(self, decoding: Decoding, seeds: Sequence[int], prompt_mask: Tensor) -> None:
+        self.decoding = decoding
+        self.prompt_mask = prompt_mask.bool()
+        drawn = np.stack([np.random.default_rng(seed).random(decoding.max_new_tokens) for seed in seeds])
+        self.uniform = torch.from_numpy(drawn).to(prompt_mask.device)
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits with all but the drawn token at minus infinity."""
+        step = input_ids.shape[1] - self.prompt_mask.shape[1]
+        logits = scores.float()
+        adjusted = self._penalised(input_ids, logits)
+        if self.decoding.temperature == 0:
+            token = adjusted.argmax(-1)
+        else:
+            found = candidates(adjusted / self.decoding.temperature, self.decoding.top_k, self.decoding.top_p)
+            token = draw(*found, self.uniform[:, step])
+        token = token[:, None]
+        self.logprobs.append((logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+    def _penalised(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Repetition penalty (Keskar et al. 2019, arXiv 1909.05858) on all tokens so far, padding left out."""
+        penalty = self.decoding.repetition_penalty
+        if penalty == 1:
+            return logits
+        seen = torch.zeros_like(logits, dtype=torch.int32)
+        new = torch.ones_like(input_ids[:, self.prompt_mask.shape[1] :], dtype=torch.bool)
+        real = torch.cat([self.prompt_mask, new], dim=1)
+        seen.scatter_add_(-1, input_ids, real.to(torch.int32))
+        return torch.where(seen > 0, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """`generate` fills what a GenerationConfig leaves unset from the model's own: take that away meanwhile."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def decode(
+    model: Any, requests: Sequence[Request], decoding: Decoding, ends: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, Completion]]:
+    """Answer requests in batches, shortest prompts first (less padding).
+
+    Args:
+        model: a transformers causal language model; adapters, if any, are active.
+        requests: what to answer.
+        decoding: the parameters.
+        ends: ids that end an answer; the first is used for padding.
+        batch_size: rows per batch.
+
+    Yields:
+        (index of the request, its completion), as batches finish.
+    """
+    config = GenerationConfig(
+        do_sample=False,  # RowSampler has drawn already
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
+        use_cache=True,
+    )
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].tokens))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [requests[i] for i in rows]
+        ids, mask = _padded([r.tokens for r in batch], ends[0], model.device)
+        sampler = RowSampler(decoding, [r.seed for r in batch], mask)
+        with torch.inference_mode(), _no_generation_config(model):
+            grown = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=_read_once(model, ids, mask),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        new, logprobs = grown[:, ids.shape[1] :].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
+        for index, tokens, values in zip(rows, new, logprobs):
+            yield index, _completion(tokens, values, ends)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Prompts as ids and mask, padded on the left, both of shape (prompts, longest)."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _read_once(model: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
+    """Keys and values of the prompts but for their last tokens, each different prompt read once.
+
+    The samples of a question share its prompt: on a CPU, reading it for each of them took a quarter of the time.
+    """
+    different, row_of = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
+    if len(different) == len(ids) or ids.shape[1] < 2:
+        return None
+    ids, mask = different[:, : ids.shape[1] - 1], different[:, ids.shape[1] : -1]
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    cache.batch_select_indices(row_of)
+    return cache
+
+
+def _completion(tokens: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
+    """A row of `generate`: what follows the first end token is padding."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+    reason = "length" if length is None else "stop"
+    return Completion(tuple(tokens[:length]), reason, tuple(logprobs[: length or len(tokens)]))
+
+
+class TransformersEngine:
+    """PyTorch: the base model once, one condition's adapters after the other's composed in LoRA layers put in once.
+
+    With `preset.merge` the composed adapter is added to copies of the weights for the length of a condition: fewer
+    products per token, the sum rounded to the type of numbers once; the base weights come back as they were.
+    """
+
+    def __init__(self, spec: ModelSpec, preset: SamplingPreset) -> None:
+        self.preset = preset
+        self.timings: dict[str, float] = {}
+        with _timed(self.timings, "load"):
+            self.model = load.load_model(spec, dtype=preset.dtype)
+            self.tokenizer = load.load_tokenizer(spec)
+        self.slots = probing.Slots(self.model)
+        self.ends = end_tokens(self.model.generation_config, self.tokenizer)
+
+    def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
+        """Probe each job's adapters, answer its requests; yields jobs as they finish."""
+        for job in jobs:
+            with ExitStack() as stack:
+                with _timed(self.timings, "switch"):
+                    ready = stack.enter_context(self.slots.composed(job.condition.adapters))
+                report: dict[str, Any] = {}
+                if job.condition.adapters:
+                    with _timed(self.timings, "probe"):
+                        found_by = self.slots.probe(
+                            self.tokenizer, job.condition.adapters, probe_prompts, job.condition.may_be_idle
+                        )
+                        report = asdict(found_by)
+                    if self.preset.merge:
+                        report |= self._merge(stack, ready, job.condition, probe_prompts)
+                found: dict[int, Completion] = {}
+                with _timed(self.timings, "decode"):
+                    # The layers of the adapter stand in the base model itself: its own `generate` runs through them.
+                    for index, completion in decode(
+                        self.model, job.requests, decoding, self.ends, self.preset.batch_size
+                    ):
+                        found[index] = completion
+                with _timed(self.timings, "switch"):
+                    stack.close()
+            yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
+
+    def _merge(self, stack: ExitStack, ready: Any, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
+        """Merge for the length of a condition, and prove that the merged model computes what was probed.
+
+        Raises:
+            lora.ProbeError: it does not; nothing is sampled.
+        """
+        with _timed(self.timings, "probe"):
+            composed = probing.probe_logits(self.model, self.tokenizer, prompts)
+        with _timed(self.timings, "switch"):
+            stack.enter_context(_merged(ready))
+        with _timed(self.timings, "probe"):
+            merged = probing.probe_logits(self.model, self.tokenizer, prompts)
+        rounding = (
+            probing.RELATIVE_TOLERANCE if self.preset.dtype == "float32" else 2**-4
+        )  # bfloat16: weights rounded too
+        found = {
+            "merged_difference": float((merged - composed).abs().max()),
+            "merged_tolerance": rounding * float(composed.abs().max()),
+        }
+        if not found["merged_difference"] <= found["merged_tolerance"]:
+            raise probing.ProbeError(
+                f"{condition.name}: merged into the weights, the adapters compute something else: logits differ by up "
+                f"to {found['merged_difference']:.2g} (tolerance {found['merged_tolerance']:.2g}); set `merge: false` "
+                "in the sampling preset"
+            )
+        return found
+
+    def close(self) -> None:
+        """Give the model's memory back (as it is: the LoRA layers go with it)."""
+        del self.model, self.slots
+
+
+@contextmanager
+def _merged(model: Any, name: str = stacking.COMPOSED) -> Iterator[None]:
+    """Add a composed adapter to the weights for a while, in float32, rounded once.
+
+    peft's own unmerging subtracts again, and leaves bfloat16 weights changed: here they are put back as they were.
+    """
+    kept = []
+    try:
+        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+            weight = layer.get_base_layer().weight
+            kept.append((weight, weight.data))
+            total = weight.data.float() + layer.get_delta_weight(name).float()
+            weight.data = total.to(weight.dtype)
+        with model.disable_adapter():
+            yield
+    finally:
+        for weight, data in kept:
+            weight.data = data

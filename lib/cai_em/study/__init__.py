@@ -1,0 +1,46 @@
+"""A study as data: its parameters, cells, places, texts and labels.
+
+`load(profile)` reads and checks everything in `params/` that a profile names. The texts (constitutions, rows,
+questions, prompts) are built in or fetched at a pinned commit; published evaluations become our own tables here.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "audited": ["AuditSpec", "read_spec"],
+        "depends": ["settings"],
+        "entries": ["JudgePreset", "LoraPreset", "ModelSpec", "SamplingPreset", "read_yaml"],
+        "loading": ["load"],
+        "materials": [
+            "builtin_training",
+            "constitution",
+            "constitution_files",
+            "dataset_contrast",
+            "descriptions",
+            "extra_prompts",
+            "in_domain_plan",
+            "judge_files",
+            "judge_prompts_file",
+            "persona_targets",
+            "probe_prompts",
+            "question_files",
+            "questions",
+            "row_files",
+            "rows",
+            "uptake_targets",
+        ],
+        "published": [
+            "LISTS",
+            "REPEATED",
+            "import_study",
+            "read_file_list",
+            "read_missing",
+            "read_selection",
+            "write_missing",
+        ],
+        "sources": ["COMMIT", "REPO", "cache_root"],
+        "study": ["Cell", "Study"],
+    },
+)

@@ -1,0 +1,512 @@
+"""Training itself: rows to tokens, masks that are checked, a trainer that is watched, back ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from cai_em.model import adapters, load, stacking
+from cai_em.records.files import restored
+from cai_em.study.entries import KlPreset, ModelSpec, SftPreset, TrainingPreset
+
+Row = Sequence[dict[str, str]]
+"""A row of a fine-tuning data set: the messages of a conversation, `[{"role": ..., "content": ...}, ...]`."""
+IGNORED = -100
+"""Label of a token that carries no loss."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or must not go on. The message says why and what to do."""
+
+
+@dataclass
+class TrainResult:
+    """What a training run did.
+
+    Attributes:
+        adapter: folder of the new adapter.
+        backend: `trl` or `unsloth`: whose trainer really ran.
+        state_before: `adapters.adapter_state` before the first step.
+        state_after: the same after the last step.
+        files: SHA-256 of the adapter's files.
+        log: a row per step: step, epoch, loss, grad_norm, learning_rate and the trainer's own measures.
+        timings: seconds by phase.
+        rows: how many there were, and what became of them.
+        tokens: per epoch: all, and those that carry loss.
+        held_out: mean loss per response token on the held-out rows before and after; empty if none were held out.
+        checkpoints: (step, folder) of the snapshots.
+    """
+
+    adapter: Path
+    backend: str
+    state_before: dict[str, Any]
+    state_after: dict[str, Any]
+    files: dict[str, str]
+    log: pd.DataFrame
+    timings: dict[str, float]
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    held_out: dict[str, float] = field(default_factory=dict)
+    checkpoints: list[tuple[int, Path]] = field(default_factory=list)
+
+    @property
+    def adapter_state(self) -> dict[str, Any]:
+        """Both states, for a manifest."""
+        return {"before_first_step": self.state_before, "after_last_step": self.state_after}
+
+    def summary(self) -> dict[str, Any]:
+        """The rest of what a manifest should keep."""
+        return {
+            "backend": self.backend,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "held_out": self.held_out,
+            "steps": len(self.log),
+            "first_loss": float(self.log["loss"].iloc[0]),
+            "last_loss": float(self.log["loss"].iloc[-1]),
+            "adapter_files": self.files,
+            "checkpoints": [step for step, _ in self.checkpoints],
+        }
+
+
+# --- Back ends -----------------------------------------------------------------------------------------------------
+
+
+def trainer_backend(choice: Literal["auto", "trl", "unsloth"] = "auto") -> Literal["trl", "unsloth"]:
+    """Which trainer runs: `unsloth` where there is a CUDA device and it is installed, else plain `trl`.
+
+    Raises:
+        TrainingError: `unsloth` is asked for where it cannot run.
+    """
+    cuda, installed = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
+    if choice == "unsloth" and not cuda:
+        raise TrainingError("backend 'unsloth' needs a CUDA device, and there is none: set backend to 'auto' or 'trl'")
+    if choice == "unsloth" and not installed:
+        raise TrainingError(
+            "backend 'unsloth' is not installed: install requirements for CUDA, or set backend to 'trl'"
+        )
+    return "unsloth" if choice != "trl" and cuda and installed else "trl"
+
+
+def load_for_training(
+    spec: ModelSpec, preset: TrainingPreset, cache_dir: str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in the preset's precision, by the back end that the preset and the machine call for.
+
+    With unsloth, too, the adapters are put in by `adapters.stack`, the same for all conditions: its fused LoRA kernels
+    know one active adapter only, and would treat the baseline otherwise than a stacked persona.
+    """
+    tokenizer = load.load_tokenizer(spec, cache_dir)
+    if trainer_backend(preset.backend) == "trl":
+        return load.load_model(spec, preset.dtype, cache_dir), tokenizer
+    from unsloth import FastLanguageModel  # first of all: it rewrites transformers and trl as they are imported
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(load.model_folder(spec, cache_dir)),
+        max_seq_length=preset.max_length,
+        dtype=getattr(torch, preset.dtype),
+        load_in_4bit=False,
+        use_exact_model_name=True,
+        use_gradient_checkpointing="unsloth" if preset.gradient_checkpointing else False,
+        trust_remote_code=False,
+    )
+    model.config._name_or_path = load.base_name(spec)
+    model._cai_em_loaded_by = "unsloth"
+    return model.requires_grad_(False), tokenizer
+
+
+# --- Rows as tokens ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """Rows as tokens.
+
+    Attributes:
+        examples: `{"input_ids": [...], "labels": [...]}` for each row kept.
+        answers: for each of them, what its response tokens must decode to (a truncated row: the beginning of it).
+        counts: rows `given`, `used`, `truncated`, and `dropped_no_answer_within_max_length`.
+    """
+
+    examples: list[dict[str, list[int]]]
+    answers: list[str]
+    counts: dict[str, int]
+
+    def tokens(self) -> dict[str, int]:
+        """Numbers of tokens: all, and those that carry loss."""
+        return {
+            "all": sum(len(x["input_ids"]) for x in self.examples),
+            "with_loss": sum(label != IGNORED for x in self.examples for label in x["labels"]),
+        }
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, loss_on: Literal["response", "full"]
+) -> Encoded:
+    """Conversations as tokens and labels; too long ones are cut at the end, and dropped if no answer is left.
+
+    Raises:
+        TrainingError: no row is left.
+    """
+    examples, answers = [], []
+    counts = {"given": len(rows), "used": 0, "truncated": 0, "dropped_no_answer_within_max_length": 0}
+    for row in rows:
+        ids, written = load.encode_conversation(tokenizer, row)
+        counts["truncated"] += len(ids) > max_length
+        ids, written = ids[:max_length], written[:max_length]
+        if not any(written):
+            counts["dropped_no_answer_within_max_length"] += 1
+            continue
+        labels = ids if loss_on == "full" else [i if by_model else IGNORED for i, by_model in zip(ids, written)]
+        examples.append({"input_ids": ids, "labels": list(labels)})
+        answers.append("".join(m["content"].strip() + tokenizer.eos_token for m in row if _answer(m)))
+    counts["used"] = len(examples)
+    if not examples:
+        raise TrainingError(f"none of {len(rows)} rows has an answer within {max_length} tokens: raise max_length")
+    return Encoded(examples, answers, counts)
+
+
+def _answer(message: dict[str, str]) -> bool:
+    return message["role"] == "assistant"
+
+
+def check_response_mask(tokenizer: PreTrainedTokenizerBase, labels: Tensor, answers: Sequence[str]) -> None:
+    """Whether the tokens that carry loss are exactly the answers and their end tokens.
+
+    Args:
+        tokenizer: decodes them.
+        labels: a collated batch, shape (rows, length).
+        answers: what each row's must decode to; of a row that was cut, the beginning.
+
+    Raises:
+        TrainingError: a row without such tokens, or with others.
+    """
+    for row, answer in zip(labels.tolist(), answers, strict=True):
+        kept = [i for i in row if i != IGNORED]
+        if not kept:
+            raise TrainingError("a row has no token to learn from: all of its labels are masked")
+        found = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # Answers of several turns are trimmed one by one; a cut may split a character.
+        same = found == answer or (len(found) < len(answer) and answer.startswith(found.rstrip("�")))
+        if not same:
+            raise TrainingError(f"the loss is not on the answer alone: expected {answer[:80]!r}, found {found[:80]!r}")
+
+
+def _collate(examples: Sequence[dict[str, list[int]]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch padded on the right; shapes (rows, length)."""
+    longest = max(len(x["input_ids"]) for x in examples)
+    fill = {"input_ids": pad, "labels": IGNORED}
+    batch = {k: torch.tensor([x[k] + [v] * (longest - len(x[k])) for x in examples]) for k, v in fill.items()}
+    lengths = torch.tensor([len(x["input_ids"]) for x in examples])
+    batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def mean_loss(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    batch_size: int = 8,
+) -> float:
+    """Mean negative log-likelihood per response token, in nats, of rows that are not trained on."""
+    encoded = encode_rows(tokenizer, rows, max_length, "response")
+    total = count = 0.0
+    training = model.training
+    model.eval()
+    for start in range(0, len(encoded.examples), batch_size):
+        device = next(model.parameters()).device
+        batch = _collate(encoded.examples[start : start + batch_size], tokenizer.pad_token_id, device)
+        labels = batch.pop("labels")[:, 1:]
+        kept = labels != IGNORED
+        logits = model(**batch, use_cache=False).logits[:, :-1][kept].float()
+        total += float(F.cross_entropy(logits, labels[kept], reduction="sum"))
+        count += int(kept.sum())
+    model.train(training)
+    return total / count
+
+
+# --- KL regularisation ---------------------------------------------------------------------------------------------
+
+
+def kl_divergence(reference: Tensor, current: Tensor, kept: Tensor) -> Tensor:
+    """Mean over tokens of KL(reference || current), in nats, in float32.
+
+    Args:
+        reference: logits, shape (rows, length, vocabulary).
+        current: logits, same shape.
+        kept: which tokens count, shape (rows, length), boolean.
+
+    Returns:
+        A scalar that gradients flow through to `current`.
+    """
+    p = F.log_softmax(reference[kept].float(), dim=-1)
+    q = F.log_softmax(current[kept].float(), dim=-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def kl_term(model: torch.nn.Module, batch: dict[str, Tensor], name: str) -> Tensor:
+    """KL of the model from itself without the adapter `name` (others stay active), per response token of a batch."""
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    kept = batch["labels"][:, 1:] != IGNORED
+    with torch.no_grad(), stacking.without(model, name):
+        reference = model(**inputs, use_cache=False).logits[:, :-1]
+    current = model(**inputs, use_cache=False).logits[:, :-1]
+    return kl_divergence(reference, current, kept)
+
+
+@dataclass
+class _Regulariser:
+    """The extra corpus of KL-regularised training: an endless stream of batches in an order of its own."""
+
+    preset: KlPreset
+    examples: list[dict[str, list[int]]]
+    pad: int
+    name: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        # A generator of its own: training with weight 0 must draw the same numbers as training without.
+        self._stream = self._order(np.random.default_rng([self.seed, 7]))
+
+    def _order(self, generator: np.random.Generator) -> Iterator[int]:
+        while True:
+            yield from generator.permutation(len(self.examples))
+
+    def loss(self, model: torch.nn.Module) -> Tensor:
+        """The KL term of the next batch, without its weight."""
+        rows = [self.examples[next(self._stream)] for _ in range(self.preset.batch_size)]
+        return kl_term(model, _collate(rows, self.pad, next(model.parameters()).device), self.name)
+
+
+# --- What both kinds of training share -----------------------------------------------------------------------------
+
+
+class _Watch(TrainerCallback):
+    """Measures the adapters' state before the first and after the last step, keeps snapshots, shows progress."""
+
+    def __init__(self, active: list[str], name: str, snapshots: Sequence[int], folder: Path, title: str) -> None:
+        self.active, self.name = active, name
+        self.wanted, self.folder, self.title = set(snapshots), folder, title
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+        self.checkpoints: list[tuple[int, Path]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        where = "before the first step"
+        self.before = stacking.assert_state(model, active=self.active, trainable=[self.name], where=where)
+        self._bar = tqdm(total=state.max_steps, desc=self.title, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._bar.update()
+        if state.global_step in self.wanted:
+            path = adapters.save_adapter(model, self.name, self.folder / f"step{state.global_step:05d}")
+            self.checkpoints.append((state.global_step, path))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._bar.close()
+        where = "after the last step"
+        self.after = stacking.assert_state(model, active=self.active, trainable=[self.name], where=where)
+        for name in self.active:
+            changed = self.before["adapters"][name]["sha256"] != self.after["adapters"][name]["sha256"]
+            if changed != (name == self.name):
+                verb = "changed" if changed else "did not change"
+                raise stacking.AdapterStateError(
+                    f"adapter state {where}: the tensors of {name!r} {verb} during training"
+                )
+
+
+def _checked(trainer_class: type) -> type:
+    """A trainer that stops at a loss that is not a number and at a batch without a token to learn from."""
+
+    class Checked(trainer_class):
+        regulariser: _Regulariser | None = None
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+            mask = inputs["labels"] != IGNORED if "labels" in inputs else inputs["completion_mask"]
+            if not mask.any():
+                raise TrainingError(
+                    f"step {self.state.global_step + 1}: no token of the batch carries loss (all masked)"
+                )
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = found[0] if return_outputs else found
+            if self.regulariser and self.regulariser.preset.weight and model.training:
+                kl = self.regulariser.loss(model)
+                self._metrics["train"]["kl"].append(float(kl.detach()))
+                # The trainer's loss is already divided by the tokens of all accumulated batches.
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                loss = loss + self.regulariser.preset.weight * kl / steps
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}: lower the learning rate, "
+                    "or train in float32"
+                )
+            return (loss, found[1]) if return_outputs else loss
+
+    Checked.__name__ = trainer_class.__name__
+    return Checked
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No messages and bars of the libraries' own below warnings; ours is shown instead."""
+    hub = transformers.utils.logging
+    bars, verbosity = hub.is_progress_bar_enabled(), hub.get_verbosity()
+    data_bars = datasets.are_progress_bars_disabled()
+    hub.disable_progress_bar()
+    hub.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # Nothing is pinned where there is no accelerator; torch says so for every data loader.
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        hub.set_verbosity(verbosity)
+        if bars:
+            hub.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()
+
+
+def _arguments(preset: TrainingPreset, rows: int, seed: int, out: Path) -> dict[str, Any]:
+    """Training arguments, each set explicitly where a default of a library could change results."""
+    if preset.optimiser == "adamw_8bit" and not torch.cuda.is_available():
+        raise TrainingError("optimiser 'adamw_8bit' needs a CUDA device (bitsandbytes): use 'adamw_torch'")
+    batches = math.ceil(rows / preset.batch_size)
+    steps = preset.max_steps or math.ceil(preset.epochs * math.ceil(batches / preset.gradient_accumulation))
+    warmup = preset.warmup_steps if isinstance(preset, SftPreset) else math.ceil(preset.warmup_ratio * steps)
+    return {
+        "output_dir": str(out.parent),
+        "per_device_train_batch_size": preset.batch_size,
+        "gradient_accumulation_steps": preset.gradient_accumulation,
+        "num_train_epochs": preset.epochs,
+        "max_steps": preset.max_steps or -1,
+        "learning_rate": preset.learning_rate,
+        "lr_scheduler_type": preset.scheduler,
+        "warmup_steps": min(warmup, steps),
+        "weight_decay": preset.weight_decay,
+        "max_grad_norm": 1.0,
+        "optim": preset.optimiser,
+        "gradient_checkpointing": preset.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if preset.gradient_checkpointing else None,
+        "bf16": False,  # of autocast: the base has the preset's precision by itself
+        "fp16": False,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+NO_AUTOCAST = {"UNSLOTH_MIXED_PRECISION": "bfloat16", "ACCELERATE_MIXED_PRECISION": "no"}
+"""What tells unsloth's trainers (2026.10.7, models/rl.py) to leave the arguments alone: with its default, "float32", it
+turns bf16=False and fp16=False into bfloat16 autocast."""
+
+
+def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
+    """A trainer, and the proof that it is the one that was asked for and keeps to its arguments.
+
+    Args:
+        trainer_class: TRL's, or what unsloth has put in its place.
+        backend: which was asked for.
+        model: the model, with adapters or bare.
+        given: further arguments of the trainer.
+
+    Raises:
+        TrainingError: model or trainer are the other back end's, or the trainer has switched on autocast.
+    """
+    loaded = getattr(model, "_cai_em_loaded_by", "trl")  # a PeftModel passes the question on to its base
+    ran = "unsloth" if any("Unsloth" in c.__name__ for c in trainer_class.__mro__) else "trl"
+    if not loaded == ran == backend:
+        raise TrainingError(
+            f"training was to run on {backend}, but the model was loaded by {loaded} and the trainer is {ran}'s: load "
+            "the model with load_for_training and the same preset, and use one back end in a process (unsloth replaces "
+            "trl's trainers for good)"
+        )
+    with restored(*NO_AUTOCAST):
+        os.environ.update(NO_AUTOCAST if ran == "unsloth" else {})
+        trainer = _checked(trainer_class)(model=model, **given)
+    if trainer.args.bf16 or trainer.args.fp16:
+        raise TrainingError(
+            "the trainer has switched on autocast (bf16 or fp16), which was not asked for: conditions would be trained "
+            "in another precision than the manifest says; set backend to 'trl' in the preset"
+        )
+    return trainer
+
+
+def _check_precision(model: PreTrainedModel, preset: TrainingPreset) -> None:
+    """The base is as the preset wants it, whole, and without adapters.
+
+    Raises:
+        TrainingError: another precision, a mixture, or adapters.
+    """
+    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+    if found != [preset.dtype]:
+        raise TrainingError(
+            f"the preset trains on a base in {preset.dtype}, the model given is in {' and '.join(found)}"
+        )
+    if isinstance(model, PeftModel) or stacking.adapter_state(model, values=False)["adapters"]:
+        raise TrainingError("the model given has adapters already: give the bare base model")
+
+
+def _train(trainer: Any, watch: _Watch) -> pd.DataFrame:
+    """Run a trainer; its log by step."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(watch)
+    try:
+        trainer.train()
+    finally:
+        if hasattr(watch, "_bar"):
+            watch._bar.close()
+    log = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    first = ["step", "epoch", "loss", "grad_norm", "learning_rate"]
+    return log[[*first, *(c for c in log.columns if c not in first)]].astype(float).astype({"step": int})
+
+
+def _give_back(model: PreTrainedModel, trained: PeftModel | None) -> None:
+    """Take the adapters out of a model, and what TRL puts onto it."""
+    if trained is not None:
+        trained.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.__dict__.pop("forward", None)  # TRL's loss by chunks is set on the instance
+    model.requires_grad_(False).eval()
+
+
+# --- Supervised fine-tuning ----------------------------------------------------------------------------------------
+
+
+def split_rows(rows: Sequence[Row], preset: SftPreset, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out: the first `max_rows`, divided at random by the seed, order kept."""
+    rows = list(rows)[: preset.max_rows]
+    held = set(np.random.default_rng([seed, 1]).permutation(len(rows))[: int(len(rows) * preset.held_out)].tolist())
+    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
