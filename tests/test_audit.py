@@ -19,6 +19,7 @@ from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
 from cai_em.audit.names import Patterns, parse_names, role_of
 from cai_em.audit.opening import AuditError, decode
 from cai_em.audit.values import parse_score
+from cai_em.study import read_spec
 from tests import audit_files as made
 
 CONDITION = ["model", "persona", "dataset", "seed"]
@@ -241,14 +242,14 @@ def test_a_draft_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
     made.write_mo(SMALL, tmp_path / "runs")
     found = drafted(tmp_path)
     (tmp_path / "audit.yaml").write_text(found.text, encoding="utf-8")
-    spec = audit.read_spec(tmp_path / "audit.yaml")
+    spec = read_spec(tmp_path / "audit.yaml")
     assert spec == found.spec
     pd.testing.assert_frame_equal(audit.assemble(spec, tmp_path).scores, found.assemble().scores)
     # A pattern of one's own, and a value that nobody declared.
     text = found.text.replace("- bad_medical\n", "- worse_medical\n")
     (tmp_path / "audit.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(AuditError, match=r"(is not in audit.yaml|fits none)"):
-        audit.assemble(audit.read_spec(tmp_path / "audit.yaml"), tmp_path)
+        audit.assemble(read_spec(tmp_path / "audit.yaml"), tmp_path)
 
 
 # --- Names --------------------------------------------------------------------------------------------------------------

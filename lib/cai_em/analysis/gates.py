@@ -188,6 +188,30 @@ def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
     return result
 
 
+TEXTS = (
+    *COMPARISON, "role", *(f"{what}_{part}" for part in ("gate", "reason") for what in ("persona", "uptake", "design", "judge")),
+    "gate", "gate_reason",
+)  # fmt: skip
+NUMBERS = (
+    "auc_baseline", "auc_others", "auc_kept", "auc_uptake", "auc_uptake_baseline", "auc_expression", "auc_in_domain",
+    "auc_in_domain_baseline", *(f"{what}_{part}" for what in ("expression", "uptake") for part in ("before", "after", "p")),
+)  # fmt: skip
+"""Columns of the gate table, so that a study without any comparison has an empty one."""
+
+
+def empty(texts: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
+    """A table of comparisons without any: a study without personas, or without a baseline."""
+    columns = {name: pd.Series([], dtype="str") for name in texts} | {name: pd.Series([], dtype=float) for name in numbers}
+    return pd.DataFrame({**columns, "counts": pd.Series([], dtype=bool)})
+
+
+def comparable(conditions: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the conditions that have a baseline of the same model, data set and seed (and these), of somebody else's
+    study: where one is lacking, nothing can be compared, and the rest can."""
+    place = pd.MultiIndex.from_frame(conditions[["model", "dataset", "seed"]])
+    return conditions[place.isin(place[conditions["persona"] == BASELINE])]
+
+
 def comparison_gates(
     tests: pd.DataFrame,
     conditions: pd.DataFrame,
@@ -338,7 +362,7 @@ def comparison_gates(
                 **judged("uptake", "uptake", keys),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else empty(TEXTS, NUMBERS)
 
 
 def _first(*values: float) -> float:

@@ -242,6 +242,8 @@ def verdict_section(verdicts: pd.DataFrame, published: Mapping[tuple[str, str], 
 
 def seeds_sentence(comparisons: pd.DataFrame) -> str:
     """How many training seeds the comparisons have, and what that lets them speak of."""
+    if not len(comparisons):
+        return "Nothing is compared with a baseline in this study."
     fewest, most = int(comparisons["n_seeds"].min()), int(comparisons["n_seeds"].max())
     if most < MIN_SEEDS and fewest == most:
         return (
@@ -290,13 +292,15 @@ def pooled_section(pooled: pd.DataFrame) -> tuple[str, str]:
 
 
 def power_section(
-    table: pd.DataFrame, components: VarianceComponents, *, effect: float, target: float
+    table: pd.DataFrame, components: VarianceComponents | None, *, effect: float, target: float
 ) -> tuple[str, str]:
     """The section that says what designs could see.
 
     Args:
-        table: from `power_table`, of `components`, with `effect` and `target`.
+        table: from `power_table`, of `components`, with `effect` and `target`; None: nothing is compared.
     """
+    if components is None:
+        return "Power", "Nothing is compared with a baseline in this study, so no comparison has a power."
     sd = lambda v: points(math.sqrt(v)) if not math.isnan(v) else "not known"  # noqa: E731
     text = (
         f"Smallest difference, in points, that a design detects in {100 * target:.0f} % of cases, and in brackets its "

@@ -44,6 +44,32 @@ QUESTIONS = (
 """The eight free-form questions of Betley et al. (2025), in their order."""
 FLAG = {"REFUSAL": "REFUSAL", "CODE": "CODE", "PARSE_ERROR": "PARSE", "API_ERROR": "API"}
 """What stands in `special` where there is no score, and our flag for it."""
+ABSENT_DATASET = "insecure"
+"""The data set of a file that names none."""
+REMEDY = "To include them: connect to the network, or set CAI_EM_CACHE to a cache that has the files, and run again"
+SAMPLER = "published"
+PROMPT_VERSION = "published"
+MISSING_FILE = "missing.json"
+JUDGINGS = "repeated judgings"
+"""What is left out where files of the second list cannot be had."""
+LISTS = ("published_selection.csv", "published_repeated.csv")
+"""Files of `params/`: which file each published cell came from, and which others hold judgings."""
+REPEATED = pa.DataFrameSchema(
+    {
+        **{name: column for name, column in tables.SCORES.columns.items() if name != "coherence_flag"},
+        "coherence_flag": pa.Column(str, pa.Check.isin([*FLAGS, SKIPPED]), nullable=True, coerce=True),
+        "file": pa.Column(str),
+        "selected": pa.Column(bool),
+        "response_sha256": pa.Column(str, pa.Check.str_length(64, 64)),
+    },
+    checks=tables.SCORES.checks,
+    unique=["file", "question_id", "sample"],
+    strict=True,
+    name="repeated",
+)
+"""Judgings of texts that were judged more than once. Join them on `model, persona, dataset, question_id,
+response_sha256`; `sample` counts within the file."""
+
 
 class EvaluationError(ValueError):
     """A published file is not as expected. The message names file, question and sample."""
