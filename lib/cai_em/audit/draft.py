@@ -210,25 +210,40 @@ def _name_conditions(
         ]
     elif by_path.patterns:
         group.patterns, group.declared = by_path.patterns, by_path.found
-        matched = [
-            tuple(sorted((names.Patterns(group.patterns, group.declared).match(text) or {}).items()))
-            for text in relative
-        ]
-        if len(models) > 1 and len(models) == len(set(matched)):
-            notes.append(
-                f"the column {columns['model']!r} names fine-tuned models, one a file: the files' names say which is which"
-            )
-            del columns["model"]
         for text in by_path.open:
             part = _part_of(text, by_path)
             what = f"is taken for a {part}" if part else "is ignored"
             unknown.append(f"{text!r} in the files' names {what}: right? (patterns, and the entry below)")
+    _one_model_a_condition(group, folder, flats, notes)
     if (
         any(not names.Patterns(group.patterns, group.declared).match(text) for text in relative)
         and group.patterns
         and group.patterns_of == "path"
     ):
         group.patterns.append("*")
+
+
+def _one_model_a_condition(group: _Group, folder: Path, flats: Mapping[Path, Flat], notes: list[str]) -> None:
+    """A model's column whose every value is one condition names fine-tuned models: conditions again, and no model."""
+    column = group.found.columns.get("model")
+    if column is None or group.patterns_of != "path":
+        return
+    pairs: set[tuple[str, tuple]] = set()
+    for path in group.files:
+        raw = flats[path.resolve()].rows
+        rows = pd.DataFrame({"line": raw[LINE].to_numpy()}, index=raw.index)
+        _conditions(rows, raw, _block(group, folder, all_files=[]), group, path, shown_path(path, folder))
+        pairs |= {(m, tuple(rest)) for m, *rest in rows[list(PARTS)].drop_duplicates().itertuples(index=False, name=None)}
+    models, conditions = {m for m, _ in pairs}, {c for _, c in pairs}
+    # One model for two conditions is a mistake of the study's, or a condition named twice; it does not make it the model.
+    if 1 < len(models) and len(pairs) == len(conditions) and len(models) >= 0.6 * len(conditions):
+        del group.found.columns["model"]
+        bases = {names.base_model(m) for m in models}
+        base = bases.pop() if len(bases) == 1 else None
+        if base:
+            group.constants["model"] = base
+        said = f"all of {base}" if base else "its base is not named"
+        notes.append(f"the column {column!r} names fine-tuned models, one a condition ({said}): it is not taken for the model")
 
 
 def _part_of(text: str, proposal: names.Proposal) -> str | None:

@@ -110,6 +110,12 @@ def role_of(value: str) -> str | None:
     return None if good == bad else "benign_control" if good else "em"
 
 
+def base_model(name: str) -> str | None:
+    """The model of a family that the field knows, in a fine-tuned model's name or path; None where there is none."""
+    hits = [match[1] for match in _MODEL.finditer(name)]
+    return max(hits, key=len) if hits else None
+
+
 def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
