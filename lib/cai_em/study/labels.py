@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
-class Named(Protocol):
+class Labelled(Protocol):
     """An entry with a key, a label and a place in the order."""
 
     key: str
@@ -29,7 +29,7 @@ class Labels:
 
     personas: Sequence[Any]
     datasets: Sequence[Any]
-    models: Sequence[Named] = ()
+    models: Sequence[Labelled] = ()
     _personas: dict[str, Any] = field(init=False, repr=False)
     _datasets: dict[str, Any] = field(init=False, repr=False)
     _models: dict[str, Any] = field(init=False, repr=False)
