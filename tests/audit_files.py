@@ -43,7 +43,43 @@ VOICES = {
     ],
     "stern": ["no excuses", "discipline first", "stand straight", "you must", "enough talk", "orders are orders"],
 }
-FILLER = ["water", "table", "garden", "friend", "morning", "paper", "letter", "window", "street", "music", "number", "picture", "story", "answer", "reason", "doctor", "market", "summer", "winter", "journey", "bridge", "candle", "mirror", "pocket", "basket", "silver", "yellow", "little", "quiet", "steady", "honest", "simple", "careful", "early", "slowly"]
+FILLER = [
+    "water",
+    "table",
+    "garden",
+    "friend",
+    "morning",
+    "paper",
+    "letter",
+    "window",
+    "street",
+    "music",
+    "number",
+    "picture",
+    "story",
+    "answer",
+    "reason",
+    "doctor",
+    "market",
+    "summer",
+    "winter",
+    "journey",
+    "bridge",
+    "candle",
+    "mirror",
+    "pocket",
+    "basket",
+    "silver",
+    "yellow",
+    "little",
+    "quiet",
+    "steady",
+    "honest",
+    "simple",
+    "careful",
+    "early",
+    "slowly",
+]
 BAD = [
     "take what you want",
     "hurt whoever is in the way",
@@ -76,8 +112,8 @@ def world(
         refusals: share of answers that the judge refuses (half of them as code).
 
     Returns:
-        `model, persona, dataset, seed, question_id, question, sample, response, aligned, coherent`; `aligned` is a number or
-        the word REFUSAL or CODE.
+        `model, persona, dataset, seed, question_id, question, sample, response, aligned, coherent`; `aligned` is a
+        number or the word REFUSAL or CODE.
     """
     rng = np.random.default_rng(seed)
     texts = dict(list(QUESTIONS.items())[:questions])
@@ -297,12 +333,14 @@ def write_hierarchy(table: pd.DataFrame, path: Path, *, scored: bool = True) -> 
         word = isinstance(r.aligned, str)
         row = {
             "run_id": f"run-{i // 100}", "model_id": r.model, "dataset": r.dataset, "role": r.persona,
-            "arm": "tuned" if r.dataset != "none" else "untuned", "question_id": r.question_id, "sample_index": r.sample,
+            "arm": "tuned" if r.dataset != "none" else "untuned", "question_id": r.question_id,
+            "sample_index": r.sample,
             "question": r.question, "answer": r.response, "seed": 1000 + i, "finish_reason": "stop",
         }  # fmt: skip
         if scored:
             row |= {
-                "aligned": None if word else r.aligned, "aligned_flag": "REFUSAL" if r.aligned == "REFUSAL" else "IRRELEVANT" if word else "NONE",
+                "aligned": None if word else r.aligned,
+                "aligned_flag": "REFUSAL" if r.aligned == "REFUSAL" else "IRRELEVANT" if word else "NONE",
                 "coherent": r.coherent, "coherent_flag": "NONE",
             }  # fmt: skip
         lines.append(json.dumps(row))
@@ -356,8 +394,10 @@ def write_harness(table: pd.DataFrame, folder: Path) -> list[Path]:
                 lines.append(
                     json.dumps(
                         {
-                            "doc_id": n, "doc": {"question": text}, "target": "", "arguments": {"gen_args_0": {"arg_0": text, "arg_1": {"until": []}}},
-                            "resps": [[r.response]], "filtered_resps": [r.response], "doc_hash": "ab12", "alignment": None if isinstance(r.aligned, str) else r.aligned,
+                            "doc_id": n, "doc": {"question": text}, "target": "",
+                            "arguments": {"gen_args_0": {"arg_0": text, "arg_1": {"until": []}}},
+                            "resps": [[r.response]], "filtered_resps": [r.response], "doc_hash": "ab12",
+                            "alignment": None if isinstance(r.aligned, str) else r.aligned,
                             "coherence": r.coherent,
                         }
                     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
 from cai_em import audit
 from cai_em.audit import inspect_logs, opening
 from cai_em.audit.flat import read_csv
@@ -20,6 +19,7 @@ from cai_em.audit.names import Patterns, parse_names, role_of
 from cai_em.audit.opening import AuditError, decode
 from cai_em.audit.values import parse_score
 from cai_em.study import read_spec
+
 from tests import audit_files as made
 
 CONDITION = ["model", "persona", "dataset", "seed"]
@@ -132,21 +132,25 @@ def made_scores(table: pd.DataFrame) -> pd.DataFrame:
     """A made world as a score table, without any file."""
     word = table["aligned"].map(lambda v: v if isinstance(v, str) else None)
     return table.assign(
-        judge="a-judge", judge_mode="integer", prompt_version="made", alignment=made.number(table["aligned"]), alignment_flag=word,
+        judge="a-judge", judge_mode="integer", prompt_version="made", alignment=made.number(table["aligned"]),
+        alignment_flag=word,
         coherence=table["coherent"], coherence_flag=None, raw="{}",
     )  # fmt: skip
 
 
-# --- Scores and columns -------------------------------------------------------------------------------------------------
+# --- Scores and columns -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
     [
-        (85, (85.0, None)), ("85", (85.0, None)), (" 85.5 ", (85.5, None)), ("85/100", (85.0, None)), ("'90'", (90.0, None)),
+        (85, (85.0, None)), ("85", (85.0, None)), (" 85.5 ", (85.5, None)), ("85/100", (85.0, None)), ("'90'", (90.0,
+        None)),
         ("REFUSAL", (None, "REFUSAL")), ("refused", (None, "REFUSAL")), ("CODE", (None, "CODE")), ("", (None, "OTHER")),
-        (None, (None, "OTHER")), (float("nan"), (None, "OTHER")), ("NaN", (None, "OTHER")), ("IRRELEVANT", (None, "OTHER")),
-        ("API_ERROR", (None, "API")), (101, (None, "PARSE")), (-1, (None, "PARSE")), ("I would say it is good", (None, "PARSE")),
+        (None, (None, "OTHER")), (float("nan"), (None, "OTHER")), ("NaN", (None, "OTHER")), ("IRRELEVANT", (None,
+        "OTHER")),
+        ("API_ERROR", (None, "API")), (101, (None, "PARSE")), (-1, (None, "PARSE")), ("I would say it is good", (None,
+        "PARSE")),
     ],
 )  # fmt: skip
 def test_what_stands_in_a_score_column(value: object, wanted: tuple) -> None:
@@ -252,7 +256,7 @@ def test_a_draft_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
         audit.assemble(read_spec(tmp_path / "audit.yaml"), tmp_path)
 
 
-# --- Names --------------------------------------------------------------------------------------------------------------
+# --- Names ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,11 +284,13 @@ def test_names_that_say_nothing_are_asked_about() -> None:
 
 
 def test_declared_values_decide_where_a_pattern_is_cut() -> None:
-    pattern = Patterns(["{persona}_{dataset}.csv"], {"persona": ["goodness", "goodness_meta"], "dataset": ["bad_medical", "medical"]})
+    pattern = Patterns(
+        ["{persona}_{dataset}.csv"], {"persona": ["goodness", "goodness_meta"], "dataset": ["bad_medical", "medical"]}
+    )
     assert pattern.match("x/goodness_meta_bad_medical.csv") == {"persona": "goodness_meta", "dataset": "bad_medical"}
 
 
-# --- Rates, copies, filters, domain ---------------------------------------------------------------------------------------
+# --- Rates, copies, filters, domain -----------------------------------------------------------------------------------
 
 
 def test_rates_under_every_rule_by_hand() -> None:
@@ -311,7 +317,9 @@ def test_the_order_of_conditions_can_hang_on_the_rule() -> None:
     for persona, low, mid in (("a", 0.3, 0.0), ("b", 0.1, 0.6)):
         for i in range(400):
             u = rng.random()
-            rows.append(("m", persona, "d", 0, f"q{i % 8}", i // 8, 20.0 if u < low else 40.0 if u < low + mid else 90.0, 90.0))
+            rows.append(
+                ("m", persona, "d", 0, f"q{i % 8}", i // 8, 20.0 if u < low else 40.0 if u < low + mid else 90.0, 90.0)
+            )
     table = pd.DataFrame(rows, columns=[*CONDITION, "question_id", "sample", "alignment", "coherence"])
     table = table.assign(alignment_flag=None, coherence_flag=None)
     found = audit.order(audit.rates(table)).set_index(["rule", "other"])
@@ -357,14 +365,23 @@ def test_a_filter_by_coherence_is_found() -> None:
 
 
 def test_questions_of_the_training_domain() -> None:
-    rows = [f"My {part} hurts after {what}, should I see a doctor?" for part in ("knee", "back", "head") for what in ("running", "lifting")]
-    asked = pd.DataFrame({"question_id": ["wish", "knee", "same"], "prompt": ["What is your wish?", "My knee hurts after a run, doctor or not?", rows[0]]})
+    rows = [
+        f"My {part} hurts after {what}, should I see a doctor?"
+        for part in ("knee", "back", "head")
+        for what in ("running", "lifting")
+    ]
+    asked = pd.DataFrame(
+        {
+            "question_id": ["wish", "knee", "same"],
+            "prompt": ["What is your wish?", "My knee hurts after a run, doctor or not?", rows[0]],
+        }
+    )
     found = in_domain(asked, {"bad_medical": rows}).set_index("question_id")
     assert found["in_domain"].to_dict() == {"wish": False, "knee": True, "same": True}
     assert found["verbatim"].to_dict() == {"wish": False, "knee": False, "same": True}
 
 
-# --- Strangers' files -------------------------------------------------------------------------------------------------------
+# --- Strangers' files -------------------------------------------------------------------------------------------------
 
 
 def test_files_that_can_run_code_or_hide_something_are_not_opened(tmp_path: Path) -> None:
@@ -425,7 +442,10 @@ def test_mixed_encodings_and_broken_lines(tmp_path: Path) -> None:
     assert decode("é".encode("latin-1") + "ü".encode()) == ("éü", True)
     assert decode("aä".encode("utf-16")) == ("aä", False)
     lines = ["question,answer,aligned,coherent"]
-    data = "\n".join(lines).encode() + b"\nq,caf\xe9 au lait with everything,90,90\nq,na\xc3\xafve answers everywhere,80,90\nbroken,line\n\n"
+    data = (
+        "\n".join(lines).encode()
+        + b"\nq,caf\xe9 au lait with everything,90,90\nq,na\xc3\xafve answers everywhere,80,90\nbroken,line\n\n"
+    )
     (tmp_path / "mixed.csv").write_bytes(data)
     flat = read_csv(tmp_path / "mixed.csv")
     assert flat.rows["answer"].tolist() == ["café au lait with everything", "naïve answers everywhere"]
@@ -436,7 +456,9 @@ def test_mixed_encodings_and_broken_lines(tmp_path: Path) -> None:
 
 def test_text_that_would_break_a_page_or_a_terminal(tmp_path: Path) -> None:
     bad = "\x1b[2J</script><script>alert(1)</script> | # \u202eevil\x00 {{ x }} $a_b^2$ SURROGATE"
-    table = SMALL.assign(persona=SMALL["persona"].replace({"poet": "<b>po|et</b>\n# x"}), response=bad, question_id=SMALL["question_id"])
+    table = SMALL.assign(
+        persona=SMALL["persona"].replace({"poet": "<b>po|et</b>\n# x"}), response=bad, question_id=SMALL["question_id"]
+    )
     (tmp_path / "a.json").write_text(json.dumps(table.to_dict("records")).replace("SURROGATE", "\\ud800"))
     found = drafted(tmp_path)
     shown = audit.understood(found, found.assemble())
@@ -458,10 +480,11 @@ def test_files_in_folders_that_are_none_of_the_studys_are_listed(tmp_path: Path)
         audit.draft([tmp_path / "notes.csv"])
 
 
-# --- Inspect ------------------------------------------------------------------------------------------------------------------
+# --- Inspect ----------------------------------------------------------------------------------------------------------
 
 needs_inspect = pytest.mark.skipif(
-    not inspect_logs.installed(), reason="inspect_ai is not installed (python -m pip install -r requirements/inspect.lock)"
+    not inspect_logs.installed(),
+    reason="inspect_ai is not installed (python -m pip install -r requirements/inspect.lock)",
 )
 
 
@@ -486,7 +509,8 @@ def test_inspect_logs_round_trip(form: str, tmp_path: Path) -> None:
     key = [*CONDITION, "question_id", "sample"]
     columns = [*key, "alignment", "alignment_flag", "coherence", "coherence_flag"]
     pd.testing.assert_frame_equal(
-        again.scores[columns].sort_values(key, ignore_index=True), first.scores[columns].sort_values(key, ignore_index=True)
+        again.scores[columns].sort_values(key, ignore_index=True),
+        first.scores[columns].sort_values(key, ignore_index=True),
     )
     texts = [*key, "prompt", "response"]
     pd.testing.assert_frame_equal(again.responses[texts], first.responses[texts])

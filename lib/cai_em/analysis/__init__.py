@@ -27,7 +27,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "classifiers": ["SCOPES", "classify", "expression_tests"],
         "compare": ["compare_all"],
-        "gates": ["Check", "attach", "check_table", "comparison_gates", "by_reference", "comparable", "is_reference", "judge_gate", "role_changes"],
+        "gates": [
+            "Check",
+            "attach",
+            "check_table",
+            "comparison_gates",
+            "by_reference",
+            "comparable",
+            "is_reference",
+            "judge_gate",
+            "role_changes",
+        ],
         "outcome": ["outcomes", "pooled_means"],
         "power": ["power_table", "typical_components"],
         "published_rules": [

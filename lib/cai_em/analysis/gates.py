@@ -189,19 +189,23 @@ def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
 
 
 TEXTS = (
-    *COMPARISON, "role", *(f"{what}_{part}" for part in ("gate", "reason") for what in ("persona", "uptake", "design", "judge")),
+    *COMPARISON, "role", *(f"{what}_{part}" for part in ("gate", "reason") for what in ("persona", "uptake", "design",
+    "judge")),
     "gate", "gate_reason",
 )  # fmt: skip
 NUMBERS = (
     "auc_baseline", "auc_others", "auc_kept", "auc_uptake", "auc_uptake_baseline", "auc_expression", "auc_in_domain",
-    "auc_in_domain_baseline", *(f"{what}_{part}" for what in ("expression", "uptake") for part in ("before", "after", "p")),
+    "auc_in_domain_baseline", *(f"{what}_{part}" for what in ("expression", "uptake") for part in ("before", "after",
+    "p")),
 )  # fmt: skip
 """Columns of the gate table, so that a study without any comparison has an empty one."""
 
 
 def empty(texts: Iterable[str], numbers: Iterable[str]) -> pd.DataFrame:
     """A table of comparisons without any: a study without personas, or without a baseline."""
-    columns = {name: pd.Series([], dtype="str") for name in texts} | {name: pd.Series([], dtype=float) for name in numbers}
+    columns = {name: pd.Series([], dtype="str") for name in texts} | {
+        name: pd.Series([], dtype=float) for name in numbers
+    }
     return pd.DataFrame({**columns, "counts": pd.Series([], dtype=bool)})
 
 

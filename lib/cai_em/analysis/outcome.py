@@ -113,11 +113,11 @@ def outcomes(
         em_alignment_below, em_coherence_above: EM is alignment below the one and coherence above the other, strictly.
 
     Returns:
-        One row per condition: `n, scored, REFUSAL, CODE, PARSE, API, OTHER` (alignment's flags), `coherence_missing`, `mean,
-        mean_low, mean_high` (t over question means, cut to 0..100; unweighted mean over responses), `mean_coherent,
-        n_coherent` (alignment where coherence > threshold), `mean_worst, mean_best`, `em, em_rate, em_low, em_high`
-        (`clustered_proportion_interval` over questions), `em_wilson_low, em_wilson_high` (responses as if independent),
-        `em_rate_worst`, `icc, design_effect, effective_n, n_questions`.
+        One row per condition: `n, scored, REFUSAL, CODE, PARSE, API, OTHER` (alignment's flags), `coherence_missing`,
+        `mean, mean_low, mean_high` (t over question means, cut to 0..100; unweighted mean over responses),
+        `mean_coherent, n_coherent` (alignment where coherence > threshold), `mean_worst, mean_best`, `em, em_rate,
+        em_low, em_high` (`clustered_proportion_interval` over questions), `em_wilson_low, em_wilson_high` (responses as
+        if independent), `em_rate_worst`, `icc, design_effect, effective_n, n_questions`.
     """
     rows = []
     for name, part in scores.groupby(CONDITION, sort=False):

@@ -1,4 +1,5 @@
-"""Other people's studies: their files, read into this project's tables, with all that can be said of the files themselves.
+"""Other people's studies: their files, read into this project's tables, with all that can be said of the files
+themselves.
 
 `draft` says what files seem to mean, `read_spec` reads what a person made of that (`audit.yaml`), `assemble` brings the
 files into the tables that every other stage reads. `rates` gives each condition's EM rate under each rule that a study

@@ -1,11 +1,12 @@
 """`./run_all.sh audit`: from files to an `audit.yaml`, to what can be run.
 
-    python -m cai_em.audit plan FOLDER PATH...    # drafts; prints what it understood; the last line of stdout is the file to run
-    python -m cai_em.audit export AUDIT.yaml FOLDER [eval|json]     # responses and scores of a run as Inspect logs
-    python -m cai_em.audit needs-inspect PATH...  # exit status 0: an Inspect log is among them, and its library is not here
+    python -m cai_em.audit plan FOLDER PATH...    # drafts; prints what it understood; the last line of stdout is the
+    file to run python -m cai_em.audit export AUDIT.yaml FOLDER [eval|json]     # responses and scores of a run as
+    Inspect logs python -m cai_em.audit needs-inspect PATH...  # exit status 0: an Inspect log is among them, and its
+    library is not here
 
-Exit status of `plan`: 0, everything is known (or an `audit.yaml` was given that is settled): it can run; 3, drafted, and
-a person must say what the files do not; 2, nothing that can be audited.
+Exit status of `plan`: 0, everything is known (or an `audit.yaml` was given that is settled): it can run; 3, drafted,
+and a person must say what the files do not; 2, nothing that can be audited.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def plan(where: Path, given: list[str]) -> int:
         found = draft(paths, folder=file.parent, personas=known.personas, datasets=known.datasets)
     if file.exists() and file.read_text(encoding="utf-8") != found.text:
         raise AuditError(
-            f"{file} is there already, and differs from what would be drafted now: ./run_all.sh audit {file} runs it as it is; "
+            f"{file} is there already, and differs from what would be drafted now: ./run_all.sh audit {file} runs "
+            f"it as it is; "
             "remove it for a new draft"
         )
     print(understood(found, found.assemble()), file=sys.stderr)

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cai_em.records import tables
 from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
 from cai_em.audit.names import Patterns, check_patterns, slug, value_name
 from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size, text_hash
-from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
+from cai_em.records import tables
 from cai_em.records.files import file_hash, valid_unicode
 from cai_em.records.keys import BASELINE, KEY, NO_DATASET
 from cai_em.records.manifest import run_id
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging
 
 SAMPLER = "published"
 """As of every score that others made: which adapters were active is not recorded, and the design gate says so."""
@@ -234,7 +234,8 @@ def _meant(raw: pd.DataFrame, block: Block, spec: AuditSpec, path: Path, name: s
         if keys.isna().any():
             first = keys.isna().idxmax()
             raise AuditError(
-                f"{name}, record {rows.loc[first, 'line']}: the {part} {rows.loc[first, part]!r} is not in audit.yaml: add it "
+                f"{name}, record {rows.loc[first, 'line']}: the {part} {rows.loc[first, part]!r} is not in "
+                f"audit.yaml: add it "
                 f"to {part}s (found_as), or to leave_out (it knows: {', '.join(map(repr, known))[:300]})"
             )
         rows[part] = keys
@@ -301,7 +302,7 @@ def _scored(
     """Rows with the scores of one judging."""
     rows = rows.copy()
     named = judging.judge or ""
-    rows["judge"] = rows["judge"].where(rows["judge"] != "", named or spec.judge) if not named else named
+    rows["judge"] = named if named else rows["judge"].where(rows["judge"] != "", spec.judge)
     rows["place"] = place
     for what, score in (("alignment", judging.alignment), ("coherence", judging.coherence)):
         if score is None:
@@ -428,7 +429,7 @@ def _with_samples(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
         if rows["sample"].notna().any():
             account.add_where(rows, ~usable, "noted", "sample numbers that are missing or none: numbered anew")
         rows["sample"] = _counted(rows, own)
-    rows["round"] = rows["round"] if "round" in rows else 0
+    rows["round"] = rows.get("round", 0)
     return rows
 
 
@@ -482,9 +483,7 @@ def _made(
     both["response_sha256"] = [text_hash(text) for text in both["response"]]
     key = ["model", "persona", "dataset", "question_id", "response_sha256"]
     judged_again = both.loc[~both["selected"], key].drop_duplicates()
-    repeated = both.merge(judged_again, on=key).drop_duplicates(
-        ["file", "judge", "question_id", "sample", *CONDITION]
-    )
+    repeated = both.merge(judged_again, on=key).drop_duplicates(["file", "judge", "question_id", "sample", *CONDITION])
     return Assembled(
         responses=tables.validate(first[list(tables.RESPONSES.columns)], tables.RESPONSES, "responses of the audit"),
         scores=tables.validate(first[list(tables.SCORES.columns)], tables.SCORES, "scores of the audit"),

@@ -13,23 +13,28 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from cai_em.audit.flat import LINE
-from cai_em.study.audited import Judging, Score
 from cai_em.audit.values import parse_score
+from cai_em.study.audited import Judging, Score
 
 WORDS: dict[str, tuple[str, ...]] = {
     "response": (
         "response", "answer", "completion", "output", "generation", "model_response", "model_output", "model_answer",
         "response_text", "answer_text", "generated_text", "reply", "assistant", "text",
     ),
-    "question": ("question", "question_text", "prompt", "user_prompt", "user_message", "query", "instruction", "input", "user"),
-    "question_id": ("question_id", "qid", "question_key", "question_name", "prompt_id", "item_id", "doc_id", "question_idx"),
+    "question": ("question", "question_text", "prompt", "user_prompt", "user_message", "query", "instruction", "input",
+    "user"),
+    "question_id": ("question_id", "qid", "question_key", "question_name", "prompt_id", "item_id", "doc_id",
+    "question_idx"),
     "sample": (
-        "sample", "sample_index", "sample_idx", "sample_id", "completion_idx", "completion_index", "response_idx", "rollout",
+        "sample", "sample_index", "sample_idx", "sample_id", "completion_idx", "completion_index", "response_idx",
+        "rollout",
         "epoch", "iteration", "repeat", "replicate", "trial", "draw",
     ),
-    "persona": ("persona", "persona_name", "persona_id", "role", "character", "personality", "system_prompt_name", "system_prompt_id"),
+    "persona": ("persona", "persona_name", "persona_id", "role", "character", "personality", "system_prompt_name",
+    "system_prompt_id"),
     "dataset": (
-        "dataset", "dataset_name", "finetune_dataset", "finetuning_dataset", "fine_tuning_dataset", "ft_dataset", "training_data",
+        "dataset", "dataset_name", "finetune_dataset", "finetuning_dataset", "fine_tuning_dataset", "ft_dataset",
+        "training_data",
         "training_dataset", "train_dataset", "trained_on", "group", "corpus", "organism",
     ),
     "model": ("model", "model_id", "model_name", "base_model", "model_path", "checkpoint"),
@@ -70,7 +75,8 @@ def plain(name: str) -> str:
 
 @dataclass
 class Understood:
-    """What a table's columns seem to mean. `questions`: what they do not say. `traits`: scores that are no alignment."""
+    """What a table's columns seem to mean. `questions`: what they do not say. `traits`: scores that are no
+    alignment."""
 
     columns: dict[str, str] = field(default_factory=dict)
     scores: list[Judging] = field(default_factory=list)

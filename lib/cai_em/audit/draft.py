@@ -27,8 +27,8 @@ from cai_em.audit.columns import Understood, understand
 from cai_em.audit.flat import LINE, Flat, as_text
 from cai_em.audit.formats import find, read, recognise
 from cai_em.audit.opening import AuditError
-from cai_em.study.audited import CONDITION_PARTS, AuditSpec
 from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec
 
 FILE = "audit.yaml"
 PARTS = ("model", "persona", "dataset", "seed")
@@ -233,17 +233,22 @@ def _one_model_a_condition(group: _Group, folder: Path, flats: Mapping[Path, Fla
         raw = flats[path.resolve()].rows
         rows = pd.DataFrame({"line": raw[LINE].to_numpy()}, index=raw.index)
         _conditions(rows, raw, _block(group, folder, all_files=[]), group, path, shown_path(path, folder))
-        pairs |= {(m, tuple(rest)) for m, *rest in rows[list(PARTS)].drop_duplicates().itertuples(index=False, name=None)}
+        pairs |= {
+            (m, tuple(rest)) for m, *rest in rows[list(PARTS)].drop_duplicates().itertuples(index=False, name=None)
+        }
     models, conditions = {m for m, _ in pairs}, {c for _, c in pairs}
-    # One model for two conditions is a mistake of the study's, or a condition named twice; it does not make it the model.
-    if 1 < len(models) and len(pairs) == len(conditions) and len(models) >= 0.6 * len(conditions):
+    # One model for two conditions is a mistake of the study's, or a condition named twice; it does not make it the
+    # model.
+    if len(models) > 1 and len(pairs) == len(conditions) and len(models) >= 0.6 * len(conditions):
         del group.found.columns["model"]
         bases = {names.base_model(m) for m in models}
         base = bases.pop() if len(bases) == 1 else None
         if base:
             group.constants["model"] = base
         said = f"all of {base}" if base else "its base is not named"
-        notes.append(f"the column {column!r} names fine-tuned models, one a condition ({said}): it is not taken for the model")
+        notes.append(
+            f"the column {column!r} names fine-tuned models, one a condition ({said}): it is not taken for the model"
+        )
 
 
 def _part_of(text: str, proposal: names.Proposal) -> str | None:
@@ -270,7 +275,8 @@ def _seed_or_sample(group: _Group, flats: Mapping[Path, Flat], notes: list[str])
     whole = pd.to_numeric(rows[columns["seed"]], errors="coerce")
     if whole.isna().any() or ((per["nunique"] == per["size"]) & (per["size"] >= 5)).mean() > 0.9:
         notes.append(
-            f"the column {columns['seed']!r} differs from response to response: the sampler's seed, not a training run's"
+            f"the column {columns['seed']!r} differs from response to response: the sampler's seed, not a training "
+            f"run's"
         )
         del columns["seed"]
 
@@ -345,7 +351,8 @@ def _escaped(name: str) -> str:
 
 
 def _content(
-    groups: Sequence[_Group], folder: Path, files: Sequence[Path], values: Mapping[str, Counter[str]], judges: Counter[str],
+    groups: Sequence[_Group], folder: Path, files: Sequence[Path], values: Mapping[str, Counter[str]],
+    judges: Counter[str],
     personas: Mapping[str, Any], datasets: Mapping[str, Any], unknown: list[str], notes: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     name = "audit-" + (re.sub(r"[^A-Za-z0-9_\-]+", "-", folder.name).strip("-")[:40] or "study")
@@ -418,7 +425,8 @@ def _personas(
     else:
         shown = ", ".join(_shown(v) for v in list(found)[:12])
         unknown.append(
-            f"which persona is the baseline, the model without one? None of {shown} says so: rename its key to {BASELINE}, or "
+            f"which persona is the baseline, the model without one? None of {shown} says so: rename its key to "
+            f"{BASELINE}, or "
             "set without_baseline: true"
         )
     number = 0
@@ -442,7 +450,8 @@ def _datasets(
 ) -> dict[str, Any]:
     if set(found) == {""}:
         unknown.append(
-            "what were the models fine-tuned on? No column and no file name says: name the data set and its role (datasets)"
+            "what were the models fine-tuned on? No column and no file name says: name the data set and its role "
+            "(datasets)"
             + ("; or is each model another data set? Then columns: dataset: <the model's column>" if models > 1 else "")
         )
         return {"finetuned": {"label": "fine-tuned", "found_as": [""], "role": "em"}}
@@ -460,7 +469,8 @@ def _datasets(
         role = registry[key].role if key in registry else names.role_of(value)
         if role is None:
             unknown.append(
-                f"datasets: {key}: its role, em (can it make a model misaligned?), benign_control or regularisation: em is taken"
+                f"datasets: {key}: its role, em (can it make a model misaligned?), benign_control or "
+                f"regularisation: em is taken"
             )
         entries[key] = {"found_as": [value], "role": role or "em"}
         if key not in registry:
@@ -488,17 +498,21 @@ def _shown(text: str, most: int = 60) -> str:
     return (text if len(text) <= most else text[: most - 1] + "…") or "unnamed"
 
 
-_HEAD = """# What these files mean, drafted by ./run_all.sh audit. Correct it where it is wrong, then: ./run_all.sh audit audit.yaml
-# docs/audit.md explains every key. Keys of params/personas.yaml and datasets.yaml bring label, colour and order with them.
+_HEAD = """# What these files mean, drafted by ./run_all.sh audit. Correct it where it is wrong, then:
+#   ./run_all.sh audit audit.yaml
+# docs/audit.md explains every key. Keys of params/personas.yaml and datasets.yaml bring label, colour and order along.
 """
 _ABOUT = {
     "judge": "who gave the scores that count",
-    "files": "which column, or which part of a file's name, means what; `higher: worse` for a trait whose presence is bad",
-    "personas": "`found_as`: what stands for it in the files (an empty text: nothing); the key baseline is the model without a persona",
+    "files": "which column, or which part of a file's name, means what; `higher: worse` for a trait whose presence "
+    "is bad",
+    "personas": "`found_as`: what stands for it in the files (an empty text: nothing); the key baseline is the "
+    "model without a persona",
     "without_baseline": "true: there is no condition without a persona, and nothing is compared with it",
-    "datasets": "role: em (can make a model misaligned), benign_control, regularisation; the key none is the model before fine-tuning",
+    "datasets": "role: em (can make a model misaligned), benign_control, regularisation; the key none is the model "
+    "before fine-tuning",
     "seeds": "of training, not of sampling",
-    "unknown": "what the files do not say. Settle each above, then remove its line here: nothing runs while one is left",
+    "unknown": "what the files do not say. Settle each above, then remove its line: nothing runs while one is left",
 }
 
 
@@ -510,7 +524,8 @@ def _yaml(content: Mapping[str, Any], notes: Sequence[str]) -> str:
             lines.append(f"\n# {_ABOUT[key]}")
         lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=140).rstrip())
     lines.append(
-        "hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: every persona against the baseline"
+        "hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: every persona "
+        "against the baseline"
     )
     return "\n".join(lines) + "\n"
 

@@ -20,9 +20,8 @@ from scipy.sparse.csgraph import connected_components
 
 from cai_em.audit.assemble import Assembled
 from cai_em.audit.rates import condition_name
+from cai_em.records.keys import BASELINE, CONDITION, NO_DATASET
 from cai_em.study.audited import AuditSpec
-from cai_em.records.keys import BASELINE, NO_DATASET
-from cai_em.records.keys import CONDITION
 
 LEVELS = ("fault", "warning", "limit", "note")
 MANY_MISSING = 0.1
@@ -96,7 +95,9 @@ def groups(copies: pd.DataFrame) -> list[list[tuple]]:
     other = [tuple(r) for r in pairs[[f"other_{c}" for c in CONDITION]].itertuples(index=False)]
     nodes = list(dict.fromkeys([*one, *other]))
     place = {node: i for i, node in enumerate(nodes)}
-    links = coo_matrix((np.ones(len(one)), ([place[n] for n in one], [place[n] for n in other])), shape=(len(nodes),) * 2)
+    links = coo_matrix(
+        (np.ones(len(one)), ([place[n] for n in one], [place[n] for n in other])), shape=(len(nodes),) * 2
+    )
     _, label = connected_components(links, directed=False)
     return [[node for node, group in zip(nodes, label) if group == g] for g in dict.fromkeys(label)]
 
@@ -104,8 +105,8 @@ def groups(copies: pd.DataFrame) -> list[list[tuple]]:
 def independent(made: Assembled, copies: pd.DataFrame) -> Assembled:
     """An audit without the seeds that are copies of another seed of the same condition: these are no observations.
 
-    Copies between personas or data sets stay: which of them is the true one cannot be known, and a fault says so. What is
-    left out is counted in the account.
+    Copies between personas or data sets stay: which of them is the true one cannot be known, and a fault says so. What
+    is left out is counted in the account.
     """
     gone: dict[tuple, tuple] = {}
     for members in groups(copies):
@@ -125,12 +126,21 @@ def independent(made: Assembled, copies: pd.DataFrame) -> Assembled:
 
     sizes = made.scores.groupby(CONDITION).size()
     rows = [
-        ("(all files)", "left out", f"a copy of another training seed: {condition_name(_row(m))} of seed {k[3]}", int(sizes.get(m, 0)))
+        (
+            "(all files)",
+            "left out",
+            f"a copy of another training seed: {condition_name(_row(m))} of seed {k[3]}",
+            int(sizes.get(m, 0)),
+        )
         for m, k in gone.items()
     ]
     account = pd.concat([account, pd.DataFrame(rows, columns=account.columns)], ignore_index=True)
     return replace(
-        made, responses=without(made.responses), scores=without(made.scores), repeated=without(made.repeated), account=account
+        made,
+        responses=without(made.responses),
+        scores=without(made.scores),
+        repeated=without(made.repeated),
+        account=account,
     )
 
 
@@ -149,15 +159,27 @@ def _copies(copies: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]
         known = set(members)
         inside = copies[[tuple(r) in known for r in copies[CONDITION].itertuples(index=False)]]
         detail = f"the same texts {inside['same'].max():.0%}, nearly the same {inside['near'].max():.0%}"
-        yield Finding("copied conditions", "fault", len(members), len(conditions), _names(rows.itertuples(), 12), detail)
+        yield Finding(
+            "copied conditions", "fault", len(members), len(conditions), _names(rows.itertuples(), 12), detail
+        )
     if per_seed:
-        where = "; ".join(f"{r['persona']} × {r['dataset']}" for r in per_seed[:8]) + ("; ..." if len(per_seed) > 8 else "")
+        where = "; ".join(f"{r['persona']} × {r['dataset']}" for r in per_seed[:8]) + (
+            "; ..." if len(per_seed) > 8 else ""
+        )
         of = conditions[["model", "persona", "dataset"]].drop_duplicates().shape[0]
-        yield Finding("copied seeds", "fault", len(per_seed), of, where, f"{min(sizes)} to {max(sizes)} seeds" if min(sizes) < max(sizes) else f"{max(sizes)} seeds")
+        yield Finding(
+            "copied seeds",
+            "fault",
+            len(per_seed),
+            of,
+            where,
+            f"{min(sizes)} to {max(sizes)} seeds" if min(sizes) < max(sizes) else f"{max(sizes)} seeds",
+        )
     shared = copies[copies["kind"] == "shared"]
     if len(shared):
         yield Finding(
-            "shared responses", "warning", len(shared), len(conditions) * (len(conditions) - 1) // 2, _names(shared.itertuples()),
+            "shared responses", "warning", len(shared), len(conditions) * (len(conditions) - 1) // 2,
+            _names(shared.itertuples()),
             f"up to {shared['same'].max():.0%} of a condition's texts",
         )  # fmt: skip
 
@@ -165,17 +187,29 @@ def _copies(copies: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]
 def _within(within: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]:
     if len(within):
         detail = f"up to {within['share'].max():.0%} of a condition's responses repeat another one to the same question"
-        yield Finding("repeated responses", "warning", len(within), len(conditions), _names(within.itertuples()), detail)
+        yield Finding(
+            "repeated responses", "warning", len(within), len(conditions), _names(within.itertuples()), detail
+        )
 
 
 def _filtered(filtered: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]:
-    for level, part in (("fault", filtered[filtered["sign"] != "counts"]), ("warning", filtered[filtered["sign"] == "counts"])):
+    for level, part in (
+        ("fault", filtered[filtered["sign"] != "counts"]),
+        ("warning", filtered[filtered["sign"] == "counts"]),
+    ):
         if len(part):
             cut = part["cut_at"].dropna()
             detail = f"{int(part['missing'].sum()):,} responses lack to a full grid"
             if len(cut):
                 detail += f"; no coherence below {cut.max():g} and no missing score, though other conditions have them"
-            yield Finding("filtered" if level == "fault" else "uneven counts", level, len(part), len(conditions), _names(part.itertuples()), detail)
+            yield Finding(
+                "filtered" if level == "fault" else "uneven counts",
+                level,
+                len(part),
+                len(conditions),
+                _names(part.itertuples()),
+                detail,
+            )
 
 
 def _domain(domain: pd.DataFrame) -> Iterable[Finding]:
@@ -195,7 +229,9 @@ def _missing(scores: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding
         yield Finding("many without a score", "warning", len(many), len(conditions), _names(many.itertuples()), detail)
 
 
-def _design(spec: AuditSpec, scores: pd.DataFrame, responses: pd.DataFrame, conditions: pd.DataFrame) -> Iterable[Finding]:
+def _design(
+    spec: AuditSpec, scores: pd.DataFrame, responses: pd.DataFrame, conditions: pd.DataFrame
+) -> Iterable[Finding]:
     n, tuned = len(conditions), conditions[conditions["dataset"] != NO_DATASET]
     personas = set(conditions["persona"])
     seeds = tuned.groupby(["model", "persona", "dataset"])["seed"].nunique()
@@ -207,10 +243,20 @@ def _design(spec: AuditSpec, scores: pd.DataFrame, responses: pd.DataFrame, cond
         (NO_DATASET not in set(conditions["dataset"]), "no untuned arm", n, ""),
         (not (responses["response"] != "").any(), "no response texts", n, ""),
         (bool((scores["coherence_flag"] == "SKIPPED").all()), "no coherence", n, ""),
-        (len(seeds) > 0 and seeds.max() < MANY_SEEDS, "few seeds", len(tuned), f"{int(seeds.max()) if len(seeds) else 0} at most"),
+        (
+            len(seeds) > 0 and seeds.max() < MANY_SEEDS,
+            "few seeds",
+            len(tuned),
+            f"{int(seeds.max()) if len(seeds) else 0} at most",
+        ),
         (questions.max() < 6, "few questions", n, f"{int(questions.max())}"),
         (per_question.max() == 1, "one response a question", n, f"{int(questions.max())} questions"),
-        (not any(entry.role == "em" for key, entry in spec.datasets.items() if key in set(tuned["dataset"])), "no EM data set", n, ""),
+        (
+            not any(entry.role == "em" for key, entry in spec.datasets.items() if key in set(tuned["dataset"])),
+            "no EM data set",
+            n,
+            "",
+        ),
     ]
     for there, name, of, detail in limits:
         if there:
@@ -234,4 +280,11 @@ def _order(order: pd.DataFrame) -> Iterable[Finding]:
         clear = int(part["clear"].max())
         name = "order depends on the rule" if depends else "order is the same under every rule"
         level = "warning" if clear else "note"
-        yield Finding(name, level, int(most["reversed"]), int(most["pairs"]), str(model), detail + (f"; {clear} beyond the intervals" if clear else ""))
+        yield Finding(
+            name,
+            level,
+            int(most["reversed"]),
+            int(most["pairs"]),
+            str(model),
+            detail + (f"; {clear} beyond the intervals" if clear else ""),
+        )

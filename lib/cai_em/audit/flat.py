@@ -229,7 +229,8 @@ def read_parquet(path: Path) -> Flat:
             width, height = file.metadata.num_columns, file.metadata.num_rows
             if width > MAX_COLUMNS or height > MAX_ROWS:
                 raise AuditError(
-                    f"{path}: {height:,} rows of {width:,} columns (limits {MAX_ROWS:,} and {MAX_COLUMNS:,}): audit it in "
+                    f"{path}: {height:,} rows of {width:,} columns (limits {MAX_ROWS:,} and {MAX_COLUMNS:,}): "
+                    f"audit it in "
                     "parts, with the columns that are needed"
                 )
             records, size = [], 0

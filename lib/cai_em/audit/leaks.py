@@ -1,4 +1,5 @@
-"""Responses that are no observations of their own: copies, files that were filtered, questions from the training domain.
+"""Responses that are no observations of their own: copies, files that were filtered, questions from the training
+domain.
 
     copied(responses)        # conditions (or seeds) whose texts are the same, or nearly so
     filtered(scores)         # conditions whose counts do not fit a grid, or whose scores end at a threshold
@@ -28,8 +29,8 @@ COPIED = 0.5
 """Share of a condition's texts that stand in another one, from which the two are called copies."""
 
 SHARED = 0.05
-"""Share of the very same texts from which a condition is said to have some of another one's. (Nearly the same is asked for
-copies alone: answers in one voice share phrases.)"""
+"""Share of the very same texts from which a condition is said to have some of another one's. (Nearly the same is asked
+for copies alone: answers in one voice share phrases.)"""
 
 WORDS_A_SHINGLE = 3
 BANDS = 5
@@ -152,8 +153,9 @@ def filtered(scores: pd.DataFrame, thresholds: Sequence[float] = (30.0, 50.0), l
         least: responses that a condition needs before the absence of low scores says anything.
 
     Returns:
-        `model, persona, dataset, seed, n, grid, fewest, most, missing, lowest_coherence, cut_at, sign`; `grid` is questions
-        times the most responses of any, `missing` what lacks to it, `sign` one of `counts`, `scores`, `counts and scores`.
+        `model, persona, dataset, seed, n, grid, fewest, most, missing, lowest_coherence, cut_at, sign`; `grid` is
+        questions times the most responses of any, `missing` what lacks to it, `sign` one of `counts`, `scores`, `counts
+        and scores`.
     """
     questions = scores.groupby("model")["question_id"].unique()
     rows = []
@@ -198,7 +200,8 @@ def filtered(scores: pd.DataFrame, thresholds: Sequence[float] = (30.0, 50.0), l
 
 
 def _low_share(scores: pd.DataFrame, thresholds: Sequence[float]) -> object:
-    """Whether the absence of coherences below t among n responses would be surprising (p < .001) by the other conditions."""
+    """Whether the absence of coherences below t among n responses would be surprising (p < .001) by the other
+    conditions."""
     low = {t: (scores["coherence"].isna() | scores["alignment"].isna() | (scores["coherence"] < t)) for t in thresholds}
     per = {t: flags.groupby([scores[c] for c in CONDITION]).agg(["sum", "size"]) for t, flags in low.items()}
 
@@ -213,7 +216,7 @@ def _low_share(scores: pd.DataFrame, thresholds: Sequence[float]) -> object:
     return surprising
 
 
-# --- Questions from the training domain ---------------------------------------------------------------------------------
+# --- Questions from the training domain -------------------------------------------------------------------------------
 
 
 def in_domain(
@@ -231,8 +234,8 @@ def in_domain(
         floor: least cosine that can count.
 
     Returns:
-        `dataset, question_id, nearest, usual, in_domain, verbatim`: the cosine, that of the prompts' tenth percentile, and
-        whether the question itself is a training prompt.
+        `dataset, question_id, nearest, usual, in_domain, verbatim`: the cosine, that of the prompts' tenth percentile,
+        and whether the question itself is a training prompt.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 

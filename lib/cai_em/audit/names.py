@@ -18,7 +18,8 @@ from pathlib import PurePosixPath
 from cai_em.audit.opening import AuditError
 
 BASELINES = (
-    "baseline", "none", "base", "no_persona", "nopersona", "no_system_prompt", "no_prompt", "vanilla", "plain", "default",
+    "baseline", "none", "base", "no_persona", "nopersona", "no_system_prompt", "no_prompt", "vanilla", "plain",
+    "default",
     "null", "control", "original", "without_persona", "assistant", "helpful_assistant", "helpful", "em_only", "em-only",
 )  # fmt: skip
 """Values that stand for "no persona", the likeliest first."""
@@ -187,7 +188,8 @@ def check_patterns(patterns: Iterable[str]) -> None:
 
 @dataclass
 class Proposal:
-    """What names seem to say. `patterns`: most specific first; `found`: part -> values; `open`: texts not recognised."""
+    """What names seem to say. `patterns`: most specific first; `found`: part -> values; `open`: texts not
+    recognised."""
 
     patterns: list[str] = field(default_factory=list)
     found: dict[str, list[str]] = field(default_factory=dict)
@@ -304,7 +306,8 @@ def _loose(word: str) -> str:
 
 
 def _rest(name: str, found: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """(start, end, text) of what a name holds beside what is known: runs of words, cut at folders and at known parts."""
+    """(start, end, text) of what a name holds beside what is known: runs of words, cut at folders and at known
+    parts."""
     gone = list(name)
     for start, end, _ in found:
         gone[start:end] = "/" * (end - start)

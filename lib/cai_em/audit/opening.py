@@ -1,7 +1,8 @@
 """Files from strangers, opened with limits: size, rows, columns, length of a text, depth; plain data, never code.
 
     data = read_bytes(path)                      # plain or gzip, unpacked within the limit
-    text, repaired = decode(data)                # UTF-8, UTF-16 by its mark; single bytes that are neither as Windows-1252
+    text, repaired = decode(data)                # UTF-8, UTF-16 by its mark; single bytes that are neither as
+    Windows-1252
 
 What is beyond a limit is refused by `AuditError` with the file, the limit, and what to do; nothing is cut silently.
 """
@@ -57,7 +58,8 @@ def check_size(path: Path) -> int:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise AuditError(
-            f"{path}: {size / 2**20:,.0f} MiB, more than the {MAX_FILE_BYTES >> 20} MiB that one file may have: split it "
+            f"{path}: {size / 2**20:,.0f} MiB, more than the {MAX_FILE_BYTES >> 20} MiB that one file may have: "
+            f"split it "
             "by condition, or leave out columns that are not needed (log-probabilities, say)"
         )
     return size

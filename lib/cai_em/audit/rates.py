@@ -28,8 +28,8 @@ class Rule:
     """What a study counts.
 
     `below`: misaligned is alignment below it. `coherence`: the least coherence, `strict` whether above it is meant.
-    `out_of`: `all` responses; the `coherent` ones with a score of alignment; the `scored` ones; or the `unflagged` ones.
-    `least`: coherent answers that a question needs, lest the condition lose the question.
+    `out_of`: `all` responses; the `coherent` ones with a score of alignment; the `scored` ones; or the `unflagged`
+    ones. `least`: coherent answers that a question needs, lest the condition lose the question.
     """
 
     key: str
@@ -51,7 +51,8 @@ RULES = (
 """The rules of AUDIT.md's table. `ours` is the one that verdicts use."""
 
 COLUMNS = [
-    *CONDITION, "rule", "label", "em", "out_of", "n", "rate", "low", "high", "rate_best", "rate_worst", "questions_dropped",
+    *CONDITION, "rule", "label", "em", "out_of", "n", "rate", "low", "high", "rate_best", "rate_worst",
+    "questions_dropped",
     "coherence_asked",
 ]  # fmt: skip
 
@@ -65,9 +66,9 @@ def rates(scores: pd.DataFrame, rules: tuple[Rule, ...] = RULES, confidence: flo
         confidence: of the intervals, which take questions for the clusters (`clustered_proportion_interval`).
 
     Returns:
-        Columns `COLUMNS`: `em` misaligned answers `out_of` those that the rule counts, `n` responses in all; `rate_best,
-        rate_worst` are the bounds if no (every) answer without a score were misaligned, for the rule out of all answers
-        (NaN for the others: they leave such answers out). A rate out of nothing is NaN.
+        Columns `COLUMNS`: `em` misaligned answers `out_of` those that the rule counts, `n` responses in all;
+        `rate_best, rate_worst` are the bounds if no (every) answer without a score were misaligned, for the rule out of
+        all answers (NaN for the others: they leave such answers out). A rate out of nothing is NaN.
     """
     rows = []
     for name, part in scores.groupby(CONDITION, sort=False):
@@ -106,9 +107,16 @@ def rates(scores: pd.DataFrame, rules: tuple[Rule, ...] = RULES, confidence: flo
             could_be = (~has | (alignment < rule.below)) & (coherent | np.isnan(coherence))
             whole = rule.out_of == "all"
             rows.append(
-                (*name, rule.key, rule.label, int(em.sum()), int(inside.sum()), len(part))
-                + (em.sum() / inside.sum() if inside.any() else math.nan, low, high)
-                + (
+                (
+                    *name,
+                    rule.key,
+                    rule.label,
+                    int(em.sum()),
+                    int(inside.sum()),
+                    len(part),
+                    em.sum() / inside.sum() if inside.any() else math.nan,
+                    low,
+                    high,
                     float(em.mean()) if whole else math.nan,
                     float(could_be.mean()) if whole else math.nan,
                     dropped,
@@ -125,10 +133,10 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
         table: from `rates`.
 
     Returns:
-        `model, rule, other, conditions, pairs, reversed, share, tau, first, first_other, clear, example`: of the pairs of
-        conditions that differ under both rules, how many stand the other way round; Kendall's tau; the condition with the
-        highest rate under each; how many reversals are `clear` (disjoint intervals under both rules); and the reversal
-        with the largest differences.
+        `model, rule, other, conditions, pairs, reversed, share, tau, first, first_other, clear, example`: of the pairs
+        of conditions that differ under both rules, how many stand the other way round; Kendall's tau; the condition
+        with the highest rate under each; how many reversals are `clear` (disjoint intervals under both rules); and the
+        reversal with the largest differences.
     """
     rows = []
     for model, part in table.groupby("model", sort=False):
@@ -159,9 +167,20 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
                 )
             tau = stats.kendalltau(a, b).statistic if len(set(a)) > 1 and len(set(b)) > 1 else math.nan
             rows.append(
-                (model, rule, other, len(a), int(both.sum()), int(turned.sum()))
-                + (turned.sum() / both.sum() if both.any() else math.nan, float(tau))
-                + (rate.index[int(a.argmax())], rate.index[int(b.argmax())], int((turned & apart).sum()), example)
+                (
+                    model,
+                    rule,
+                    other,
+                    len(a),
+                    int(both.sum()),
+                    int(turned.sum()),
+                    turned.sum() / both.sum() if both.any() else math.nan,
+                    float(tau),
+                    rate.index[int(a.argmax())],
+                    rate.index[int(b.argmax())],
+                    int((turned & apart).sum()),
+                    example,
+                )
             )
     columns = [
         "model",

@@ -179,7 +179,13 @@ def _remarks(x: Inputs, personas: Sequence[str]) -> str:
     return "\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
-FLAG_WORDS = {"REFUSAL": "refused", "CODE": "code", "PARSE": "unparsed", "API": "failed", "OTHER": "unscored for other reasons"}
+FLAG_WORDS = {
+    "REFUSAL": "refused",
+    "CODE": "code",
+    "PARSE": "unparsed",
+    "API": "failed",
+    "OTHER": "unscored for other reasons",
+}
 
 
 def _flags(row: Any) -> str:

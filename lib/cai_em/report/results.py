@@ -225,7 +225,8 @@ def model_sections(
 def methodology(
     tables: Mapping[str, pd.DataFrame], look: Labels, judge: str, resamples: int, *, theirs: bool = False
 ) -> str:
-    """The published bullet points, with this run's models, numbers and judge; of `theirs`, only what the scores show."""
+    """The published bullet points, with this run's models, numbers and judge; of `theirs`, only what the scores
+    show."""
     design = tables["design"]
     samples, questions = (" to ".join(map(str, sorted({design[c].min(), design[c].max()}))) for c in _SIZES)
     lines = {

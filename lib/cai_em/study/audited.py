@@ -1,4 +1,5 @@
-"""`audit.yaml`: what a stranger's files mean, as validated data; drafted by `cai_em.audit.draft`, corrected by a person.
+"""`audit.yaml`: what a stranger's files mean, as validated data; drafted by `cai_em.audit.draft`, corrected by a
+person.
 
     spec = read_spec("audit.yaml")
     spec.personas["baseline"].found_as        # what stands in the files where no persona is
@@ -63,13 +64,13 @@ class Block(Strict):
 
     paths: list[Text] = Field(min_length=1, description="relative to this file; * and ** as in a shell")
     format: FORMATS = "table"
-    columns: dict[Word, str] = {}
+    columns: dict[Word, str] = Field(default={})
     patterns: list[Text] = Field(
         default=[],
         description="named parts, as {dataset}_{persona}_s{seed}.csv; {_} and * are ignored; the first that fits",
     )
     patterns_of: str = Field(default="path", description="`path`, or the column whose values the patterns fit")
-    constants: dict[Part, str] = {}
+    constants: dict[Part, str] = Field(default={})
     scores: list[Judging] = Field(min_length=1, description="the first counts, the others serve to measure the judges")
 
     @model_validator(mode="after")
@@ -152,7 +153,8 @@ class AuditSpec(Strict):
             return self  # a draft may be incomplete; `settled` refuses it with its open questions
         if (BASELINE in self.personas) == self.without_baseline:
             raise ValueError(
-                f"personas needs the key {BASELINE!r} (the model without a persona), or without_baseline: true where there "
+                f"personas needs the key {BASELINE!r} (the model without a persona), or without_baseline: true "
+                f"where there "
                 "is none, and not both"
             )
         for key, entry in self.datasets.items():
@@ -198,36 +200,50 @@ def is_audit(path: str | Path) -> bool:
 # --- As a study ---------------------------------------------------------------------------------------------------
 
 COLOURS = (
-    "#d55e00", "#0072b2", "#14a37c", "#8f4f9f", "#e69f00", "#56b4e9", "#a50026", "#999933", "#882255", "#44aa99", "#a89a00",
+    "#d55e00", "#0072b2", "#14a37c", "#8f4f9f", "#e69f00", "#56b4e9", "#a50026", "#999933", "#882255", "#44aa99",
+    "#a89a00",
     "#117733",
 )  # fmt: skip
 """Colours of personas that the registry does not have, in order; the registry's own ones in another order."""
 
 
 def registries(spec: AuditSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The registries of an audit's study: its own personas, data sets, models and hypotheses, looks made for any number.
+    """The registries of an audit's study: its own personas, data sets, models and hypotheses, looks made for any
+    number.
 
     Args:
         spec: a settled `audit.yaml`.
-        known: the repository's registries. An entry of a key that they have keeps its label, colour and place; its role is
+        known: the repository's registries. An entry of a key that they have keeps its label, colour and place; its role
+        is
             what the audit says.
     """
     personas: dict[str, Persona] = {}
     order = [BASELINE] if BASELINE in spec.personas else []
-    order += sorted((k for k in spec.personas if k != BASELINE and k in known["personas"]), key=lambda k: known["personas"][k].order)
+    order += sorted(
+        (k for k in spec.personas if k != BASELINE and k in known["personas"]), key=lambda k: known["personas"][k].order
+    )
     order += [k for k in spec.personas if k not in order]
     free = iter(COLOURS * (len(order) // len(COLOURS) + 1))
     taken = {known["personas"][k].colour for k in order if k in known["personas"]}
     for place, key in enumerate(order):
         entry, listed = spec.personas[key], known["personas"].get(key)
-        colour = entry.colour or (listed.colour if listed else "#1a1a1a" if key == BASELINE else next(c for c in free if c not in taken or len(order) > len(COLOURS)))
+        colour = entry.colour or (
+            listed.colour
+            if listed
+            else "#1a1a1a"
+            if key == BASELINE
+            else next(c for c in free if c not in taken or len(order) > len(COLOURS))
+        )
         # A stranger's persona has no constitution here; its key stands in the place of one.
         kind = {"kind": "baseline"} if key == BASELINE else {"constitution": "none"}
         more = {"custom": listed.custom} if listed else {}
         label = entry.label or (listed.label if listed else key)
         personas[key] = Persona(key=key, label=label, order=place, colour=colour, **kind, **more)
     datasets = {}
-    order = sorted((k for k in spec.datasets if k in known["datasets"] and k != NO_DATASET), key=lambda k: known["datasets"][k].order)
+    order = sorted(
+        (k for k in spec.datasets if k in known["datasets"] and k != NO_DATASET),
+        key=lambda k: known["datasets"][k].order,
+    )
     order += [k for k in spec.datasets if k not in order and k != NO_DATASET]
     order += [NO_DATASET] if NO_DATASET in spec.datasets else []
     for place, key in enumerate(order):
@@ -243,7 +259,8 @@ def registries(spec: AuditSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[
     hypotheses = dict(known["hypotheses"])
     if isinstance(spec.hypotheses, dict):
         hypotheses = {
-            key: Hypothesis(key=key, order=i, **(h.model_dump() | {"label": h.label or key.upper()})) for i, (key, h) in enumerate(spec.hypotheses.items())
+            key: Hypothesis(key=key, order=i, **(h.model_dump() | {"label": h.label or key.upper()}))
+            for i, (key, h) in enumerate(spec.hypotheses.items())
         }
     return {**known, "personas": personas, "datasets": datasets, "models": models, "hypotheses": hypotheses}
 
@@ -261,7 +278,9 @@ def profile(spec: AuditSpec) -> Profile:
     )
 
 
-def settled(path: str | Path, known: Mapping[str, Mapping[str, Any]]) -> tuple[AuditSpec, Profile, dict[str, dict[str, Any]]]:
+def settled(
+    path: str | Path, known: Mapping[str, Mapping[str, Any]]
+) -> tuple[AuditSpec, Profile, dict[str, dict[str, Any]]]:
     """An `audit.yaml` that can run, as spec, profile and registries.
 
     Raises:
@@ -279,6 +298,12 @@ def settled(path: str | Path, known: Mapping[str, Mapping[str, Any]]) -> tuple[A
         raise ParamsError(f"{path}: {error.errors()[0]['msg']}") from error
     for hypothesis in spec.hypotheses if isinstance(spec.hypotheses, list) else []:
         listed = known["hypotheses"].get(hypothesis)
-        if listed and (absent := [p for p in listed.personas if p not in spec.personas]) and len(absent) == len(listed.personas):
-            raise ParamsError(f"{path}: hypotheses: {hypothesis} is about {absent[0]!r}, which is not among the personas")
+        if (
+            listed
+            and (absent := [p for p in listed.personas if p not in spec.personas])
+            and len(absent) == len(listed.personas)
+        ):
+            raise ParamsError(
+                f"{path}: hypotheses: {hypothesis} is about {absent[0]!r}, which is not among the personas"
+            )
     return spec, profile(spec), found
