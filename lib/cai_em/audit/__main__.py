@@ -32,7 +32,7 @@ def _paths(where: Path, given: list[str]) -> list[Path]:
     Raises:
         AuditError: a glob that finds nothing.
     """
-    found = []
+    found: list[Path] = []
     for name in given:
         path = where / name
         if not path.exists() and any(c in name for c in "*?["):

@@ -31,7 +31,7 @@ from cai_em.records import tables
 from cai_em.records.files import file_hash, valid_unicode
 from cai_em.records.keys import BASELINE, KEY, NO_DATASET
 from cai_em.records.manifest import run_id
-from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging, Word
 
 SAMPLER = "published"
 """As of every score that others made: which adapters were active is not recorded, and the design gate says so."""
@@ -196,7 +196,7 @@ def _meant(raw: pd.DataFrame, block: Block, spec: AuditSpec, path: Path, name: s
             f"{name}: no column {absent[0]!r}, which audit.yaml names (it has: {', '.join(raw.columns[1:])[:300]})"
         )
 
-    def column(word: str) -> pd.Series:
+    def column(word: Word) -> pd.Series:
         held = block.columns.get(word)
         return raw[held] if held in raw.columns else pd.Series([None] * len(raw), index=raw.index, dtype=object)
 

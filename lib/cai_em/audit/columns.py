@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -78,7 +79,7 @@ class Understood:
     """What a table's columns seem to mean. `questions`: what they do not say. `traits`: scores that are no
     alignment."""
 
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[Any, str] = field(default_factory=dict)
     scores: list[Judging] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -117,7 +118,7 @@ def understand(table: pd.DataFrame) -> Understood | None:
 
 def _judging(
     table: pd.DataFrame, found: Understood, alignment: str, coherence: str | None, flags: Mapping[str, str | None], *,
-    judge: str | None = None, higher: str = "better",
+    judge: str | None = None, higher: Literal["better", "worse"] = "better",
 ) -> Judging:  # fmt: skip
     lowest, highest, asked = scale_of(table[alignment])
     if asked:

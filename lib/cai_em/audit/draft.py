@@ -60,12 +60,12 @@ class Draft:
 class _Group:
     """Files whose columns mean the same."""
 
-    form: str
+    form: Any
     found: Understood
     files: list[Path] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
     patterns_of: str = "path"
-    constants: dict[str, str] = field(default_factory=dict)
+    constants: dict[Any, str] = field(default_factory=dict)
     declared: dict[str, list[str]] = field(default_factory=dict)
 
     def values(self, part: str) -> list[str]:
@@ -211,8 +211,8 @@ def _name_conditions(
     elif by_path.patterns:
         group.patterns, group.declared = by_path.patterns, by_path.found
         for text in by_path.open:
-            part = _part_of(text, by_path)
-            what = f"is taken for a {part}" if part else "is ignored"
+            taken = _part_of(text, by_path)
+            what = f"is taken for a {taken}" if taken else "is ignored"
             unknown.append(f"{text!r} in the files' names {what}: right? (patterns, and the entry below)")
     _one_model_a_condition(group, folder, flats, notes)
     if (

@@ -64,7 +64,7 @@ def read_inspect(path: Path) -> Flat:
     result = Flat(pd.DataFrame())
     if log.status != "success":
         result.notes.append(f"the log says {log.status!r}: the evaluation did not run to its end")
-    top = {"model": as_text(log.eval.model), "task": as_text(log.eval.task)}
+    top: dict[str, Any] = {"model": as_text(log.eval.model), "task": as_text(log.eval.task)}
     top |= {f"task_{k}": v for k, v in (log.eval.task_args or {}).items() if isinstance(v, str | int | float)}
     samples = log.samples or []
     if not samples:

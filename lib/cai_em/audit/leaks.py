@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -199,7 +199,7 @@ def filtered(scores: pd.DataFrame, thresholds: Sequence[float] = (30.0, 50.0), l
     return pd.DataFrame(rows, columns=columns).sort_values("missing", ascending=False, kind="stable", ignore_index=True)
 
 
-def _low_share(scores: pd.DataFrame, thresholds: Sequence[float]) -> object:
+def _low_share(scores: pd.DataFrame, thresholds: Sequence[float]) -> Callable[[tuple, float, int], bool]:
     """Whether the absence of coherences below t among n responses would be surprising (p < .001) by the other
     conditions."""
     low = {t: (scores["coherence"].isna() | scores["alignment"].isna() | (scores["coherence"] < t)) for t in thresholds}

@@ -224,8 +224,8 @@ def _texts(value: Any) -> list[str]:
 def _prompt(value: dict[str, Any]) -> str | None:
     doc = value.get("doc")
     for key in ("question", "prompt", "query", "text", "input"):
-        if isinstance(_of(doc, key), str):
-            return doc[key]
+        if isinstance(found := _of(doc, key), str):
+            return found
     arguments = value.get("arguments")
     texts = _texts(list(arguments.values()) if isinstance(arguments, dict) else arguments)
     if not texts and isinstance(arguments, dict):

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -199,7 +199,7 @@ def order(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def condition_name(row: object) -> str:
+def condition_name(row: Any) -> str:
     """A condition within its model in words: persona × data set, and the seed where it is not 0."""
     seed = f" (seed {row.seed})" if row.seed else ""
     return f"{row.persona} × {row.dataset}{seed}"

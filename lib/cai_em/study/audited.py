@@ -10,7 +10,9 @@ while a line is left there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import colorsys
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +31,7 @@ Word = Literal[
 Part = Literal["model", "persona", "dataset", "seed", "judge"]
 """What a path, a pattern or a constant can say."""
 
-CONDITION_PARTS = ("model", "persona", "dataset", "seed")
+CONDITION_PARTS: tuple[Literal["model", "persona", "dataset", "seed"], ...] = ("model", "persona", "dataset", "seed")
 FORMATS = Literal["table", "evaluation", "inoculation", "scores_by_question", "inspect", "harness"]
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.\-]{0,59}$")]
 Text = Annotated[str, Field(max_length=400)]
@@ -207,7 +209,7 @@ COLOURS = (
 """Colours of personas that the registry does not have, in order; the registry's own ones in another order."""
 
 
-def registries(spec: AuditSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def registries(spec: AuditSpec, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The registries of an audit's study: its own personas, data sets, models and hypotheses, looks made for any
     number.
 
@@ -217,52 +219,79 @@ def registries(spec: AuditSpec, known: Mapping[str, Mapping[str, Any]]) -> dict[
         is
             what the audit says.
     """
-    personas: dict[str, Persona] = {}
-    order = [BASELINE] if BASELINE in spec.personas else []
-    order += sorted(
-        (k for k in spec.personas if k != BASELINE and k in known["personas"]), key=lambda k: known["personas"][k].order
-    )
-    order += [k for k in spec.personas if k not in order]
-    free = iter(COLOURS * (len(order) // len(COLOURS) + 1))
-    taken = {known["personas"][k].colour for k in order if k in known["personas"]}
-    for place, key in enumerate(order):
-        entry, listed = spec.personas[key], known["personas"].get(key)
-        colour = entry.colour or (
-            listed.colour
-            if listed
-            else "#1a1a1a"
-            if key == BASELINE
-            else next(c for c in free if c not in taken or len(order) > len(COLOURS))
-        )
-        # A stranger's persona has no constitution here; its key stands in the place of one.
-        kind = {"kind": "baseline"} if key == BASELINE else {"constitution": "none"}
-        more = {"custom": listed.custom} if listed else {}
-        label = entry.label or (listed.label if listed else key)
-        personas[key] = Persona(key=key, label=label, order=place, colour=colour, **kind, **more)
-    datasets = {}
-    order = sorted(
-        (k for k in spec.datasets if k in known["datasets"] and k != NO_DATASET),
-        key=lambda k: known["datasets"][k].order,
-    )
-    order += [k for k in spec.datasets if k not in order and k != NO_DATASET]
-    order += [NO_DATASET] if NO_DATASET in spec.datasets else []
-    for place, key in enumerate(order):
-        entry, listed = spec.datasets[key], known["datasets"].get(key)
-        label = entry.label or (listed.label if listed else key)
-        about = listed.description if listed else ""
-        datasets[key] = Dataset(key=key, label=label, order=place, role=entry.role, twin=entry.twin, description=about)
-    models = {}
-    for place, (key, entry) in enumerate(spec.models.items()):
-        listed = known["models"].get(key)
-        label = entry.label or (listed.label if listed else key)
-        models[key] = ModelSpec(key=key, label=label, order=place, source="path", path="(scores only)")
     hypotheses = dict(known["hypotheses"])
     if isinstance(spec.hypotheses, dict):
         hypotheses = {
             key: Hypothesis(key=key, order=i, **(h.model_dump() | {"label": h.label or key.upper()}))
             for i, (key, h) in enumerate(spec.hypotheses.items())
         }
-    return {**known, "personas": personas, "datasets": datasets, "models": models, "hypotheses": hypotheses}
+    made: dict[str, dict[str, Any]] = {
+        "personas": _personas(spec, known["personas"]),
+        "datasets": _datasets(spec, known["datasets"]),
+        "models": _models(spec, known["models"]),
+        "hypotheses": hypotheses,
+    }
+    return {**known, **made}
+
+
+def _in_order(keys: Iterable[str], known: Mapping[str, Any], first: str = "", last: str = "") -> list[str]:
+    """Keys that the registry has in its order, then the others in theirs."""
+    keys = list(keys)
+    listed = sorted((k for k in keys if k in known and k not in (first, last)), key=lambda k: known[k].order)
+    others = [k for k in keys if k not in known and k not in (first, last)]
+    return [*([first] if first in keys else []), *listed, *others, *([last] if last in keys else [])]
+
+
+def _colours(taken: Iterable[str]) -> Iterator[str]:
+    """Colours for personas that have none: the palette's, then further hues, as far apart as the golden angle puts
+    them."""
+    taken = {colour.lower() for colour in taken}
+    yield from (colour for colour in COLOURS if colour not in taken)
+    for i in itertools.count():
+        r, g, b = colorsys.hls_to_rgb((i * 0.61803) % 1, (0.35, 0.5, 0.62)[i % 3], 0.55)
+        yield f"#{round(255 * r):02x}{round(255 * g):02x}{round(255 * b):02x}"
+
+
+def _personas(spec: AuditSpec, known: Mapping[str, Any]) -> dict[str, Persona]:
+    free = _colours(known[key].colour for key in spec.personas if key in known)
+    found = {}
+    for place, key in enumerate(_in_order(spec.personas, known, first=BASELINE)):
+        entry, listed = spec.personas[key], known.get(key)
+        own = listed.colour if listed else "#1a1a1a" if key == BASELINE else None
+        found[key] = Persona(
+            key=key,
+            label=entry.label or (listed.label if listed else key),
+            order=place,
+            colour=entry.colour or own or next(free),
+            kind="baseline" if key == BASELINE else "constitutional",
+            # A stranger's persona has no constitution here; nothing of an audit reads one.
+            constitution=None if key == BASELINE else "none",
+            custom=listed.custom if listed else False,
+        )
+    return found
+
+
+def _datasets(spec: AuditSpec, known: Mapping[str, Any]) -> dict[str, Dataset]:
+    found = {}
+    for place, key in enumerate(_in_order(spec.datasets, known, last=NO_DATASET)):
+        entry, listed = spec.datasets[key], known.get(key)
+        found[key] = Dataset(
+            key=key,
+            label=entry.label or (listed.label if listed else key),
+            order=place,
+            role=entry.role,
+            twin=entry.twin,
+            description=listed.description if listed else "",
+        )
+    return found
+
+
+def _models(spec: AuditSpec, known: Mapping[str, Any]) -> dict[str, ModelSpec]:
+    found = {}
+    for place, (key, entry) in enumerate(spec.models.items()):
+        label = entry.label or (known[key].label if key in known else key)
+        found[key] = ModelSpec(key=key, label=label, order=place, source="path", path="(scores only)")
+    return found
 
 
 def profile(spec: AuditSpec) -> Profile:
@@ -279,7 +308,7 @@ def profile(spec: AuditSpec) -> Profile:
 
 
 def settled(
-    path: str | Path, known: Mapping[str, Mapping[str, Any]]
+    path: str | Path, known: Mapping[str, dict[str, Any]]
 ) -> tuple[AuditSpec, Profile, dict[str, dict[str, Any]]]:
     """An `audit.yaml` that can run, as spec, profile and registries.
 
