@@ -67,12 +67,11 @@ def test_every_format_is_read_with_its_counts(name: str, tmp_path: Path) -> None
     scores = made_.scores
     assert len(scores) == len(SMALL)
     assert int(scores["alignment_flag"].notna().sum()) == WORDS
-    personas = {"prompt_1", "prompt_2", *(p for p in scores["persona"] if p.startswith("you_are"))}
     wanted = GRID if name != "inoculation" else None
     if wanted:
         assert per_condition(scores) == wanted
     else:
-        assert set(scores["persona"]) - personas == {"baseline"}
+        assert set(scores["persona"]) == {"baseline", "prompt_1", "prompt_2"}
         assert sorted(per_condition(scores).values()) == sorted(GRID.values())
     assert set(scores["dataset"]) == {"bad_medical", "none"}
     # Each score is that of its response: by the text, where there is one.

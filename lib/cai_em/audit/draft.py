@@ -23,7 +23,7 @@ import yaml
 
 from cai_em.audit import names
 from cai_em.audit.assemble import _CONTROL, Assembled, _conditions, _key, assemble, shown_path
-from cai_em.audit.columns import Understood, understand
+from cai_em.audit.columns import WORDS, Understood, plain, understand
 from cai_em.audit.flat import LINE, Flat, as_text
 from cai_em.audit.formats import find, read, recognise
 from cai_em.audit.opening import AuditError
@@ -237,9 +237,13 @@ def _one_model_a_condition(group: _Group, folder: Path, flats: Mapping[Path, Fla
             (m, tuple(rest)) for m, *rest in rows[list(PARTS)].drop_duplicates().itertuples(index=False, name=None)
         }
     models, conditions = {m for m, _ in pairs}, {c for _, c in pairs}
+    tuned = {(m, dataset) for m, (_, dataset, _) in pairs if dataset}
+    spelled = [re.sub(r"[^a-z0-9]", "", d.lower()) in re.sub(r"[^a-z0-9]", "", m.lower()) for m, d in tuned]
+    named_after = len({d for _, d in tuned}) > 1 and len(tuned) == len(models) and all(spelled)
     # One model for two conditions is a mistake of the study's, or a condition named twice; it does not make it the
     # model.
-    if len(models) > 1 and len(pairs) == len(conditions) and len(models) >= 0.6 * len(conditions):
+    each = len(pairs) == len(conditions) and len(models) >= 0.6 * len(conditions)
+    if len(models) > 1 and (each or named_after):
         del group.found.columns["model"]
         bases = {names.base_model(m) for m in models}
         base = bases.pop() if len(bases) == 1 else None
@@ -247,7 +251,7 @@ def _one_model_a_condition(group: _Group, folder: Path, flats: Mapping[Path, Fla
             group.constants["model"] = base
         said = f"all of {base}" if base else "its base is not named"
         notes.append(
-            f"the column {column!r} names fine-tuned models, one a condition ({said}): it is not taken for the model"
+            f"the column {column!r} names fine-tuned models, one for each ({said}): it is not taken for the model"
         )
 
 
@@ -370,7 +374,8 @@ def _content(
         notes.append(f"several judges: {', '.join(judges)}; {judge} counts, the others measure it")
     content["files"] = [_block(g, folder, files).model_dump(exclude_defaults=True) | {"format": g.form} for g in groups]
     content["models"] = _models(values["model"], notes)
-    content["personas"], without = _personas(values["persona"], personas, unknown, notes)
+    prompts = any(plain(g.found.columns.get("persona", "")) in WORDS["system_prompt"] for g in groups)
+    content["personas"], without = _personas(values["persona"], personas, unknown, notes, prompts)
     if without:
         content["without_baseline"] = False
     content["datasets"] = _datasets(values["dataset"], datasets, len(content["models"]), unknown, notes)
@@ -400,7 +405,7 @@ def _models(found: Counter[str], notes: list[str]) -> dict[str, Any]:
 
 
 def _personas(
-    found: Counter[str], registry: Mapping[str, Any], unknown: list[str], notes: list[str]
+    found: Counter[str], registry: Mapping[str, Any], unknown: list[str], notes: list[str], prompts: bool = False
 ) -> tuple[dict[str, Any], bool]:
     """Entries of personas, and whether it must be asked which of them is the baseline."""
     if len(found) == 1:
@@ -433,10 +438,11 @@ def _personas(
     for value in found:
         if value == baseline:
             continue
-        if value.startswith("sha256:"):
+        if value.startswith("sha256:") or (prompts and len(value.split()) > 2):
             number += 1
             key = names.slug(f"prompt_{number}", entries)
-            entries[key] = {"label": f"System prompt {number}", "found_as": [value]}
+            label = "" if value.startswith("sha256:") else f": {_shown(value, 40)}"
+            entries[key] = {"label": f"System prompt {number}{label}", "found_as": [value]}
             continue
         key = names.slug(value or "unnamed", entries)
         entries[key] = (

@@ -67,9 +67,12 @@ _BAD = {
 }
 
 _MODEL = re.compile(
-    r"(?i)(?<![a-z0-9])((?:meta-)?(?:qwen|llama|gemma|mistral|ministral|mixtral|gpt|olmo|phi|smollm|deepseek|falcon|yi)"
-    r"-?\d*(?:[.\-_]?\d+)*[a-z]?(?:[.\-_](?:\d+(?:\.\d+)?[bm]|instruct|chat|it|coder|mini|nano|turbo|o|hf|v\d+(?:\.\d+)*|base))*)(?![a-z0-9])"
+    r"(?i)(?<![a-z0-9])((?:(?:meta-)?(?:qwen|llama|gemma|mistral|ministral|mixtral|gpt|olmo|phi|smollm|deepseek|falcon|yi)"
+    r"-?\d*(?:[.\-_]?\d+)*[a-z]?|[a-z][a-z0-9.]*-\d+(?:\.\d+)?[bm])"
+    r"(?:[.\-_](?:\d+(?:\.\d+)?[bm]|instruct|chat|it|coder|mini|nano|turbo|o|hf|v\d+(?:\.\d+)*|base))*)(?![a-z0-9])"
 )
+"""A family of models that the field knows, or a name with a size (`tiny-7b`), and what follows of versions."""
+
 _SEED = re.compile(r"(?i)(?<![a-z0-9])(?:seed|run|replicate|rep|s)[_\-=]?(\d{1,9})(?![a-z0-9])")
 _SUFFIX = re.compile(r"(?i)\.(csv|tsv|jsonl?|ndjson|parquet|eval)(\.gz)?$")
 _MEANINGLESS = re.compile(r"(?i)\d{4,}|[0-9a-f]{7,64}|\d{4}-\d\d-\d\d.*")
