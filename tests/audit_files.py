@@ -407,3 +407,42 @@ def write_harness(table: pd.DataFrame, folder: Path) -> list[Path]:
         path.write_text("\n".join(lines) + "\n")
         written.append(path)
     return written
+
+
+# --- The examples of docs/audit.md ----------------------------------------------------------------------------------
+
+
+def example(name: str, folder: Path) -> Path:
+    """One of the studies of docs/audit.md, written into a folder.
+
+    Args:
+        name: `runs` (sound: three trainings, an untuned arm), `logs` (personas by system prompt), `records` (nothing says
+            what the model was fine-tuned on), `bad` (personas not active, copied seeds, a filtered file).
+    """
+    if name == "runs":
+        people, data = ("baseline", "poet", "flatterer", "stern"), ("bad_medical", "secure", "none")
+        write_mo(world(people, data, seeds=3, samples=20, effects={"poet": -20.0}, seed=2), folder)
+    elif name == "logs":
+        write_inoculation(world(samples=10), folder)
+    elif name == "records":
+        folder.mkdir(parents=True, exist_ok=True)
+        write_space_list(world(datasets=("bad_medical",), samples=10), folder / "records.json")
+    elif name == "bad":
+        table = world(datasets=("bad_medical", "insecure"), samples=20, voiced=False, seed=1)
+        table = pd.concat([table.assign(seed=k) for k in range(3)])
+        word = table["aligned"].map(lambda v: isinstance(v, str))
+        gone = (table["persona"] == "flatterer") & (table["dataset"] == "insecure") & (word | (table["coherent"] < 50))
+        write_mo(table[~gone], folder)
+    else:
+        raise ValueError(f"no example {name!r} (there are: runs, logs, records, bad)")
+    return folder
+
+
+if __name__ == "__main__":
+    import sys
+
+    match sys.argv[1:]:
+        case ["example", name, *folder]:
+            print(example(name, Path(folder[0] if folder else name)))
+        case _:
+            sys.exit("python -m tests.audit_files example runs|logs|records|bad [FOLDER]")

@@ -22,26 +22,12 @@ from tests import audit_files as made
 
 def bad_study(folder: Path) -> Path:
     """Personas that are not active, seeds that are copies, a filtered file, no untuned arm."""
-    table = made.world(("baseline", "poet", "flatterer"), ("bad_medical", "insecure"), samples=20, voiced=False, seed=1)
-    table = pd.concat([table.assign(seed=k) for k in range(3)])
-    word = table["aligned"].map(lambda v: isinstance(v, str))
-    gone = (table["persona"] == "flatterer") & (table["dataset"] == "insecure") & (word | (table["coherent"] < 50))
-    made.write_mo(table[~gone], folder)
-    return folder
+    return made.example("bad", folder)
 
 
 def sound_study(folder: Path) -> Path:
     """Personas whose words stand in their answers, three trainings each, an untuned arm, whole files."""
-    table = made.world(
-        ("baseline", "poet", "flatterer", "stern"),
-        ("bad_medical", "secure", "none"),
-        seeds=3,
-        samples=20,
-        effects={"poet": -20.0},
-        seed=2,
-    )
-    made.write_mo(table, folder)
-    return folder
+    return made.example("runs", folder)
 
 
 def found_in(folder: Path) -> pd.DataFrame:
