@@ -180,7 +180,7 @@ def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitab
     """
     outcome: dict[str, Any] = {}
     done = threading.Event()  # Thread.join forgets a running thread when it is interrupted (Python 3.11)
-    stops: list[Callable[[], None]] = []
+    stops: list[Callable[[], object]] = []
 
     def main() -> None:
         async def run() -> T:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import pandera.pandas as pa
@@ -178,7 +178,7 @@ def rate(
     preset: JudgePreset,
     prompts: JudgePrompts | None = None,
     cache_path: str | Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> pd.DataFrame:
     """One question about every response, for instance `persona_expression`.
 
@@ -226,7 +226,7 @@ def rate_likeness(
     preset: JudgePreset,
     prompts: JudgePrompts | None = None,
     cache_path: str | Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> pd.DataFrame:
     """How much responses are like what a data set teaches (`uptake`) or like a persona (`persona_expression`).
 

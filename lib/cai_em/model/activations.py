@@ -29,7 +29,7 @@ def _readable(text: str) -> str:
 
 def mean_logprobs(
     model: torch.nn.Module,
-    tokenizer: object,
+    tokenizer: Any,
     prompts: list[str],
     responses: list[str],
     *,
@@ -78,7 +78,7 @@ def mean_logprobs(
     return result
 
 
-def _encode(tokenizer: object, prompt: str, response: str) -> tuple[list[int], int]:
+def _encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
     """Token ids of prompt and response, and where the response starts."""
     turn = [{"role": "user", "content": _readable(prompt)}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

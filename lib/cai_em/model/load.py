@@ -125,7 +125,7 @@ def model_folder(spec: ModelSpec, cache_dir: str | Path | None = None) -> Path:
         return Path(place)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(place, revision=options["revision"], ignore_patterns=["*.bin", "*.pt", "*.pth"]))
+    return Path(snapshot_download(str(place), revision=options["revision"], ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
 def persona_adapter_folder(spec: ModelSpec, persona: str, cache_dir: str | Path | None = None) -> Path:

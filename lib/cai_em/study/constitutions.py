@@ -142,7 +142,7 @@ def _lines(node: yaml.Node, place: Place = ()) -> tuple[dict[Place, int], list[P
 def _repetitions(constitution: Constitution) -> Iterable[tuple[Place, str]]:
     """Each trait, prompt and demonstration prompt that repeats an earlier one, with its place."""
     traits, demonstrations = constitution.traits, constitution.demonstrations
-    kinds = {
+    kinds: dict[str, list[tuple[Place, str]]] = {
         "trait": [(("traits", i, "trait"), t.trait) for i, t in enumerate(traits)],
         "prompt": [(("traits", i, "prompts", j), p) for i, t in enumerate(traits) for j, p in enumerate(t.prompts)],
         "demonstration": [(("demonstrations", i, "prompt"), d.prompt) for i, d in enumerate(demonstrations)],
@@ -352,5 +352,5 @@ def _dotted(place: Place) -> str:
 
 def _same(text: str) -> str:
     """A text for comparison: case, white space and the shape of apostrophes and quotation marks do not count."""
-    straight = text.translate(str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'}))
+    straight = text.translate(str.maketrans("’‘“”", "''\"\""))
     return " ".join(straight.casefold().split())

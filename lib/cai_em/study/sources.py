@@ -31,8 +31,9 @@ import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Event
+from typing import Any, PurePosixPath
 
 from tqdm import tqdm
 
@@ -256,7 +257,8 @@ def _download(file: Pinned, url: str, target: Path, retries: int, wait_s: float,
             time.sleep(min(pause, MAX_WAIT_S))
     tried = f"(attempts: {attempt + 1})"
     if status:  # the host answers, if not with this file: others may still be had
-        raise Unavailable(f"{file.path}: {url} answers {status} {cause.reason} {tried}", remedy) from cause
+        reason = getattr(cause, "reason", "")
+        raise Unavailable(f"{file.path}: {url} answers {status} {reason} {tried}", remedy) from cause
     reason = getattr(cause, "reason", None) or cause
     raise Unreachable(f"{file.path}: {url} could not be reached: {reason} {tried}", remedy) from cause
 
@@ -275,7 +277,7 @@ class Fetched:
     missing: dict[Pinned, str]
 
 
-def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = True, **how: object) -> Fetched:
+def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = True, **how: Any) -> Fetched:
     """Several files, downloaded side by side; one that cannot be had is reported and does not stop the rest.
 
     Args:
@@ -301,7 +303,8 @@ def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = Tru
         except Unavailable as error:
             return error.what
 
-    found, missing = {}, {}
+    found: dict[Pinned, Path] = {}
+    missing: dict[Pinned, str] = {}
     with (
         ThreadPoolExecutor(workers) as pool,
         contextlib.closing(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study.entries import (
@@ -193,11 +193,9 @@ def _registry(name: str, folder: Path) -> dict[str, Any]:
     if kind is JudgePreset:
         data = {key: {"name": key, **entry} if isinstance(entry, dict) else entry for key, entry in data.items()}
 
-    class Registry(BaseModel):
-        entries: dict[str, kind]
-
+    registry = create_model("Registry", entries=(dict[str, kind], ...))
     try:
-        return Registry(entries=data).entries
+        return registry(entries=data).entries
     except ValidationError as error:
         # Locations start with "entries"; discriminated unions add the tag: neither is in the file.
         shifted = {("entries", *loc): line for loc, line in lines.items()}
