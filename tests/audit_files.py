@@ -416,7 +416,8 @@ def example(name: str, folder: Path) -> Path:
     """One of the studies of docs/audit.md, written into a folder.
 
     Args:
-        name: `runs` (sound: three trainings, an untuned arm), `logs` (personas by system prompt), `records` (nothing says
+        name: `runs` (sound: three trainings, an untuned arm), `logs` (personas by system prompt), `records` (nothing
+        says
             what the model was fine-tuned on), `bad` (personas not active, copied seeds, a filtered file).
     """
     if name == "runs":

@@ -92,7 +92,7 @@ def test_findings_are_words_that_no_name_can_break(tmp_path: Path) -> None:
     gates = pd.DataFrame({"persona": ["poet"], "persona_gate": ["not shown"], "gate": ["not shown"]})
     heading, text = report.audit_findings(findings, gates, Look([], [], []))
     assert heading == "What this audit found in the files"
-    assert text.startswith("2 fault(s)")
+    assert text.startswith("3 faults")
     assert "<script>" not in text
     assert "0 of 1 comparisons" in text
     assert "[a](b)" not in text

@@ -68,38 +68,44 @@ def _plain(text: str) -> str:
 
 def audit_findings(findings: pd.DataFrame, gates: pd.DataFrame, look: Look) -> tuple[str, str]:
     """Heading and Markdown of the findings, one a line, the worst first; then what the gates of the comparisons say."""
-    lines = [f"- {SIGN[f.level]}: {_plain(SENTENCES[f.finding].format(**f._asdict()))}" for f in findings.itertuples()]
-    lines += [f"- {line}" for line in _manipulation(gates, look)]
-    faults = int((findings["level"] == "fault").sum())
-    warnings = int((findings["level"] == "warning").sum())
-    lead = (
-        "No fault was found in the files themselves."
-        if not faults
-        else f"{faults} fault(s) in the files themselves: read no further before these are understood."
-    )
-    lead += f" {warnings} warning(s)." if warnings else ""
+    said = [(f.level, _plain(SENTENCES[f.finding].format(**f._asdict()))) for f in findings.itertuples()]
+    said += _manipulation(gates, look)
+    said.sort(key=lambda pair: list(SIGN).index(pair[0]))
+    lines = [f"- {SIGN[level]}: {text}" for level, text in said]
+    faults, warnings = (sum(level == wanted for level, _ in said) for wanted in ("fault", "warning"))
+    lead = "No fault was found."
+    if faults:
+        lead = f"{faults} fault{'s' * (faults > 1)}: read no further before each is understood."
+    lead += f" {warnings} warning{'s' * (warnings > 1)}." if warnings else ""
     return "What this audit found in the files", "\n".join([lead, "", *lines])
 
 
-def _manipulation(gates: pd.DataFrame, look: Look) -> list[str]:
-    """In how many comparisons the manipulation is shown, a line each of personas and of all gates together."""
+def _manipulation(gates: pd.DataFrame, look: Look) -> list[tuple[str, str]]:
+    """In how many comparisons the manipulation is shown: (level, sentence) of the personas, and of all gates
+    together."""
     if not len(gates):
         return []
-    lines = []
+    said = []
     if "persona_gate" in gates:
         shown = gates["persona_gate"] == "shown"
         absent = sorted(set(gates["persona"]) - set(gates.loc[shown, "persona"]))
-        sign = SIGN["fault"] if not shown.any() else SIGN["warning"] if absent else SIGN["note"]
+        seen = (gates["persona_gate"] != "not testable").any()
+        level = "note" if not absent else "limit" if not seen else "warning" if shown.any() else "fault"
         who = f"; nowhere in {', '.join(_plain(look.persona(p)) for p in absent)}" if absent and shown.any() else ""
-        lines.append(
-            f"{sign}: the persona shows in the responses in {int(shown.sum())} of {len(gates)} comparisons with "
-            f"the baseline{who}."
-        )
+        where = f"{int(shown.sum())} of {len(gates)} comparisons with the baseline"
+        said.append((level, f"The persona shows in the responses in {where}{who}."))
     open_ = int((gates["gate"] == "shown").sum())
-    lines.append(
-        f"{SIGN['note']}: all gates together are open for {open_} of {len(gates)} comparisons (reasons below)."
+    said.append(
+        ("note", f"All gates together are open for {open_} of {len(gates)} comparisons; the reasons stand below.")
     )
-    return lines
+    return said
+
+
+def audit_judge(gates: pd.DataFrame, model: str) -> str:
+    """What is known of the judge of somebody else's scores, as `limits_section` says it."""
+    reasons = gates.loc[gates["model"] == model, "judge_reason"].dropna().unique() if "judge_reason" in gates else []
+    why = "; ".join(_plain(reason) for reason in reasons if reason) or "nothing is known of it"
+    return f"The scores are their judge's: {why}."
 
 
 def audit_rates(rates: pd.DataFrame, findings: pd.DataFrame, look: Look) -> tuple[str, str]:
