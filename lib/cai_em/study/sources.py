@@ -31,9 +31,9 @@ import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Event
-from typing import Any, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
