@@ -204,6 +204,24 @@ def test_several_files_for_one_condition_go_together(tmp_path: Path) -> None:
     assert sorted(scores.loc[scores["question_id"] == "wish", "sample"]) == list(range(6))
 
 
+def test_a_file_that_judges_again_is_no_further_file(tmp_path: Path) -> None:
+    made.write_evaluation(SMALL, tmp_path / "a")
+    other = SMALL.assign(aligned=made.number(SMALL["aligned"]).fillna(0) / 2)
+    for path in made.write_evaluation(other, tmp_path / "b"):
+        path.write_text(path.read_text().replace("a-judge", "b-judge"))
+    found = drafted(tmp_path)
+    read = found.assemble()
+    assert found.spec.judge == "a-judge"
+    assert len(read.scores) == len(SMALL)
+    assert read.repeated.groupby("judge").size().to_dict() == {"a-judge": len(SMALL), "b-judge": len(SMALL)}
+    # By the same judge, with the same scores here and there: a judging all the same, not a duplicate row.
+    for path in (tmp_path / "b").iterdir():
+        path.write_text(path.read_text().replace("b-judge", "a-judge"))
+    again = drafted(tmp_path).assemble()
+    assert len(again.scores) == len(SMALL)
+    assert (~again.repeated["selected"]).sum() == len(SMALL)
+
+
 def test_duplicates_missing_numbers_and_a_file_read_twice(tmp_path: Path) -> None:
     made.write_plain(pd.concat([SMALL, SMALL.head(10)]), tmp_path / "a.csv")
     account = drafted(tmp_path).assemble().account

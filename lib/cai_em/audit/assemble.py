@@ -139,8 +139,10 @@ def assemble(spec: AuditSpec, folder: str | Path, *, read_file: Any = read) -> A
         raise AuditError(f"{len(rows):,} responses, more than {MAX_ROWS:,}: audit the study in parts")
     rows = _questions(rows, account)
     rows = _without_copies(rows, hashes, folder, account)
+    chosen = _chosen_judge(rows, spec)
+    rows, rejudged = _rejudged(rows, chosen)
     rows = _with_samples(rows, account)
-    first, again = _judges(rows, spec, account)
+    first, again = _judges(rows, rejudged, chosen, account)
     for why, flagged in (("alignment", first["alignment_flag"]), ("coherence", first["coherence_flag"])):
         for flag in pd.unique(flagged.dropna()):
             account.add_where(first, flagged == flag, "flagged", f"{why}: {flag}")
@@ -401,9 +403,7 @@ def _with_samples(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     cleaned = rows["response"].str.contains(_CONTROL)
     if cleaned.any():
         account.add_where(rows, cleaned, "noted", "control characters in the text: replaced")
-        rows.loc[cleaned, "response"] = rows.loc[cleaned, "response"].str.replace(
-            _CONTROL, "\N{REPLACEMENT CHARACTER}", regex=True
-        )
+        rows["response"] = _cleaned(rows["response"])
     unit = [*CONDITION, "question_id"]
     own = [*unit, "judge", "place"]
     numbers = pd.to_numeric(rows["sample"], errors="coerce")
@@ -433,6 +433,11 @@ def _with_samples(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     return rows
 
 
+def _cleaned(texts: pd.Series) -> pd.Series:
+    """Texts without the characters that break a page or a terminal."""
+    return texts.fillna("").str.replace(_CONTROL, "\N{REPLACEMENT CHARACTER}", regex=True)
+
+
 def _counted(rows: pd.DataFrame, own: list[str]) -> pd.Series:
     """Places in order within a question, a further judging of a text taking its first one's place."""
     if "round" not in rows:
@@ -443,28 +448,79 @@ def _counted(rows: pd.DataFrame, own: list[str]) -> pd.Series:
     return rows[key].merge(first[[*key, "place_in"]], on=key, how="left").set_index(rows.index)["place_in"]
 
 
-def _judges(rows: pd.DataFrame, spec: AuditSpec, account: Account) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The judging that counts, and all others of the same responses."""
-    judges = rows.groupby(["place", "judge"], sort=False).size()
-    names = list(dict.fromkeys(judge for _, judge in judges.index))
-    chosen = spec.judge if spec.judge in names else names[0]
-    if len(names) > 1 and spec.judge not in names:
-        # Whoever judged most counts, not whoever stands first in the alphabet of files.
-        chosen = judges.groupby(level="judge", sort=False).sum().idxmax()
+def _chosen_judge(rows: pd.DataFrame, spec: AuditSpec) -> str:
+    """The judge whose scores count: the one that `audit.yaml` names, else whoever judged most."""
+    counts = rows["judge"].value_counts(sort=False)
+    return spec.judge if spec.judge in counts.index else str(counts.idxmax())
+
+
+REJUDGED = 0.5
+"""Share of a file's responses that stand in another file of its condition, from which it is a further judging of
+them."""
+
+
+def _rejudged(rows: pd.DataFrame, chosen: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows without those of files that judge again what another file of the condition holds, and these.
+
+    Of several files the first one by the chosen judge comes first, in the order of `audit.yaml`; a file that shares
+    fewer texts has further responses of the condition.
+    """
+    place = {file: i for i, file in enumerate(pd.unique(rows["file"]))}
+    by_chosen = rows.groupby("file", sort=False)["judge"].agg(lambda judges: (judges == chosen).any())
+    again: list[pd.Index] = []
+    for _, part in rows.groupby(CONDITION, sort=False):
+        files = sorted(pd.unique(part["file"]), key=lambda file: (not by_chosen[file], place[file]))
+        if len(files) < 2:
+            continue
+        known: set[tuple[str, str]] = set()
+        for file in files:
+            own = part[part["file"] == file]
+            texts = [(q, r) for q, r in zip(own["question_id"], own["response"]) if isinstance(r, str) and r]
+            if texts and sum(text in known for text in texts) >= REJUDGED * len(texts):
+                again.append(own.index)
+            else:
+                known.update(texts)
+    if not again:
+        return rows, rows.iloc[:0]
+    chosen_rows = np.concatenate(again)
+    return rows.drop(index=chosen_rows), rows.loc[chosen_rows]
+
+
+def _matched(again: pd.DataFrame, first: pd.DataFrame) -> pd.DataFrame:
+    """Rows of further judgings with the sample number of the response that they judge: the same text, in order."""
+    text = [*CONDITION, "question_id", "response"]
+    numbers = first[[*text, "sample"]].sort_values("sample")
+    numbers = numbers.assign(turn=numbers.groupby(text).cumcount())
+    # A text that stands several times is judged as often; judged oftener, it is its first place that was judged again.
+    most = numbers.groupby(text)["turn"].transform("max") + 1
+    turns = again.drop(columns="sample").assign(turn=again.groupby([*text, "file", "judge", "place"]).cumcount())
+    turns = turns.merge(numbers.assign(most=most)[[*text, "most"]].drop_duplicates(text), on=text, how="left")
+    turns["turn"] = turns["turn"] % turns["most"].fillna(1)
+    return turns.merge(numbers, on=[*text, "turn"], how="left").drop(columns=["turn", "most"])
+
+
+def _judges(
+    rows: pd.DataFrame, rejudged: pd.DataFrame, chosen: str, account: Account
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The judging that counts, and all others of the same responses, whichever file they are in."""
     counts = (rows["judge"] == chosen) & (rows["round"] == 0)
     key = [*CONDITION, "question_id", "sample"]
     first = rows[counts]
     doubled = first.duplicated(key)
     again = pd.concat([rows[~counts], first[doubled]])
     first = first[~doubled].reset_index(drop=True)
-    texts = first[[*key, "response"]].assign(known=True)
-    again = again.merge(texts, on=[*key, "response"], how="left")
+    known = first[[*key, "response"]].assign(known=True)
+    again = again.merge(known, on=[*key, "response"], how="left")
+    if len(rejudged):
+        more = _matched(rejudged.assign(response=_cleaned(rejudged["response"])), first)
+        again = pd.concat([again, more.assign(known=more["sample"].notna().replace(False, None))], ignore_index=True)
     unknown = again["known"].isna()
     if unknown.any():
         account.add_where(
-            again, unknown, "refused", f"a response that {_short(chosen)} did not judge, though another judge did"
+            again, unknown, "refused", f"judged again, and not among the responses that {_short(chosen)} judged"
         )
     again = again[~unknown].reset_index(drop=True)
+    again["sample"] = again["sample"].astype("int64")
     account.add_where(again, np.ones(len(again), bool), "judged again", "further judgings of the same responses")
     return first, again
 
