@@ -319,7 +319,7 @@ def _scored(
         if score.flag and score.flag in raw:
             flagged = parse_flags(raw[score.flag])
             # A flag beside a number: the study flagged it, so the number does not count.
-            has = np.array([f is not None for f in flagged])
+            has = np.array([f is not None for f in flagged], dtype=bool)
             numbers, flags = np.where(has, np.nan, numbers), np.where(has, flagged, flags)
             said = said.where(~has, raw[score.flag].map(as_text))
         rows[what], rows[f"{what}_flag"], rows[f"raw_{what}"] = numbers, flags, said.to_numpy()

@@ -149,10 +149,17 @@ def _groups(
             continue
         flats[path.resolve()] = flat
         scores = [judging.model_dump() for judging in found.scores]
+        if form != "table":
+            # A file of a nested format in which nothing was flagged is no other kind of file.
+            for judging in scores:
+                for score in filter(None, (judging["alignment"], judging["coherence"])):
+                    score["flag"] = None
         key = json.dumps([form, found.columns if form == "table" else {}, scores], sort_keys=True)
         group = groups.setdefault(key, _Group(form, found))
         for word, column in found.columns.items():  # of nested formats, a file may lack what others have
             group.found.columns.setdefault(word, column)
+        if form != "table" and any(j.alignment.flag or (j.coherence and j.coherence.flag) for j in found.scores):
+            group.found.scores = found.scores
         group.files.append(path)
     return list(groups.values()), skipped, flats, []
 

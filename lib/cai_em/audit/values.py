@@ -113,4 +113,4 @@ def parse_flags(values: pd.Series) -> np.ndarray:
 def is_true(values: pd.Series) -> np.ndarray:
     """A column that says yes or no (`True`, `1`, `yes`, `CODE`) as (n,) bool; nothing is no."""
     no = NOTHING | NO_FLAG | {"f", "n", "0.0"}
-    return np.array([v is not None and str(v).strip().casefold() not in no for v in values.map(_hashable)])
+    return np.array([v is not None and str(v).strip().casefold() not in no for v in values.map(_hashable)], dtype=bool)
