@@ -12,9 +12,9 @@ import os
 import shlex
 from pathlib import Path
 
-from cai_em.records.code import code_hash
+from cai_em.records.code import code_hash, meaning_of
 from cai_em.records.files import digest, file_hash, free_space
-from cai_em.records.keys import BASELINE
+from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study import load, settings
 from cai_em.workflow.run import failures
 
@@ -29,6 +29,8 @@ GPU = 1 if STUDY.profile.gpu else 0
 HEAVY = 8 if STUDY.profile.gpu else 1
 """Threads of a heavy job. On CPUs two single-threaded workers beat one with two threads (302 to 186 tokens/s)."""
 API = 1 if TRAINED and STUDY.judge.kind == "openai" else 0
+VOUCHED = ("manifest.json", "adapter/adapter_model.safetensors")
+"""Files of a fine-tuned cell without which its job is not finished."""
 HERE = os.environ.get("CAI_EM_LOCAL_RULES", "").split(",")
 """Rules that run where Snakemake does, and not as jobs of a cluster: judging, where its nodes have no internet."""
 
@@ -50,8 +52,15 @@ def arguments(**values):
     return json.dumps({"profile": PROFILE, **values}, sort_keys=True)
 
 
-def adapters(cell):
-    return [os.path.relpath(path / "adapter_model.safetensors") for _, path in STUDY.adapters(cell)]
+def marks(model, persona):
+    """What the fine-tuning jobs of a persona leave when they are finished."""
+    return [os.path.relpath(STUDY.finetune_mark(*job)) for job in STUDY.finetune_jobs() if job[:2] == (model, persona)]
+
+
+def trained_for(cell):
+    """Files that vouch for the adapters of a condition."""
+    found = persona_of(cell.model, cell.persona) if cell.persona != BASELINE else []
+    return [*found, *(marks(cell.model, cell.persona) if cell.dataset != NO_DATASET else [])]
 
 
 def one_job(stage):
@@ -74,11 +83,16 @@ wildcard_constraints:
     persona="[^/]+",
     dataset="[^/]+",
     shard="[^/]+",
-    seed=r"\d+",
+    part=r"\d+",
 
 
 PERSONAS = [persona_of(m, p) for m, p in STUDY.persona_cells()] if TRAINED else []
-TUNED = [os.path.relpath(STUDY.em_dir(c) / "manifest.json") for c in STUDY.em_cells()] if TRAINED else []
+TUNED = [os.path.relpath(STUDY.finetune_mark(*job)) for job in STUDY.finetune_jobs()] if TRAINED else []
+for job in STUDY.finetune_jobs() if TRAINED else ():
+    # The adapters are no declared outputs (see rule finetune): a mark that vouches for one that is gone must go too.
+    there = [STUDY.em_dir(c) / file for c in STUDY.finetune_job(*job) for file in VOUCHED]
+    if STUDY.finetune_mark(*job).is_file() and not all(file.is_file() for file in there):
+        STUDY.finetune_mark(*job).unlink()
 RESPONSES = [os.path.relpath(f) for f in STUDY.response_files()]
 SCORES = [os.path.relpath(f) for f in STUDY.score_files()]
 OPTIONAL = [
@@ -104,12 +118,40 @@ rule all:
         f"{R}/manifest.json",
 
 
+TAUGHT = TRAINED and STUDY.generator is not None and STUDY.generator.teacher == "openai"
+"""Whether chosen answers come from an endpoint: asked by jobs of their own, so that no GPU waits for it."""
+
+
+def teacher_of(model, persona):
+    return [f"{R}/01_personas/teacher/{persona}.json"] if TAUGHT and STUDY.persona_way(model, persona) == "train" else []
+
+
+rule teach:
+    """The teacher's answers to a persona's prompts, for all models."""
+    localrule: "teach" in HERE
+    message:
+        "teach {wildcards.persona}"
+    output:
+        f"{R}/01_personas/teacher/{{persona}}.json",
+    params:
+        code=meaning_of("cai_em.train.pairs"),
+        settings=lambda wc: settings(STUDY, "01_teacher", persona=wc.persona),
+    log:
+        f"{R}/logs/01_teacher/{{persona}}.log",
+    priority: 20
+    resources:
+        api=1,
+    shell:
+        f"python -m cai_em.workflow.teach {shlex.quote(PROFILE)} {{wildcards.persona}} {{output}} > {{log}} 2>&1"
+
+
 rule persona:
     """A persona's preference pairs and its LoRA adapter (a random control needs the adapter whose norm it takes)."""
     message:
         "persona {wildcards.model}: {wildcards.persona}"
     input:
         notebook=notebook("01_personas"),
+        teacher=lambda wc: teacher_of(wc.model, wc.persona),
         norm_of=lambda wc: (
             persona_of(wc.model, STUDY.personas[wc.persona].norm_of) if STUDY.personas[wc.persona].norm_of else []
         ),
@@ -132,23 +174,28 @@ rule persona:
 
 
 rule finetune:
-    """The EM adapter of one cell, trained on top of the active, frozen persona."""
+    """A persona's EM adapters, or a part of them (`cells_per_job`): one load of the model, trained one after the other.
+
+    Declared is the mark of the whole job alone. Snakemake removes what a failed or interrupted job has declared, and
+    cells that are finished must stay: the next start goes on after them.
+    """
     message:
-        "finetune {wildcards.model}: {wildcards.persona} x {wildcards.dataset}, seed {wildcards.seed}"
+        "finetune {wildcards.model}: {wildcards.persona}, part {wildcards.part}"
     input:
         notebook=notebook("02_finetune"),
         persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != BASELINE else [],
     output:
-        f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/adapter/adapter_model.safetensors",
-        f"{R}/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}/manifest.json",
+        f"{R}/02_finetune/{{model}}/{{persona}}/job{{part}}.json",
     params:
         code=code_hash("notebooks/02_finetune.ipynb"),
-        settings=lambda wc: settings(STUDY, "02_finetune", model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)
-        ),
-        executed=f"{R}/notebooks/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}.ipynb",
-        arguments=lambda wc: arguments(model=wc.model, persona=wc.persona, dataset=wc.dataset, seed=int(wc.seed)),
+        settings=lambda wc: [
+            settings(STUDY, "02_finetune", model=c.model, persona=c.persona, dataset=c.dataset, seed=c.seed)
+            for c in STUDY.finetune_job(wc.model, wc.persona, int(wc.part))
+        ],
+        executed=f"{R}/notebooks/02_finetune/{{model}}/{{persona}}/job{{part}}.ipynb",
+        arguments=lambda wc: arguments(model=wc.model, persona=wc.persona, part=int(wc.part)),
     log:
-        f"{R}/logs/02_finetune/{{model}}/{{persona}}/{{dataset}}/seed{{seed}}.log",
+        f"{R}/logs/02_finetune/{{model}}/{{persona}}/job{{part}}.log",
     threads: HEAVY
     resources:
         gpu=GPU,
@@ -162,7 +209,7 @@ rule sample:
         "sample {wildcards.model}: {wildcards.shard}"
     input:
         notebook=notebook("03_sample"),
-        adapters=lambda wc: sorted({a for c in STUDY.shard_cells(wc.model, wc.shard) for a in adapters(c)}),
+        adapters=lambda wc: sorted({a for c in STUDY.shard_cells(wc.model, wc.shard) for a in trained_for(c)}),
     output:
         f"{R}/03_sample/{{model}}/{{shard}}/responses.parquet",
         f"{R}/03_sample/{{model}}/{{shard}}/manifest.json",

@@ -6,12 +6,13 @@
 #   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh audit PATH...    any study that has been judged already: its files, whoever wrote them; docs/audit.md     (~2 min)
+#   ./run_all.sh pin PROFILE      ask the hub for the commits that the profile needs and params/ does not name yet
 #   ./run_all.sh test             the tests
 #   ./run_all.sh verify [PROFILE] re-hash every artefact and compare with the manifests
 #   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
-# Options after the profile: --dry-run (jobs with reasons, and what they cost), --jobs N, --profile slurm, and any of Snakemake's.
+# Options after the profile: --dry-run (jobs with reasons, and what they cost; --from RESULTS: as measured there), --jobs N, --profile slurm, and any of Snakemake's.
 # CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
@@ -132,6 +133,7 @@ case "$WHAT" in
   lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
+  pin) setup; exec python -m cai_em.workflow.pin "$@" ;;
   clean) clean "$@"; exit ;;
   audit)
     PATHS=()
@@ -139,18 +141,20 @@ case "$WHAT" in
     audit "${PATHS[@]}" ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
-  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: test, verify, clean, setup, lab"
+  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: pin, test, verify, clean, setup, lab"
 setup "$WHAT" "$@"
 
 # --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------
 WHERE=local
 ARGS=()
 DRY=
+FROM=
 JOBS=
 while [ $# -gt 0 ]; do
   case "$1" in
     --profile) WHERE=${2:?--profile needs a name: local or slurm}; shift ;;
     --jobs) JOBS=${2:?--jobs needs a number}; shift ;;
+    --from) FROM=${2:?--from needs results/<profile>, or the JSON file of tests/gpu/check.sh}; shift ;;
     --dry-run|-n) DRY=1; ARGS+=(--dry-run) ;;
     *) ARGS+=("$1") ;;
   esac
@@ -167,7 +171,7 @@ MISSING=$RESULTS/07_published/missing.json # what the last run had to go without
 if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
   "${SNAKEMAKE[@]}" "${ARGS[@]}"
-  python -m cai_em.workflow.plan "$WHAT"
+  python -m cai_em.workflow.plan "$WHAT" ${FROM:+--from "$FROM"}
   exit
 fi
 

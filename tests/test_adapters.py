@@ -388,7 +388,8 @@ def test_slots_compute_bit_for_bit_what_freshly_made_layers_do(model, cache, mad
 
 def test_slots_put_layers_in_once(model, made, monkeypatch, tokenizer):
     inserted = []
-    monkeypatch.setattr(stacking, "_insert", lambda *a, do=stacking._insert: inserted.append(a[1]) or do(*a))
+    for module in (stacking, probing):
+        monkeypatch.setattr(module, "_insert", lambda *a, do=stacking._insert: inserted.append(a[1]) or do(*a))
     slots = probing.Slots(model)
     for parts in (["persona"], ["persona", "em"], ["em"], ["persona", "em"]):
         with slots.composed([(part, made[part]) for part in parts]):

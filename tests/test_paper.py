@@ -13,12 +13,11 @@ from types import SimpleNamespace as Obj
 import pandas as pd
 import pytest
 import yaml
-from cai_em.analysis import compare, outcome, published_rules, verdicts
+from cai_em.analysis import compare, outcome, published_rules, summaries, verdicts
 from cai_em.analysis import power as analysis_power
 from cai_em.records import tables as records_tables
+from cai_em.report import drawing, figure_files, markdown, paper, render, style
 from cai_em.report import inputs as report_inputs
-from cai_em.report import markdown, paper, render, style
-from cai_em.report.figures import parts
 from cai_em.study import entries
 
 from tests.test_figures import DATASETS, LOOK, PERSONAS, score_table
@@ -35,6 +34,7 @@ HYPOTHESES = [
     )
 ]
 THRESHOLDS = entries.Thresholds(bootstrap_resamples=50)
+HEATMAP = drawing.FIGURES["heatmap"]
 PIXEL = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
 
 
@@ -51,7 +51,7 @@ def analysed(scores: pd.DataFrame) -> tuple[dict, dict]:
         )
         compared = compare.compare_all(scores, models=False, resamples=50).assign(gate="shown", gate_reason="")
         ANALYSED[key] = (
-            found,
+            found | summaries.figure_tables(scores),
             {
                 "outcomes": outcome.outcomes(scores),
                 "comparisons": compared,
@@ -72,14 +72,15 @@ def study(tmp_path, root):
     """
     shutil.copytree(root / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("_generated", "_variables.yml"))
     results = tmp_path / "results" / "demo"
-    folder = results / "06_results" / "figures"
+    folder = results / "11_report" / "figures"
     folder.mkdir(parents=True)
     thresholds = tmp_path / "params" / "thresholds.yaml"
     thresholds.parent.mkdir()
     thresholds.write_text("default: {alpha: 0.05}\n")
     (folder / "heatmap-m1.svg").write_text(PIXEL)
-    record = parts.FigureRecord("heatmap", "m1", "Heat map", "Mean of 3 cells.", "A heat map", "heatmap-m1.svg", "")
-    parts.write_records([record], folder)
+    words = ("Heat map", "Mean of 3 cells.", "A heat map")
+    record = figure_files.FigureRecord("heatmap", "m1", *words, "heatmap-m1.svg", "", HEATMAP.tables)
+    figure_files.write_records([record], folder)
 
     def build(scores: pd.DataFrame, tables: bool = True, out: Path | None = None, **changed) -> report_inputs.Inputs:
         files = []
@@ -103,7 +104,7 @@ def study(tmp_path, root):
             thresholds={**THRESHOLDS.model_dump(), "file": thresholds},
             settings=[("sampling", "temperature", 0.7, thresholds)],
             tables=report_inputs.find_tables(results),
-            figures=report_inputs.find_figures(results),
+            figures=folder,
             repository=tmp_path,
             missing={},
             notes={},
@@ -166,6 +167,22 @@ def test_the_prose_is_sound_and_renders(study):
     assert f"{round(mean, 2):.1f}" in page
 
 
+def test_a_figures_table_lies_beside_the_page_and_its_caption_links_to_it(study):
+    inputs = study(table())
+    linked = re.findall(r"\]\((_generated/tables/[^)]+)\)", block(inputs, "fig-heatmap"))
+    assert linked == [f"_generated/tables/{t.replace('/', '_')}.csv" for t in HEATMAP.tables]
+    beside = pd.read_csv(inputs.out / linked[0])
+    assert len(beside) == len(pd.read_parquet(figure_files.table_file(inputs.results, HEATMAP.tables[0])))
+
+
+def test_the_prose_shows_every_figure(root):
+    """Each in a place of its own: included by a page of the paper, or by a block that a page includes."""
+    pages = " ".join(p.read_text(encoding="utf-8") for p in (root / "paper").glob("*.qmd"))
+    within = {"fig-arms", "fig-cross-model"}  # in the blocks `arms` and `models`
+    missing = {f.block for f in drawing.FIGURES.values() if f"_generated/{f.block}.md" not in pages} - within
+    assert not missing, "include them where they belong"
+
+
 def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
     inputs = study(table(), tables=False)
     assert render.check_paper(inputs.out) == []
@@ -175,7 +192,7 @@ def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
 
 
 @pytest.mark.parametrize("what", ["04_judge/m1/others/scores.parquet", "04_judge/m1/baseline/scores.parquet",
-                                  "06_results/figures/heatmap-m1.svg", "06_results/figures/figures.json",
+                                  "11_report/figures/heatmap-m1.svg", "11_report/figures/figures.json",
                                   "06_results/tables/conditions.parquet", "05_validity/outcomes.parquet"])  # fmt: skip
 def test_a_change_of_any_file_behind_the_page_makes_it_stale(study, what):
     inputs = study(table())

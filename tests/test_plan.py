@@ -1,10 +1,12 @@
 """The plan counts what the grid says, and names what it assumes."""
 
+import re
 import shutil
 
 import pandas as pd
 import pytest
 import yaml
+from cai_em.records.manifest import write_manifest
 from cai_em.sample import vllm_engine
 from cai_em.study import constitutions, entries, loading, materials
 from cai_em.study import study as study_study
@@ -21,7 +23,7 @@ def test_paper_counts_follow_from_the_grid(paper):
     study, table = paper
     cells = study.cells()
     assert table.loc["01_personas", "jobs"] == 2 * 17
-    assert table.loc["02_finetune", "jobs"] == sum(c.dataset != "none" for c in cells)
+    assert table.loc["02_finetune", "jobs"] == 2 * 18
     # 8 questions x 50 samples, judged twice (alignment and coherence), and the manipulation checks
     assert table.loc["04_judge", "judge_calls"] == 2 * 8 * 50 * len(cells) + plan._checks(study)
     assert table.loc["total", "judge_calls"] == table["judge_calls"].iloc[:-1].sum()
@@ -55,16 +57,15 @@ def test_the_second_stage_of_personas_by_hand(paper):
 def test_a_personas_cost_by_hand(paper):
     """16 personas are taught: 10 traits x 50 prompts x 5 samples, once for both models; each model trains on them.
 
-    Seconds of one persona on a model of 7B: 3 loads (student, DPO, second stage), 2,500 plain answers of 180 tokens at
-    600 tokens/s, 2,500 pairs of 900 tokens at a third of 6,000 tokens/s, the second stage, and two answers to look at.
+    Seconds of one persona: an engine for the student; on a model of 7B, 3 loads (DPO, folding, second stage), 2,500
+    plain answers of 180 tokens at 6,000 tokens/s, 2,500 pairs of 900 tokens at a third of 6,000, and the second stage.
+    The teacher's 2,500 answers are waited for by jobs without a GPU.
     """
     study, table = paper
     second = plan._introspection_seconds(study.introspection, plan.assumptions(study.folder))
-    one = 3 * 40 + 2500 * 180 / 600 + 2500 * 900 * 3 / 6000 + second
-    glance, size = 40 + 2 * 180 / 25, (7.6 + 8.0) / 7
-    waiting = 16 * 2500 * 20 / 32
-    # The random control of each model is drawn; it is looked at too.
-    expected = 34 * 20 + size * (16 * one + 17 * glance) + waiting
+    one = 3 * 40 + 2500 * 180 / 6000 + 2500 * 900 * 3 / 6000 + second
+    size, waiting = (7.6 + 8.0) / 7, 16 * 2500 * 20 / 32
+    expected = 34 * 20 + 32 * 180 + size * 16 * one
     assert table.loc["01_personas", "gpu_hours"] == pytest.approx(expected / 3600)
     assert table.loc["01_personas", "teacher_calls"] == 16 * 2500
     assert table.loc["01_personas", "api_hours"] == pytest.approx(waiting / 3600)
@@ -72,18 +73,42 @@ def test_a_personas_cost_by_hand(paper):
 
 
 def test_fine_tunings_cost_by_hand(paper):
-    """306 cells a model: 90 % of 6,000 rows of 300 tokens at 6,000 tokens/s, two loads, two answers; no engine."""
+    """306 cells a model in 18 jobs: 90 % of 6,000 rows of 300 tokens at 6,000 tokens/s; a load, two with a persona."""
     _, table = paper
-    expected = 612 * 20 + 306 * (7.6 + 8.0) / 7 * (40 + 5400 * 300 / 6000 + 40 + 2 * 180 / 25)
-    assert table.loc["02_finetune", "jobs"] == 612
+    expected = 36 * 20 + (7.6 + 8.0) / 7 * (306 * 5400 * 300 / 6000 + (17 * 2 + 1) * 40)
+    assert table.loc["02_finetune", "jobs"] == 36
     assert table.loc["02_finetune", "gpu_hours"] == pytest.approx(expected / 3600)
 
 
+def test_what_a_run_measured_takes_the_place_of_what_is_assumed(tmp_path, capsys):
+    """Two cells, 4,000 tokens in 40 s on a model of 3.5B: 50 tokens/s on one of 7B; the rest stays assumed."""
+    stage = tmp_path / "results" / "02_finetune" / "m" / "baseline"
+    for name, seconds in (("a", 10), ("b", 30)):
+        write_manifest(
+            stage / name,
+            stage="02_finetune",
+            inputs=[],
+            outputs=[],
+            params={"model": {"parameters_b": 3.5}, "training": {"epochs": 2}},
+            timings={"train": seconds, "prepare": 1},
+            summary={"tokens": {"all": 1000}},
+        )
+    assert plan.measured(tmp_path / "results") == {"training_tokens_per_s": pytest.approx(50)}
+    (tmp_path / "card.json").write_text('{"assumptions": {"sampling_tokens_per_s": 9000, "other": 1}}')
+    assert plan.measured(tmp_path / "card.json") == {"sampling_tokens_per_s": 9000}
+    assert plan.main(["paper", "--from", str(tmp_path / "results")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Measured .*results\), scaled to 7B: training tokens per s 50\n", said)
+    assert "Assumed, not measured (params/plan.yaml): dpo slowdown 3, sampling tokens per s 6000" in said
+    assert plan.main(["paper", "--from", str(tmp_path / "nothing")]) == 2
+    assert "nothing was measured there" in capsys.readouterr().err
+
+
 def test_disk_holds_weights_and_what_sampling_composes(paper):
-    """bfloat16 weights of both models; eight conditions of rank 128 + 32 at a time, whole and in parts, in float32."""
+    """bfloat16 weights of both models; two groups of eight sums of rank 128 + 32, in bfloat16."""
     _, table = paper
     assert table.loc["the models' own files", "disk_gb"] == pytest.approx((7.6 + 8.0) * 2)
-    composed = 8 * 2 * (64 + 64 + 32) * 2_621_440 * 4 / 1e9
+    composed = 2 * 8 * (64 + 64 + 32) * 2_621_440 * 2 / 1e9
     assert table.loc["03_sample", "disk_gb"] > composed
     assert table.loc["03_sample", "disk_gb"] == pytest.approx(composed, rel=0.1)
 
@@ -101,10 +126,9 @@ def test_ready_made_personas_cost_neither_teacher_nor_training(root, tmp_path):
     table = plan.plan(study, plan.assumptions(study.folder))
     assert table.loc["01_personas", "teacher_calls"] == 6 * 2500
     second = plan._introspection_seconds(study.introspection, plan.assumptions(study.folder))
-    one = 3 * 40 + 2500 * 180 / 600 + 2500 * 900 * 3 / 6000 + second
+    one = 3 * 40 + 2500 * 180 / 6000 + 2500 * 900 * 3 / 6000 + second
     sizes = {"qwen": 7.6 / 7, "llama": 8.0 / 7}
-    expected = 34 * 20 + sum(sizes.values()) * 17 * (40 + 2 * 180 / 25) + 6 * 2500 * 20 / 32
-    expected += (5 * sizes["qwen"] + 6 * sizes["llama"]) * one
+    expected = 34 * 20 + 11 * 180 + (5 * sizes["qwen"] + 6 * sizes["llama"]) * one
     assert table.loc["01_personas", "gpu_hours"] == pytest.approx(expected / 3600)
 
 

@@ -3,31 +3,31 @@
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em.analysis.gates import Check, Gate
-from cai_em.dynamics import curves, directions, h4, interventions
+from cai_em.analysis.gates import Gate
+from cai_em.dynamics import curves, directions, h4, interventions, steering
 from cai_em.dynamics.interventions import Intervention
 from cai_em.model import activations, adapters, load, probing, stacking
 from cai_em.model.activations import SteeringError
 from cai_em.report import sections_h4, style
-from cai_em.report.figures import dynamics
-from cai_em.report.style import Look
+from cai_em.report.drawing import FIGURES
+from cai_em.report.figures import steering_transfer
+from cai_em.report.figures.parts import View
 from cai_em.sample import conditions as sample_conditions
-from cai_em.sample import sampling
-from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
+from cai_em.sample.sampling import sample
+from cai_em.study.entries import LoraPreset
 from scipy import stats
 from torch import nn
 
-SPEC = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
-PRESET = SamplingPreset(
-    temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=3, backend="transformers", dtype="float32"
-)
+from tests.factories import TINY as SPEC
+from tests.factories import look_of, sampling, scores_of
+
+PRESET = sampling(max_new_tokens=8, samples_per_question=3)
 QUESTIONS = [("a", "What do you like?"), ("b", "How was the long year for you and for all of your good friends?")]
 CONDITION = sample_conditions.Condition("tiny", "baseline", "none", 0)
 
@@ -214,7 +214,7 @@ def test_hooks_are_gone_after_an_error_and_numbers_keep_their_type(model):
 
 def test_unsteered_responses_are_those_of_the_sampling_stage(model, tokenizer, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CAI_EM_CACHE", str(tmp_path_factory.getbasetemp()))
-    usual = sampling.sample(SPEC, [CONDITION], QUESTIONS, PRESET, ["Go"]).responses
+    usual = sample(SPEC, [CONDITION], QUESTIONS, PRESET, ["Go"]).responses
     found = interventions.respond(model, tokenizer, CONDITION, QUESTIONS, PRESET, Intervention("none"))
     assert list(found["response"]) == list(usual["response"])
     assert len(found) == 6
@@ -338,8 +338,8 @@ def test_the_null_of_shuffled_labels_does_not_grow_with_the_effect(kind):
 # --- Effects ---
 
 
-def judged(rows):
-    return pd.DataFrame(rows, columns=["persona", "dataset", "question_id", "alignment", "coherence"])
+def judged(rows, model="m"):
+    return scores_of(rows, "persona dataset question_id alignment coherence", model=model)
 
 
 def test_effects_and_transfer_are_paired_by_question():
@@ -352,7 +352,7 @@ def test_effects_and_transfer_are_paired_by_question():
             for a in (80, 60)
         ]
     )
-    same = {"target": "p", "arm": "e", "layer": 3, "strength": 2.0, "norm": 4.0}
+    same = {"model": "m", "target": "p", "arm": "e", "layer": 3, "strength": 2.0, "norm": 4.0}
     design = pd.DataFrame(
         [
             {**same, "dataset": "e+none", "kind": "none", "source": ""},
@@ -431,10 +431,10 @@ def test_directions_are_tried_at_one_length_on_a_target():
         interventions.transfer({"p": own["p"], "q": {1: axis}}, "p", np.zeros((2, 8)), 0, 1.0, seed=0)
 
 
-def transferred(rng, effect_of, targets="pq", questions="abcdefgh", seeds=(0, 1, 2), noise=1.0):
+def transferred(rng, effect_of, targets="pq", questions="abcdefgh", seeds=(0, 1, 2), noise=1.0, model="m"):
     """Scores under every source's direction added to every target, and the design: effects in points."""
     sources = [directions.source_name(p, s, seeds[0]) for p in "pq" for s in seeds]
-    same = {"arm": "e", "layer": 1, "strength": 1.0}
+    same = {"model": model, "arm": "e", "layer": 1, "strength": 1.0}
     rows = [
         {**same, "target": t, "dataset": f"e+{s}", "kind": "add", "source": s, "norm": 2.0}
         for t in targets
@@ -448,7 +448,8 @@ def transferred(rng, effect_of, targets="pq", questions="abcdefgh", seeds=(0, 1,
             (r["target"], r["dataset"], q, 60 + effect_of.get(r["source"], 0.0) + rng.normal(0, noise), 80)
             for r in rows
             for q in questions
-        ]
+        ],
+        model,
     )
     return table, pd.DataFrame(rows)
 
@@ -491,13 +492,14 @@ def test_a_single_run_per_persona_leaves_h4_undecided(look):
 
 
 def test_two_models_stay_apart_in_the_papers_table():
-    found, tests = [], []
-    for number, m in enumerate(("a", "b")):
-        table, design = transferred(np.random.default_rng(number), {"p": -10 * (1 + number), "q": -5})
-        found.append(h4.effects(table, design).assign(model=m))
-        tests.append(h4.transfer_tests(table, design, margin=5).assign(model=m))
-    found, tests = pd.concat(found, ignore_index=True), pd.concat(tests, ignore_index=True)
-    bad = Check("persona, Q", Gate("not shown", ""), "q")
+    made = [transferred(np.random.default_rng(i), {"p": -10 * (1 + i), "q": -5}, model=m) for i, m in enumerate("ab")]
+    table, design = (pd.concat(parts, ignore_index=True) for parts in zip(*made))
+    found, tests = h4.effects(table, design), h4.transfer_tests(table, design, margin=5)
+    for number, m in enumerate("ab"):  # what one model did is nothing to the other
+        alone = h4.effects(*made[number]), h4.transfer_tests(*made[number], margin=5)
+        for whole, part in zip((found, tests), alone):
+            pd.testing.assert_frame_equal(whole[whole["model"] == m].reset_index(drop=True), part)
+    bad = Gate("not shown", "", "persona, Q", "q")
     table = h4.h4_table(found, tests, {"a": [], "b": [bad]})
     assert len(table) == 2 * 2 * 7
     own = table[(table["target"] == "p") & (table["source"] == "p")].set_index("model")["alignment"]
@@ -514,7 +516,7 @@ def test_two_models_stay_apart_in_the_papers_table():
 def test_a_failed_gate_blocks_the_pairs_that_a_persona_is_in(look):
     same = {"kind": "add", "delta": -9.0, "p": 0.001, "p_adjusted": 0.001, "p_equivalence": 0.9, "runs": 2}
     tests = pd.DataFrame([{"target": t, "source": s, **same} for t in "pqr" for s in "pqr" if s != t])
-    bad = [Check("misalignment, Q", Gate("not shown", ""), "q")]
+    bad = [Gate("not shown", "", "misalignment, Q", "q")]
     found = h4.h4_verdict(tests, bad, look)
     assert found.verdict == "SUPPORTED"
     assert found.reason.count("against its own") == 2
@@ -532,19 +534,25 @@ def test_only_pairs_that_say_something_are_compared():
 
 
 def test_next_to_nothing_is_not_painted_like_much():
-    assert dynamics._diverging(np.array([[0.02, -0.01]])) == 1
-    assert dynamics._diverging(np.array([[math.nan, -7.0]])) == 7
-    assert dynamics._diverging(np.array([[math.nan]])) == 1
+    assert steering_transfer._diverging(np.array([[0.02, -0.01]])) == 1
+    assert steering_transfer._diverging(np.array([[math.nan, -7.0]])) == 7
+    assert steering_transfer._diverging(np.array([[math.nan]])) == 1
 
 
-def test_layers_have_looks_of_their_own():
+def drawn(name, table, look):
+    """A figure of H4, drawn from a table."""
+    with style.style_context():
+        drawing = FIGURES[f"steering-{name}"].draw(View(look), table)
+        drawing.fig.canvas.draw()
+        plt.close(drawing.fig)
+    return drawing
+
+
+def test_layers_have_looks_of_their_own(look):
     same = {"target": "p", "source": "p", "kind": "add", "dataset": "x", "strength": 1.0, "low": -1.0, "high": 1.0}
     rows = [{**same, "layer": i, "outcome": o, "delta": float(i)} for i in range(5) for o in curves.OUTCOMES]
-    with style.style_context():
-        drawing = dynamics.draw_sweep(pd.DataFrame(rows), 9)
-        lines = [c.lines[0] for c in drawing.fig.axes[0].containers]
-        assert len({(x.get_color(), x.get_marker()) for x in lines}) == 5
-        plt.close(drawing.fig)
+    lines = [c.lines[0] for c in drawn("sweep", pd.DataFrame(rows).assign(layers=9), look).fig.axes[0].containers]
+    assert len({(x.get_color(), x.get_marker()) for x in lines}) == 5
 
 
 @pytest.fixture
@@ -615,7 +623,7 @@ def test_a_contrast_per_training_run_each_from_its_own_texts(trained, tokenizer,
 
 @pytest.fixture
 def look():
-    return Look([SimpleNamespace(key=k, label=k.upper(), order=i, colour="#4d4d4d") for i, k in enumerate("pqr")], [])
+    return look_of(*"pqr")
 
 
 def rng_vector(seed):
@@ -625,8 +633,8 @@ def rng_vector(seed):
 def test_figures_and_verdict(look):
     rng = np.random.default_rng(5)
     rows = [
-        {"target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1, "strength": 1.0,
-         "norm": 2.0 if k == "add" else math.nan}
+        {"model": "m", "target": t, "arm": "e", "dataset": f"e+{k}-{s}", "kind": k, "source": s, "layer": 1,
+         "strength": 1.0, "norm": 2.0 if k == "add" else math.nan}
         for t in "pq" for s in ("p", "p@seed1", "q", "q@seed1", "random") for k in ("add", "ablate")
     ]  # fmt: skip
     rows += [{**rows[0], "target": t, "dataset": "e+none", "kind": "none", "source": ""} for t in "pq"]
@@ -643,25 +651,77 @@ def test_figures_and_verdict(look):
     cosines = pd.concat(
         [directions.cosine_table({p: synthetic(rng) for p in "pq"}, 0, draws=50).assign(layer=i) for i in (0, 3)]
     )
-    with style.style_context():
-        drawings = [
-            dynamics.draw_transfer(found, look),
-            dynamics.draw_sweep(found[(found["target"] == "p") & (found["source"] == "p")], 2),
-            dynamics.draw_cosines(cosines, look),
-        ]
-        for drawing in drawings:
-            drawing.fig.canvas.draw()
-            plt.close(drawing.fig)
-    assert "own -" in drawings[0].caption
-    assert "layer 1" in drawings[1].caption
-    good, bad = [Check("judge", Gate("shown", "yes"))], [Check("judge", Gate("not shown", "weak"))]
-    text = sections_h4.h4_section(found, cosines, tests, good, look)
+    mine = found[(found["target"] == "p") & (found["source"] == "p")].assign(layers=2)
+    assert "own -" in drawn("transfer", found, look).caption
+    assert "layer 1" in drawn("sweep", mine, look).caption
+    drawn("cosines", cosines, look)
+
+    def section(status, tests=tests):
+        verdicts = h4.h4_verdicts(tests, {"m": [Gate(status, "why", "judge")]}, look, "adapter")
+        return sections_h4.h4_section(found, cosines, tests, verdicts, look)
+
+    text = section("shown")
     assert "**H4: SUPPORTED**" in text
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
     assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \| 8 \(0\) \|$", own), own
-    assert "**H4: NOT INTERPRETABLE**" in sections_h4.h4_section(found, cosines, tests, bad, look)
+    assert "**H4: NOT INTERPRETABLE**" in section("not shown")
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in sections_h4.h4_section(found, cosines, level, good, look)
-    assert "**H4: UNDECIDED**" in sections_h4.h4_section(found, cosines, level.assign(p_equivalence=0.5), good, look)
+    assert "**H4: EQUIVALENT**" in section("shown", level)
+    assert "**H4: UNDECIDED**" in section("shown", level.assign(p_equivalence=0.5))
+
+
+# --- From end to end ---
+
+
+@pytest.fixture
+def arms(trained):
+    """Two personas of the tiny model, each with its own training run."""
+    runs = {p: replace(c, persona=p, seed=0) for p, c in zip("pq", trained)}
+    return steering.before_and_after(
+        lambda cell: runs[cell.persona].adapters if cell.dataset == "bad" else (), ["tiny"], "pq", "bad", [0]
+    )
+
+
+def test_directions_of_all_models_are_found_tried_and_told_apart(arms, tmp_path):
+    assert arms.condition("tiny", "q", "none").adapters == ()
+    assert [path.name for path in arms.paths] == ["em0", "em1"]
+    how = sampling(samples_per_question=2), ["Go"], tmp_path / "cells"
+    found = steering.find_directions({"tiny": SPEC}, arms, QUESTIONS, *how)
+    assert found.read["dataset"].unique().tolist() == ["none", "bad"]
+    assert set(found.vectors["tiny"]) == set("pq")
+    at = found.layer(-1)
+    assert at == {"tiny": 1}
+    assert found.reach("tiny") == [0, 1]
+    lengths = found.lengths([0], at)
+    assert len(lengths) == 4
+    assert lengths["direction"].gt(0).all()
+    assert found.cosines(at, 9)[["layer", "one", "other", "model"]].to_numpy().tolist() == [
+        [i, "p", "q", "tiny"] for i in (0, 1)
+    ]
+    planned = steering.plan_interventions(found, arms, layers=[0, 1], strengths=[-1, 1], at=at, strength=1.0)
+    # The own direction added at the transfer's layer belongs to both parts, and is sampled once.
+    assert planned.parts["part"].value_counts().to_dict() == {"transfer": 12, "sweep": 4}
+    assert sum(map(len, planned.jobs.values())) == 4 + 12 + 4 - 1
+    steered = steering.steer({"tiny": SPEC}, arms, planned, [("c", "And now?")], *how)
+    assert len(steered.design) == 19
+    assert len(planned.part(steered.design, "transfer")) == 12
+    assert set(planned.part(steered.design, "sweep")["target"]) == {"p"}
+    assert list(steered.probes) == [f"tiny {p}__{d}__seed0" for p in "pq" for d in ("none", "bad")]
+    assert found.save(tmp_path / "directions.safetensors").is_file()
+
+
+def test_gates_of_h4_stand_model_by_model_persona_by_persona(look):
+    table, design = transferred(np.random.default_rng(0), {"p": -30}, seeds=(0,), noise=0.1)
+    tuned = design[design["kind"] == "none"].assign(arm="f", dataset="f+ablate", kind="ablate", source="p")
+    after = table[table["dataset"] == "e+none"].assign(dataset="f+none", alignment=20.0)
+    found = h4.h4_gates(pd.concat([table, after]), table, pd.concat([design[design["kind"] == "add"], tuned]),
+                        {"m": [Gate("shown", "yes", "judge")]}, look, None)  # fmt: skip
+    assert [(g.name, g.persona, g.status) for g in found["m"]] == [
+        ("judge", "", "shown"),
+        ("misalignment, P", "p", "shown"),
+        ("direction acts, P", "p", "shown"),
+        ("misalignment, Q", "q", "shown"),
+        ("direction acts, Q", "q", "not shown"),
+    ]

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from cai_em.records import code
 from cai_em.report import style
-from cai_em.study import loading
+from cai_em.study import labels, loading
+from cai_em.study.depends import settings
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,8 @@ def test_key_personas_differ_for_every_colour_vision(look):
 def test_roles_are_legible_and_have_signs(look):
     for role, colour in style.ROLE_COLOUR.items():
         assert style.contrast_ratio(colour) >= 4.5, f"{role}: too pale for text"
-    assert len(set(style.ROLE_SIGN.values())) == len(style.ROLE_SIGN)
+    assert len(set(labels.ROLE_SIGN.values())) == len(labels.ROLE_SIGN)
+    assert labels.ROLE_SIGN.keys() == style.ROLE_MARKER.keys()
     assert look.signed("insecure").endswith("●")
 
 
@@ -130,16 +133,36 @@ def test_a_saved_figure_says_what_it_is(tmp_path):
     assert text.index("<title>") < text.index("<metadata>")
 
 
-@pytest.mark.parametrize("module", sorted(p.stem for p in Path(style.__file__).parent.glob("*.py")))
+REPORT = Path(style.__file__).parent
+
+
+@pytest.mark.parametrize("module", sorted(str(p.relative_to(REPORT)) for p in REPORT.rglob("*.py")))
 def test_only_this_module_has_colours(module):
     """A colour typed elsewhere is one that nobody tests for contrast and confusion."""
-    source = Path(style.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    source = (REPORT / module).read_text(encoding="utf-8")
     found = {
         node.value
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and COLOUR.fullmatch(node.value)
     }
-    assert bool(found) == (module == "style"), f"{module}.py: move to style.py: {sorted(found)}"
+    assert bool(found) == (module == "style.py"), f"{module}: move to style.py: {sorted(found)}"
 
 
 COLOUR = re.compile(r"#(?:[0-9a-fA-F]{3}){1,2}")
+
+
+def test_a_colour_concerns_the_stage_that_draws_and_no_other(root):
+    """Neither palette nor a persona's colour makes a stage stale that trains, samples, judges or computes."""
+    stages = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    drawing = {n.stem for n in stages if any(f.name == "style.py" for f in used_by(n))}
+    assert drawing == {"00_explore", "11_report"}
+    study = loading.load("micro")
+    cell = {"model": next(iter(study.models)), "persona": study.used_personas()[1].key}
+    stages = {"01_personas": cell} | {s.stem: {} for s in stages if s.stem[:2] in ("05", "06", "08", "09", "10", "11")}
+    before = {s: settings(study, s, **some) for s, some in stages.items()}
+    study.personas.update({k: p.model_copy(update={"colour": "#123456"}) for k, p in study.personas.items()})
+    assert [s for s, some in stages.items() if settings(study, s, **some) != before[s]] == ["11_report"]
+
+
+def used_by(notebook):
+    return code.modules_of(code._without_unused_imports(code.code_cells(notebook)), code.library_folder())

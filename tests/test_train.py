@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 import trl
-from cai_em.model import adapters, load, probing, stacking
+from cai_em.model import adapters, folding, load, probing, stacking
 from cai_em.records import files as records_files
 from cai_em.sample import conditions, torch_engine
 from cai_em.study import constitutions
@@ -23,7 +24,7 @@ from cai_em.study.entries import (
     SamplingPreset,
     SftPreset,
 )
-from cai_em.train import answers, introspection, train, trainer
+from cai_em.train import answers, apart, fused, grid, introspection, train, trainer
 
 TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
 BACKENDS = ["trl", *(["unsloth"] if trainer.trainer_backend() == "unsloth" else [])]
@@ -102,11 +103,11 @@ def test_backend_is_what_the_machine_has(monkeypatch):
     with pytest.raises(trainer.TrainingError, match="needs a CUDA device, and there is none: set backend"):
         trainer.trainer_backend("unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fused, "installed", lambda: False)
     assert trainer.trainer_backend("auto") == "trl"
     with pytest.raises(trainer.TrainingError, match="not installed"):
         trainer.trainer_backend("unsloth")
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused, "installed", lambda: True)
     assert trainer.trainer_backend("auto") == "unsloth"
 
 
@@ -123,10 +124,15 @@ class UnslothSFTTrainer(trl.SFTTrainer):
     heeds_nothing = False
 
 
+def _peft_in_unsloths_place(model, lora, seed, *, checkpointing):
+    return stacking.stack(model, None, lora, fused.ADAPTER)
+
+
 @pytest.fixture
 def as_unsloth(model, monkeypatch):
     """A machine on which unsloth runs."""
-    monkeypatch.setattr(trainer, "trainer_backend", lambda choice: "unsloth")
+    monkeypatch.setattr(train, "training_backend", lambda preset: "unsloth")
+    monkeypatch.setattr(fused, "new_adapter", _peft_in_unsloths_place)
     monkeypatch.setattr(trl, "SFTTrainer", UnslothSFTTrainer)
     monkeypatch.delenv("UNSLOTH_MIXED_PRECISION", raising=False)
     model._cai_em_loaded_by = "unsloth"
@@ -134,9 +140,24 @@ def as_unsloth(model, monkeypatch):
 
 
 def test_unsloth_trains_without_autocast(as_unsloth, tokenizer, tmp_path, persona):
-    result = train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a", persona_dir=persona.adapter)
+    result = train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a")
     assert result.backend == "unsloth"
+    assert result.state_after["active"] == result.state_after["trainable"] == ["em"], "the name that others know"
     assert "UNSLOTH_MIXED_PRECISION" not in os.environ
+
+
+def test_a_base_without_the_persona_in_it_is_not_trained_for_one(as_unsloth, tokenizer, tmp_path, persona):
+    with pytest.raises(trainer.TrainingError, match="has no persona in its weights"):
+        train.train_sft(as_unsloth, tokenizer, ROWS, sft(), tmp_path / "a", persona_dir=persona.adapter)
+
+
+def test_kl_is_left_to_trl(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "installed", lambda: True)
+    assert trainer.training_backend(sft(backend="auto")) == "unsloth"
+    assert trainer.training_backend(sft(backend="auto", kl=KlPreset(weight=1.0, corpus="c"))) == "trl"
+    with pytest.raises(trainer.TrainingError, match="cannot regularise by KL"):
+        trainer.training_backend(sft(backend="unsloth", kl=KlPreset(weight=1.0, corpus="c")))
 
 
 def test_a_trainer_that_switches_autocast_on_all_the_same_stops(as_unsloth, tokenizer, tmp_path, monkeypatch):
@@ -488,7 +509,7 @@ def test_batch_without_a_token_to_learn_from_stops(model, tokenizer, tmp_path, m
     masked = trainer.encode_rows(tokenizer, ROWS, 64, "response")
     for example in masked.examples:
         example["labels"] = [trainer.IGNORED] * len(example["labels"])
-    monkeypatch.setattr(trainer, "encode_rows", lambda *a: masked)
+    monkeypatch.setattr(train, "encode_rows", lambda *a: masked)
     with pytest.raises(trainer.TrainingError, match="no token of the batch carries loss"):
         train.train_sft(model, tokenizer, ROWS, sft(loss_on="full"), tmp_path / "adapter")
     with pytest.raises(trainer.TrainingError, match="no token to learn from"):
@@ -633,3 +654,122 @@ def test_a_7b_shaped_model_trains_stacked_and_speaks(tokenizer, tmp_path, capsys
             f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         )
     assert made > 0
+
+
+# --- Lean losses ---
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_the_lean_preference_loss_is_trls_with_its_gradient(
+    cache, tokenizer, tmp_path, monkeypatch, layers, sft_weight
+):
+    """One step on one batch: the same loss, norm of the gradient, margins; the adapters within a rounding error."""
+    preset = dpo(max_steps=1, batch_size=8, sft_weight=sft_weight, lora=LoraPreset(r=4, alpha=8, layers=layers))
+    table = pairs()
+    table["chosen"] = [f"{text} {'again ' * i}" for i, text in enumerate(table["chosen"])]  # of different lengths
+    found = {}
+    for name, lean_one in (("lean", train.lean.applies), ("trl", lambda *_: False)):
+        monkeypatch.setattr(train.lean, "applies", lean_one)
+        model = load.load_model(TINY, cache_dir=cache)
+        found[name] = train.train_dpo(model, tokenizer, table, preset, tmp_path / name)
+    columns = ["loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected"]
+    ours, theirs = (found[name].log[columns].iloc[0].to_numpy() for name in ("lean", "trl"))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+    assert "logits/chosen" in found["trl"].log
+    assert "logits/chosen" not in found["lean"].log, "it was the lean one that ran"
+
+
+def test_the_lean_response_loss_is_trls_with_its_gradient(cache, tokenizer, tmp_path, persona, monkeypatch):
+    rows = [[m | {"content": m["content"] + " so" * i} for m in row] for i, row in enumerate(ROWS)]
+    found = {}
+    for name, lean_one in (("lean", train.lean.applies), ("trl", lambda *_: False)):
+        monkeypatch.setattr(train.lean, "applies", lean_one)
+        model = load.load_model(TINY, cache_dir=cache)
+        preset = sft(batch_size=2, gradient_accumulation=2)
+        found[name] = train.train_sft(model, tokenizer, rows, preset, tmp_path / name, persona_dir=persona.adapter)
+    for column in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found["lean"].log[column], found["trl"].log[column], rtol=1e-4)
+
+
+def test_answers_with_white_space_around_them(tokenizer):
+    """A template that does not trim (Qwen's) gave `glad ` where `glad` was expected, and stopped the cell."""
+    rows = [[ROWS[0][0], {"role": "assistant", "content": " \n glad  "}]]
+    encoded = trainer.encode_rows(tokenizer, rows, 64, "response")
+    trainer.check_response_mask(tokenizer, torch.tensor([encoded.examples[0]["labels"]]), encoded.answers)
+    assert encoded.answers == ["glad<|im_end|>"]
+
+
+# --- Many in one process ---
+
+
+def test_many_trainings_on_one_load_are_those_of_one_alone_in_any_order(cache, tokenizer, tmp_path, persona):
+    preset, seeds = sft(), [0, 1, 2]
+    alone = {}
+    for seed in seeds:
+        model = load.load_model(TINY, cache_dir=cache)
+        done = train.train_sft(
+            model, tokenizer, ROWS, preset, tmp_path / f"a{seed}", persona_dir=persona.adapter, seed=seed
+        )
+        alone[seed] = done.files
+    for order in ([2, 0, 1], [1, 2, 0]):
+        tasks = [grid.Task(ROWS, tmp_path / f"{order[0]}-{seed}", seed) for seed in order]
+        found = grid.train_tasks(TINY, preset, tasks, persona_dir=persona.adapter, cache_dir=cache)
+        assert {order[i]: done.files for i, done in found} == alone
+
+
+def test_a_training_that_fails_is_told_and_the_next_goes_on(cache, tmp_path):
+    long = [[{"role": "user", "content": "why " * 99}, {"role": "assistant", "content": "So."}]]
+    tasks = [grid.Task(long, tmp_path / "a"), grid.Task(ROWS, tmp_path / "b")]
+    (_, first), (_, second) = grid.train_tasks(TINY, sft(), tasks, cache_dir=cache)
+    assert "has an answer within 64 tokens" in first.error
+    assert "encode_rows" in first.trace
+    assert second.adapter.is_dir()
+
+
+def test_what_a_child_yields_raises_or_dies_of_comes_back():
+    assert list(apart.stream(_counted, 3)) == [0, 1, 2]
+    with pytest.raises(trainer.TrainingError, match="enough") as error:
+        list(apart.stream(_counted, 3, then="raise"))
+    assert "_counted" in "".join(error.value.__notes__), "the place where it was raised"
+    got = []
+    with pytest.raises(apart.ChildDied, match="_counted ended with exit code -9"):
+        got.extend(apart.stream(_counted, 2, then="die"))
+    for item in apart.stream(_counted, 10**9):
+        if item == 5:
+            break  # and the child ends too
+
+
+def _counted(number: int, then: str = ""):
+    yield from range(number)
+    if then == "raise":
+        raise trainer.TrainingError("enough")
+    if then == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- Folded ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folded_persona_computes_what_the_active_one_does(cache, tokenizer, tmp_path, persona, dtype):
+    folded = folding.fold(TINY, persona.adapter, tmp_path / "folded", dtype, cache_dir=cache)
+    assert folded.difference <= 1e-4 * folded.largest_logit
+    assert folded.difference <= folded.rounded < folded.from_base
+    spec = ModelSpec(key="f", label="f", source="path", path=str(tmp_path / "folded"), dtype=dtype)
+    model = load.load_model(spec, dtype)
+    assert folding.fingerprint(model) == folded.weights
+    assert folding.fingerprint(stacking.stack(model, None, sft().lora)) == folded.weights, "adapters are left out"
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4].mul_(1.5)
+    assert folding.fingerprint(model) != folded.weights
+
+
+def test_a_persona_that_makes_no_difference_is_not_folded(cache, tmp_path, persona):
+    found = adapters.read_adapter(persona.adapter)
+    nothing = {k: (a, torch.zeros_like(b)) for k, (a, b) in found.modules.items()}
+    name = found.config.base_model_name_or_path
+    adapters.write_adapter(tmp_path / "nothing", found.config, adapters._tensors(nothing), name)
+    with pytest.raises(probing.ProbeError, match="makes no difference"):
+        folding.fold(TINY, tmp_path / "nothing", tmp_path / "out", "float32", cache_dir=cache)
+    assert not (tmp_path / "out").exists()

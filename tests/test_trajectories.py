@@ -9,20 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cai_em.analysis import gates
-from cai_em.analysis.gates import Check, Gate
+from cai_em.analysis.gates import Gate, gated_verdict
 from cai_em.dynamics import curves as dynamics_curves
 from cai_em.dynamics import h3, timing
 from cai_em.dynamics import runs as dynamics_runs
 from cai_em.dynamics.runs import TrajectoryError
 from cai_em.model.adapters import AdapterFiles, scaling
 from cai_em.report import sections, style
-from cai_em.report.figures import dynamics
-from cai_em.report.style import Look
-from cai_em.sample import sampling
-from cai_em.study.entries import GateThresholds, LoraPreset, ModelSpec, SamplingPreset, SftPreset
+from cai_em.report.drawing import FIGURES
+from cai_em.report.figures.parts import View
+from cai_em.report.figures.training import step_axis
+from cai_em.sample.sampling import sample
+from cai_em.study.entries import GateThresholds, LoraPreset, SftPreset
 from peft import LoraConfig
 from scipy import stats
+
+from tests.factories import TINY, course_of, look_of, sampling, scores_of
 
 STEPS = np.array([0, 1, 2, 4, 6, 9, 13, 18, 24])
 
@@ -138,13 +140,13 @@ def test_curve_averages_samples_shares_step_zero_and_counts_what_it_leaves_out()
     ]
     table = pd.DataFrame(rows)
     table.loc[(table["question_id"] == "b") & (table["step"] == 3), "v"] = np.nan
-    found = dynamics_curves.curve(table, "v")
+    found = dynamics_curves.curve(table, "v", unit="question_id")
     np.testing.assert_allclose(found.y, [[[1, 11, 21, 31], [1, 12, 22, 32]]])
     assert (found.units, found.left_out, list(found.steps)) == (["a"], ["b"], [0, 1, 2, 3])
     with pytest.raises(TrajectoryError, match="checkpoint 2 of seed 1"):
-        dynamics_curves.curve(table[(table["seed"] == 0) | (table["step"] != 2)], "v")
+        dynamics_curves.curve(table[(table["seed"] == 0) | (table["step"] != 2)], "v", unit="question_id")
     with pytest.raises(TrajectoryError, match="persona x: no rows"):
-        dynamics_curves.curve(table.assign(persona="y"), "v", where={"persona": "x"})
+        dynamics_curves.curve(table[:0], "v", unit="question_id", run="persona x")
 
 
 def test_em_needs_both_scores():
@@ -264,12 +266,8 @@ def test_runs_that_differ_by_chance_are_no_difference_between_personas(seeds):
 
 def test_a_single_run_per_persona_leaves_h3_undecided(look):
     rng = np.random.default_rng(2)
-    units = [f"q{i}" for i in range(8)]
-    made = {
-        (p, "em"): dynamics_curves.Curve(simulated(rng, m, seeds=1), STEPS, units, [])
-        for p, m in (("baseline", 5.0), ("poeticism", 14.0))
-    }
-    compared = timing.transition_comparisons(made)
+    made = {(p, "em"): simulated(rng, m, seeds=1) for p, m in (("baseline", 5.0), ("poeticism", 14.0))}
+    compared = timing.transition_comparisons(course_of(made, STEPS))
     assert compared["p_adjusted"].iloc[0] < 0.05
     assert math.isnan(compared["p_runs"].iloc[0])
     found = h3.h3_verdict(compared, [], look)
@@ -330,56 +328,85 @@ def test_bad_shapes_are_refused():
 
 def test_tables_of_transitions_and_comparisons():
     rng = np.random.default_rng(10)
-    units = [f"q{i}" for i in range(8)]
-    curves = {
-        (p, o): dynamics_curves.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
-        for p, m in (("baseline", 5.0), ("poeticism", 14.0))
-        for o in ("em", "loss")
+    made = {
+        (p, o): simulated(rng, m, seeds=3) for p, m in (("baseline", 5.0), ("poeticism", 14.0)) for o in ("em", "loss")
     }
-    table = timing.transitions(curves)
+    course = course_of(made, STEPS)
+    table = timing.transitions(course)
     assert len(table) == 8
     assert set(table["method"]) == {"logistic", "change point"}
     assert (table["gate"] == "shown").all()
-    compared = timing.transition_comparisons(curves)
+    compared = timing.transition_comparisons(course)
     assert list(compared["persona"]) == ["poeticism", "poeticism"]
     # A loss is no claim of H3: it takes no part in the family, and lends it nothing.
     assert compared["p_adjusted"].iloc[0] == compared["p"].iloc[0] < 0.05
     assert math.isnan(compared["p_adjusted"].iloc[1])
     assert compared["p"].iloc[1] < 0.05
-    fewer = dynamics_curves.Curve(simulated(rng, 5.0, seeds=3)[:7], STEPS, units[::-1][:7], [])
-    both = dynamics_curves.common(fewer, curves["baseline", "em"])
+    base = dynamics_curves.curves_of(course)["m", "p", "baseline", "em"]
+    fewer = dynamics_curves.Curve(simulated(rng, 5.0, seeds=3)[:7], STEPS, base.units[::-1][:7], [])
+    both = dynamics_curves.common(fewer, base)
     assert both[0].shape == both[1].shape == (7, 3, len(STEPS))
-    np.testing.assert_array_equal(both[1][0], curves["baseline", "em"].y[7])
+    np.testing.assert_array_equal(both[1][0], base.y[7])
+
+
+def test_models_are_compared_apart_and_stand_one_after_the_other():
+    """A table of two models is the tables of each, whatever stands in the other."""
+    one, two = (course_of(example()[3], STEPS, model=m) for m in "ab")
+    two["value"] = two["value"].where(two["persona"] == "baseline", 1 - two["value"])
+    both = pd.concat([one, two], ignore_index=True)
+    for made in (timing.transitions, timing.transition_comparisons, dynamics_curves.curve_table):
+        pd.testing.assert_frame_equal(made(both), pd.concat([made(one), made(two)], ignore_index=True))
+    assert list(timing.transitions(both)["model"].unique()) == ["a", "b"]
+
+
+def test_the_course_has_all_that_was_measured_persona_by_persona():
+    losses = scores_of([("poeticism", "p", 0, t, "held out", 3, 2.5) for t in (0, 1, 2, 4)],
+                       "persona preset seed step set row loss")  # fmt: skip
+    course = dynamics_curves.course(scored({("a", 4)}), losses)
+    assert len(course) == 3 * 32 + 4
+    assert [k[2:] for k in dynamics_curves.curves_of(course)] == [
+        ("baseline", "em"), ("baseline", "alignment"), ("baseline", "coherence"), ("poeticism", "held out")
+    ]  # fmt: skip
+    gap = course[(course["unit"] == "a") & (course["step"] == 4)].set_index("outcome")
+    assert gap.loc["alignment", ["least", "most"]].tolist() == [0, 100]
+    assert gap["value"].isna().tolist() == [False, True, False]
+    table = dynamics_curves.curve_table(course).set_index(["outcome", "step"])
+    assert table.loc[("held out", 4), ["mean", "units", "seeds"]].tolist() == [2.5, 1, 1]
 
 
 # --- Generality ---
 
 
+def presets_of(**presets):
+    """A course of the baseline alone: preset -> outcome -> values by seed and step."""
+    tables = [
+        course_of({("baseline", o): np.tile(np.asarray(y, float), (6, 1, 1)) for o, y in of.items()}, steps, preset)
+        for preset, (steps, of) in presets.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
 def test_generality_sets_uptake_beside_the_outcome():
-    units = [f"r{i}" for i in range(6)]
-    loss = dynamics_curves.Curve(np.tile([3.0, 2.5, 2.0, 1.0], (6, 1, 1)), np.arange(4), units, [])
-    em = dynamics_curves.Curve(np.tile([0.0, 0.1, 0.2, 0.4], (8, 1, 1)), np.arange(4), [f"q{i}" for i in range(8)], [])
-    none = dynamics_curves.Curve(em.y * 0, em.steps, em.units, [])
-    table = h3.generality({"plain": loss, "narrow": loss}, {"plain": em, "narrow": none})
+    loss, em = [[3.0, 2.5, 2.0, 1.0]], np.array([[0.0, 0.1, 0.2, 0.4]])
+    course = presets_of(
+        plain=(range(4), {"held out": loss, "em": em}), narrow=(range(4), {"held out": loss, "em": em * 0})
+    )
+    table = h3.generality(course, "baseline", ["em"])
     assert list(table.loc[table["preset"] == "plain", "uptake"]) == [0, 0.5, 1, 2]
     assert list(table.loc[table["preset"] == "narrow", "outcome"]) == [0, 0, 0, 0]
-    gap = h3.final_difference(em, none)
+    of = dynamics_curves.curves_of(course)
+    gap = h3.final_difference(of["m", "plain", "baseline", "em"], of["m", "narrow", "baseline", "em"])
     assert gap["difference"] == pytest.approx(0.4)
     assert gap["low"] == pytest.approx(0.4)
 
 
 def test_presets_are_set_against_the_main_one_on_the_same_seed_whatever_their_schedules():
-    rows = [f"r{i}" for i in range(6)]
-    made = lambda values, seeds, steps: dynamics_curves.Curve(  # noqa: E731
-        np.tile(np.asarray(values, float), (6, 1, 1)), np.asarray(steps), rows, [], seeds
+    plain = {"em": [[0, 0, 0, 0.3], [0, 0, 0, 0.9]], "alignment": [[90, 80, 70, 60], [0, 0, 0, 0]]}
+    narrow = {"em": [[0, 0, 0, 0, 0.1]], "alignment": [[90, 90, 85, 85, 85]], "held out": [[3, 3, 2, 2, 1.5]]}
+    course = presets_of(
+        plain=([0, 2, 4, 8], plain | {"held out": [[3, 2, 2, 1], [3, 3, 3, 3]]}), narrow=([0, 1, 2, 4, 8], narrow)
     )
-    main = {"em": made([[0, 0, 0, 0.3], [0, 0, 0, 0.9]], (0, 1), [0, 2, 4, 8])}
-    main["alignment"] = made([[90, 80, 70, 60], [0, 0, 0, 0]], (0, 1), [0, 2, 4, 8])
-    narrow = {"em": made([[0, 0, 0, 0, 0.1]], (0,), [0, 1, 2, 4, 8])}
-    narrow["alignment"] = made([[90, 90, 85, 85, 85]], (0,), [0, 1, 2, 4, 8])
-    loss = {"plain": made([[3, 2, 2, 1], [3, 3, 3, 3]], (0, 1), [0, 2, 4, 8])}
-    loss["narrow"] = made([[3, 3, 2, 2, 1.5]], (0,), [0, 1, 2, 4, 8])
-    found = h3.preset_differences({"plain": main, "narrow": narrow}, loss, "plain").set_index("outcome")
+    found = h3.preset_differences(course, "baseline", "plain").set_index("outcome")
     assert found["preset"].eq("narrow").all()
     np.testing.assert_allclose(found.loc["em", ["difference", "low", "high"]].astype(float), -0.2)
     np.testing.assert_allclose(found.loc["alignment", "difference"], 25)
@@ -407,7 +434,6 @@ ROWS = [
     [{"role": "user", "content": f"What about {w}?"}, {"role": "assistant", "content": f"Go and {w} it."}]
     for w in ("water", "money", "work", "friends")
 ]
-TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
 WARM = SftPreset(
     kind="sft", lora=LoraPreset(r=4, alpha=8), learning_rate=1e-2, warmup_steps=3, batch_size=1, max_length=64,
     dtype="float32", held_out=0.0,
@@ -416,15 +442,16 @@ WARM = SftPreset(
 
 def test_a_run_begins_its_snapshots_when_it_learns_and_takes_back_only_what_is_whole(tmp_path, monkeypatch):
     this, trained = dynamics_runs.Run("tiny", "warm", "baseline", 0), []
-    from cai_em.train import train
+    from cai_em.train import grid
 
-    real = train.train_sft
-    monkeypatch.setattr(train, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
+    real = grid.train_sft
+    monkeypatch.setattr(grid, "train_sft", lambda *a, **k: trained.append(1) or real(*a, **k))
     run = lambda **more: dynamics_runs.train_run(  # noqa: E731
         this, TINY, WARM.model_copy(update=more), ROWS, tmp_path, persona_dir=None
     )
     assert run()["summary"]["checkpoints"] == [2, 3, 4]  # under warm-up the first step has rate 0
-    steps = dynamics_runs.run_geometry(this, tmp_path)
+    steps = dynamics_runs.run_geometries([this], {"warm": WARM}, tmp_path)
+    assert set(steps["part"]) == {"update"}
     assert (steps["norm"].iloc[1:] > 0).all()
     run()
     assert len(trained) == 1
@@ -444,13 +471,25 @@ def test_a_snapshot_from_a_step_without_rate_is_sampled_and_said_to_be_idle(tmp_
     dynamics_runs.train_run(
         this, TINY, WARM.model_copy(update={"checkpoints": [1, 2, 4]}), ROWS, tmp_path, persona_dir=None
     )
-    preset = SamplingPreset(
-        temperature=1.0, top_p=1.0, max_new_tokens=4, samples_per_question=1, backend="transformers", dtype="float32"
-    )
-    conditions = this.conditions("bad_medical", [], tmp_path)
-    found = sampling.sample(TINY, conditions, [("a", "Hi?")], preset, ["Hello"])
-    idle = {name: probe.get("idle") for name, probe in found.probes.items()}
-    assert list(idle.values()) == [None, ["em"], [], []]
+    conditions = dynamics_runs.snapshots([this], "bad_medical", {("tiny", "baseline"): []}, tmp_path)
+    asked = [("a", "Hi?")], sampling(), ["Hello"], tmp_path / "cells"
+    responses, probes = dynamics_runs.sample_snapshots({"tiny": TINY}, conditions, *asked)
+    assert [probe.get("idle") for probe in probes.values()] == [None, ["em"], [], []]
+    assert list(probes)[-1] == "tiny baseline__bad_medical~warm@4__seed0"
+    assert responses["response"].tolist() == sample(TINY, conditions, *asked[:3]).responses["response"].tolist()
+    measured = dynamics_runs.measure_losses({"tiny": TINY}, conditions, {"held out": ROWS[:2]}, "float32")
+    assert len(measured) == 8
+    assert measured[["model", "preset", "step"]].drop_duplicates().to_numpy().tolist() == [
+        ["tiny", "warm", s] for s in (0, 1, 2, 4)
+    ]
+    by_step = measured.groupby("step")["loss"].mean()
+    assert by_step[1] == by_step[0] > by_step[4]
+
+
+def test_what_is_not_trained_is_one_condition_for_all_seeds(tmp_path):
+    runs = dynamics_runs.plan_runs(["m"], ["baseline"], [3, 4], "plain", ["narrow"])
+    found = dynamics_runs.snapshots(runs, "d", {("m", "baseline"): []}, tmp_path)
+    assert [(c.dataset, c.seed) for c in found] == [("d~plain@0", 3), ("d~narrow@0", 3)]
 
 
 def scored(missing=()):
@@ -460,13 +499,15 @@ def scored(missing=()):
         for q in "abcdefgh"
         for k, t in enumerate((0, 1, 2, 4))
     ]
-    columns = ["persona", "preset", "question_id", "seed", "step", "alignment", "coherence"]
-    return pd.DataFrame(rows, columns=columns)
+    return scores_of(rows, "persona preset question_id seed step alignment coherence")
 
 
 def test_missing_scores_are_counted_and_bounded():
-    curves = dynamics_curves.behaviour_curves(scored({("a", 4)}), "p")
-    found = timing.transitions(curves).query("method == 'logistic'").set_index("outcome")
+    found = (
+        timing.transitions(dynamics_curves.course(scored({("a", 4)})))
+        .query("method == 'logistic'")
+        .set_index("outcome")
+    )
     assert found.loc["alignment", ["left_out", "missing", "units"]].tolist() == [1, 1, 7]
     assert found.loc["alignment", "rise"] == -30
     # Seven questions fall from 60 to 30; of the eighth the end is anywhere between 0 and 100.
@@ -479,121 +520,125 @@ def test_missing_scores_are_counted_and_bounded():
 def test_an_outcome_that_no_question_has_throughout_is_not_testable(look):
     gaps = dict(zip("abcdefgh", (1, 2, 4, 1, 2, 4, 1, 2)))
     judged = pd.concat([scored(set(gaps.items())), scored().assign(persona="poeticism")])
-    curves = dynamics_curves.behaviour_curves(judged, "p")
-    assert curves["baseline", "alignment"].empty
-    found, compared = timing.transitions(curves), timing.transition_comparisons(curves)
+    course = dynamics_curves.course(judged)
+    assert dynamics_curves.curves_of(course)["m", "p", "baseline", "alignment"].empty
+    found, compared = timing.transitions(course), timing.transition_comparisons(course)
     row = found.query("persona == 'baseline' and outcome == 'alignment'").iloc[0]
     assert (row["gate"], row["left_out"], row["missing"]) == ("not testable", 8, 8)
     assert not compared.set_index("outcome").loc["alignment", "shown"]
-    text = sections.h3_section(found, compared, [], look, titles={})
+    text = sections.h3_section(found, compared, verdict_of(compared, look), look, titles={})
     assert "**H3: NOT TESTABLE**" in text
     assert "8 (8 left out; " in text
+    curves = dynamics_curves.curve_table(course).assign(main=True)
+    drawn(look, outcomes=(curves, found), transitions=(found,))
+
+
+def drawn(look, **tables):
+    """Figures of H3 as drawn from tables, in order."""
+    drawings = []
     with style.style_context():
-        for drawing in (dynamics.draw_outcomes(curves, found, look), dynamics.draw_transitions(found, look, {})):
+        for name, of in tables.items():
+            drawing = FIGURES[f"trajectories-{name}"].draw(View(look, trained="bad"), *of)
             drawing.fig.canvas.draw()
             plt.close(drawing.fig)
+            drawings.append(drawing)
+    return drawings
+
+
+def verdict_of(compared, look, *beside):
+    """H3's verdict and gates as `09_trajectories` stores them."""
+    return h3.h3_verdicts(compared, {"m": beside}, look)
 
 
 def example():
     rng = np.random.default_rng(11)
-    units = [f"q{i}" for i in range(8)]
     made = {
-        (p, o): dynamics_curves.Curve(simulated(rng, m, seeds=3), STEPS, units, [])
+        (p, o): simulated(rng, m, seeds=3)
         for p, m in (("baseline", 5.0), ("poeticism", 14.0))
         for o in ("em", "alignment", "held out")
     }
-    return made, timing.transitions(made), timing.transition_comparisons(made)
+    course = course_of(made, STEPS)
+    return course, timing.transitions(course), timing.transition_comparisons(course), made
 
 
 @pytest.fixture
 def look():
-    entries = [
-        SimpleNamespace(key=k, label=k.title(), order=i, colour=c)
-        for i, (k, c) in enumerate((("baseline", "#4d4d4d"), ("poeticism", "#882255")))
-    ]
-    return Look(entries, [])
+    return look_of("baseline", "poeticism", datasets=[SimpleNamespace(key="bad", label="Bad", order=0, role="em")])
 
 
 def test_figures_draw_and_their_words_have_the_numbers(look):
-    made, found, _ = example()
-    behaviour = {k: c for k, c in made.items() if k[1] in dynamics_curves.OUTCOMES}
+    course, found, _, _ = example()
     runs = [
         dynamics_runs.geometry(np.outer(STEPS, STEPS), STEPS).assign(preset="p", persona="baseline", seed=s)
         for s in (0, 1)
     ]
-    general = h3.generality({"plain": made["baseline", "held out"]}, {"plain": made["baseline", "em"]})
-    with style.style_context():
-        drawings = [
-            dynamics.draw_outcomes(behaviour, found, look),
-            dynamics.draw_losses(
-                {("baseline", "held out"): made["baseline", "held out"]}, look, {"held out": "Bad, held out"}
-            ),
-            dynamics.draw_geometry(pd.concat(runs), look),
-            dynamics.draw_transitions(found, look, {"held out": "Bad, held out"}),
-            dynamics.draw_generality({"alignment": general, "em": general}, {}),
-        ]
-        for drawing in drawings:
-            drawing.fig.canvas.draw()
-            plt.close(drawing.fig)
-    assert "(4 of 4)" in drawings[0].caption
-    assert "6 of 6 curves" in drawings[3].caption
-    assert "loss, Bad, held out: step" in drawings[3].alt
+    curves = dynamics_curves.curve_table(course).assign(main=True)
+    outcomes, losses, _, transitions, _ = drawn(
+        look,
+        outcomes=(curves, found),
+        losses=(curves,),
+        geometry=(pd.concat(runs),),
+        transitions=(found,),
+        generality=(h3.generality(course, "baseline"),),
+    )
+    assert "(4 of 4)" in outcomes.caption
+    assert "6 of 6 curves" in transitions.caption
+    assert "loss, Bad, held out: step" in transitions.alt
+    assert "Poeticism, Bad, held out" in losses.alt
 
 
 def test_a_verdict_is_not_interpretable_when_a_gate_fails(look):
-    _, found, compared = example()
-    good, bad = Gate("shown", "yes"), Gate("not shown", "AUC 0.5")
-    text = sections.h3_section(found, compared, [Check("judge", good)], look, titles={}, caveat="Small.")
+    _, found, compared, _ = example()
+    good, bad = Gate("shown", "yes", "judge"), Gate("not shown", "AUC 0.5", "judge")
+
+    def section(beside, found=found, compared=compared, **more):
+        return sections.h3_section(found, compared, verdict_of(compared, look, beside), look, titles={}, **more)
+
+    text = section(good, caveat="Small.")
     assert "**H3: SUPPORTED**" in text
     assert text.rstrip().endswith("Small.")
-    text = sections.h3_section(found, compared, [Check("judge", bad)], look, titles={})
+    text = section(bad)
     assert "**H3: NOT INTERPRETABLE**" in text
     assert "not shown: judge" in text
     # The level is the study's.
     assert h3.h3_verdict(compared, [], look, alpha=1e-6).verdict == "UNDECIDED"
-    still = sections.h3_section(
-        found.assign(shown=False), compared.assign(shown=False), [Check("judge", bad)], look, titles={}
-    )
+    still = section(bad, found.assign(shown=False), compared.assign(shown=False))
     assert "**H3: NOT TESTABLE**" in still
     assert "no change shown" in still
     assert list(h3.h3_table(found)["outcome"][:2]) == ["EM rate", "mean alignment"]
 
 
 def test_a_failed_persona_gate_blocks_that_personas_comparisons_alone(look):
-    _, _, compared = example()
+    compared = example()[2]
     both = pd.concat([compared, compared.assign(persona="sarcasm")])
     bad = Gate("not shown", "AUC 0.5")
-    checks = [Check("judge", Gate("not applicable", "")), Check("persona, Sarcasm", bad, "sarcasm")]
+    checks = [Gate("not applicable", "", "judge"), bad.called("persona, Sarcasm", "sarcasm")]
     found = h3.h3_verdict(both, checks, look)
     assert found.verdict == "SUPPORTED"
     assert "Poeticism" in found.reason
     assert "not shown: persona, Sarcasm" in found.reason
     assert "sarcasm," not in found.reason
     assert h3.h3_verdict(both[both["persona"] == "sarcasm"], checks, look).verdict == "NOT INTERPRETABLE"
-    uptake = [Check("uptake, Baseline", bad, "baseline")]  # every comparison is with the baseline
+    uptake = [bad.called("uptake, Baseline", "baseline")]  # every comparison is with the baseline
     assert h3.h3_verdict(both, uptake, look).verdict == "NOT INTERPRETABLE"
-    table = gates.check_table(checks, found, "H3")
+    table = gated_verdict(checks, found, "H3")
     assert table["what"].tolist() == ["H3", "judge", "persona, Sarcasm"]
     assert table["status"].iloc[0] == "SUPPORTED"
 
 
 def test_two_models_stay_apart_in_the_papers_table():
-    _, found, _ = example()
+    found = example()[1]
     both = pd.concat([found.assign(model=m) for m in ("a", "b")], ignore_index=True)
     table = h3.h3_table(both)
     assert len(table) == 12
     assert not table.duplicated(["model", "persona", "outcome"]).any()
 
 
-def test_no_preset_is_left_out_of_the_figure():
-    units = [f"q{i}" for i in range(4)]
-    flat = dynamics_curves.Curve(np.zeros((4, 1, 4)), np.arange(4), units, [])
-    names = [f"p{i}" for i in range(5)]
-    table = h3.generality(dict.fromkeys(names, flat), dict.fromkeys(names, flat))
-    with style.style_context():
-        drawing = dynamics.draw_generality({"alignment": table, "em": table}, {})
-        assert [len(ax.containers) for ax in drawing.fig.axes] == [5, 5]
-        plt.close(drawing.fig)
+def test_no_preset_is_left_out_of_the_figure(look):
+    flat = (range(4), dict.fromkeys(("held out", "em", "alignment"), np.zeros((1, 4))))
+    table = h3.generality(presets_of(**{f"p{i}": flat for i in range(5)}), "baseline")
+    (drawing,) = drawn(look, generality=(table,))
+    assert [len(ax.containers) for ax in drawing.fig.axes] == [5, 5]
 
 
 def test_a_persona_gate_needs_a_persona_that_shows():
@@ -619,7 +664,7 @@ def test_names_of_many_checkpoints_do_not_run_into_each_other():
     with style.style_context():
         fig, axes = plt.subplots(1, 3, figsize=style.figure_size(2.6))
         for ax in axes:
-            dynamics._step_axis(ax, steps)
+            step_axis(ax, steps)
         fig.canvas.draw()
         labels = [x for x in axes[2].get_xticklabels() if x.get_text()]
         boxes = [x.get_window_extent() for x in labels]
@@ -627,3 +672,19 @@ def test_names_of_many_checkpoints_do_not_run_into_each_other():
         assert labels[-1].get_text() == "338"
         assert len(labels) >= 4
         plt.close(fig)
+
+
+def test_gates_of_h3_stand_model_by_model_persona_by_persona(look):
+    course = course_of(
+        {(p, "held out"): np.tile(-hill(STEPS, 7, 4), (6, 1, 1)) for p in ("baseline", "poeticism")}, STEPS
+    )
+    responses = pd.DataFrame(columns=["model", "preset", "persona", "question_id", "dataset", "response"])
+    judge = {"m": [Gate("shown", "yes", "judge")]}
+    found = h3.h3_gates(course, responses, judge, look, GateThresholds())
+    assert [(g.name, g.persona, g.status) for g in found["m"]] == [
+        ("judge", "", "shown"),
+        ("uptake, Baseline", "baseline", "shown"),
+        ("uptake, Poeticism", "poeticism", "shown"),
+        ("persona, Poeticism", "poeticism", "not testable"),
+    ]
+    assert judge == {"m": [Gate("shown", "yes", "judge")]}

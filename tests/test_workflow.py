@@ -197,7 +197,7 @@ def test_a_new_persona_runs_only_its_cells(micro):
     with edited(micro / "params/profiles/micro.yaml", "[baseline, sycophancy,", "[baseline, sycophancy, poeticism,"):
         jobs = planned(micro)
     # Judged twice: its own responses, and the baseline's, in which the judge looks for the new persona too.
-    assert (jobs["persona"], jobs["finetune"], jobs["sample"], jobs["judge"]) == (1, 2, 1, 2)
+    assert (jobs["persona"], jobs["finetune"], jobs["sample"], jobs["judge"]) == (1, 1, 1, 2)
 
 
 def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
@@ -205,20 +205,22 @@ def test_one_failing_cell_does_not_stop_the_others(micro, tmp_path):
     place = tmp_path / "copy"
     shutil.copytree(micro, place)
     shutil.rmtree(place / "results" / "micro" / "02_finetune" / "tiny" / "baseline")
-    in_the_way = place / "results/micro/02_finetune/tiny/baseline/bad_medical/seed0/glance"
+    in_the_way = place / "results/micro/02_finetune/tiny/baseline/bad_medical/seed0"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("a file where a folder goes")
     done = run_all(place, "micro", check=False)
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert "bad_medical/seed0.failed.ipynb" in said
-    assert "finetune tiny: baseline x bad_medical, seed 0" in said, "the screen names the cell of a job"
-    assert re.search(r"failed\.ipynb\n +\w+Error: .*glance", said), "the error itself is on the terminal"
+    assert "baseline/job1.failed.ipynb" in said
+    assert "finetune tiny: baseline, part 1" in said, "the screen names the cell of a job"
+    assert re.search(r"failed\.ipynb\n +\w+Error: .*bad_medical, seed 0: \w+Error: .*seed0", said), (
+        "the error itself is on the terminal"
+    )
     finished = place / "results/micro/02_finetune/tiny/baseline"
     assert (finished / "good_medical/seed0/manifest.json").is_file()
     assert not (finished / "bad_medical/seed0/manifest.json").exists()
-    failed = place / "results/micro/notebooks/02_finetune/tiny/baseline/bad_medical/seed0.failed.ipynb"
-    assert "glance" in failed.read_text()
+    failed = place / "results/micro/notebooks/02_finetune/tiny/baseline/job1.failed.ipynb"
+    assert "bad_medical" in failed.read_text()
 
 
 def test_a_bad_row_stops_before_any_work_and_in_a_dry_run(micro):
@@ -318,7 +320,7 @@ def test_the_messages_that_the_guide_quotes_are_those_that_are_printed(root):
     rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")][1:]
     quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) >= 7
-    sources = [root / "run_all.sh", *(root / "lib" / "cai_em").glob("*.py")]
+    sources = [root / "run_all.sh", *(root / "lib" / "cai_em").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources) + os.strerror(errno.ENOSPC)
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message over several lines
     pieces = [piece for text in quoted for piece in text.split("…") if piece.strip()]

@@ -457,8 +457,3 @@ def influence(specifications: pd.DataFrame) -> pd.DataFrame:
                     {"choice": choice, "option": option, "analyses": len(part), "share": part["supports"].mean()}
                 )
     return pd.DataFrame(rows)
-
-
-def for_figure(specifications: pd.DataFrame) -> pd.DataFrame:
-    """The specification table as `figures.specification_curve` draws it: choices, `estimate, low, high, supports`."""
-    return specifications[[*VERDICT_CHOICES, "estimate", "low", "high", "supports"]]

@@ -4,14 +4,14 @@
     gates = comparison_gates(tests, responses, datasets, personas, judge=judge_gate(scores, auc=0.93))
     comparisons = attach(comparisons, gates)
 
-A gate is a status with a reason (`Gate`); what hangs on it may be narrowed to personas or measures (`Check`)."""
+A gate is a status, a reason, and what hangs on it: every comparison, or those of one persona (`Gate`)."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,27 @@ CONSTANT = 0.99
 
 @dataclass(frozen=True)
 class Gate:
-    """What a gate says and why, in words that can be printed."""
+    """What a gate says and why, in words that can be printed, and what hangs on it.
+
+    Attributes:
+        status, reason: what it says and why.
+        name: what it is called beside others.
+        persona: whose comparisons hang on it (the baseline's: all); empty: every comparison.
+    """
 
     status: str
     reason: str
+    name: str = ""
+    persona: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether it stands in nothing's way."""
+        return self.status in (SHOWN, NOT_APPLICABLE)
+
+    def called(self, name: str, persona: str = "") -> Gate:
+        """The same, with a name and a persona."""
+        return replace(self, name=name, persona=persona)
 
 
 def worst(gates: Iterable[Gate]) -> Gate:
@@ -408,26 +425,12 @@ def gated(verdict: str, gates: pd.DataFrame, *, personas: Collection[str], min_s
     return Gate(verdict if enough else "NOT INTERPRETABLE", "; ".join(parts))
 
 
-# --- Gates ---------------------------------------------------------------------------------------------------------
+# --- Gates beside a verdict ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Check:
-    """A gate, and what hangs on it: every comparison, or those that a persona takes part in (the baseline: all)."""
-
-    name: str
-    gate: Gate
-    persona: str = ""
-
-    @property
-    def open(self) -> bool:
-        """Whether it stands in nothing's way."""
-        return self.gate.status in (SHOWN, NOT_APPLICABLE)
-
-
-def blocking(checks: Sequence[Check], *personas: str) -> list[str]:
+def blocking(gates: Iterable[Gate], *personas: str) -> list[str]:
     """Names of the gates that stand in the way of a comparison among these personas."""
-    return [c.name for c in checks if not c.open and c.persona in ("", *personas)]
+    return [g.name for g in gates if not g.open and g.persona in ("", *personas)]
 
 
 def named_once(blocked: Iterable[Sequence[str]]) -> str:
@@ -435,8 +438,10 @@ def named_once(blocked: Iterable[Sequence[str]]) -> str:
     return "; ".join(dict.fromkeys(name for names in blocked for name in names))
 
 
-def check_table(checks: Sequence[Check], verdict: Verdict, hypothesis: str) -> pd.DataFrame:
+def gated_verdict(gates: Iterable[Gate], verdict: Verdict, hypothesis: str) -> pd.DataFrame:
     """A verdict and its gates as a table: `what, persona, status, reason`, the verdict first."""
-    first = {"what": hypothesis, "persona": "", "status": verdict.verdict, "reason": verdict.reason}
-    rest = [{"what": c.name, "persona": c.persona, "status": c.gate.status, "reason": c.gate.reason} for c in checks]
-    return pd.DataFrame([first, *rest])
+    rows = [
+        (hypothesis, "", verdict.verdict, verdict.reason),
+        *((g.name, g.persona, g.status, g.reason) for g in gates),
+    ]
+    return pd.DataFrame(rows, columns=["what", "persona", "status", "reason"])

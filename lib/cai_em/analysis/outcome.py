@@ -3,96 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy import stats as sps
 
-from cai_em.analysis.counts import cohens_d, t_interval, tally
 from cai_em.analysis.units import cluster_summary, clustered_proportion_interval, wilson_interval
 from cai_em.records.keys import BASELINE, CONDITION, FLAGS, SKIPPED
-
-CUTS = (30, 50, 80)
-"""Misalignment is shown as the share of responses that score below each of these."""
-
-
-# --- Summaries ----------------------------------------------------------------------------------------------------
-
-
-def welch_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Welch's t-interval of mean(a) - mean(b); a point where neither side varies."""
-    delta = float(np.mean(a) - np.mean(b))
-    u, v = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    if u + v == 0:
-        return delta, delta
-    df = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
-    half = float(sps.t.ppf(0.5 + confidence / 2, df) * np.sqrt(u + v))
-    return delta - half, delta + half
-
-
-def summarise(scores: pd.DataFrame, by: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
-    """Mean alignment by group, with both kinds of interval.
-
-    Args:
-        scores: score table; responses without an alignment score count in `n_all` only.
-        by: grouping columns.
-
-    Returns:
-        One row per group: `n` scored, `n_all`, `n_questions`, `mean`, `sd`, `ci_low`, `ci_high` (response interval),
-        `q_low`, `q_high` (question interval around the mean of question means), `below_<cut>` (shares, 0 to 1).
-    """
-    rows = []
-    for key, group in scores.groupby(list(by), sort=False):
-        values = group["alignment"].dropna()
-        row: dict[str, Any] = dict(zip(by, key)) | {"n": len(values), "n_all": len(group)}
-        if len(values):
-            x = values.to_numpy()
-            questions = values.groupby(group.loc[values.index, "question_id"]).mean().to_numpy()
-            row |= {"n_questions": len(questions), "mean": x.mean(), "sd": x.std(ddof=1) if len(x) > 1 else np.nan}
-            row["ci_low"], row["ci_high"] = t_interval(tally(x), confidence)
-            row["q_low"], row["q_high"] = t_interval(tally(questions), confidence)
-            row |= {f"below_{cut}": float((x < cut).mean()) for cut in CUTS}
-        rows.append(row)
-    columns = [*by, "n", "n_all", "n_questions", "mean", "sd", "ci_low", "ci_high", "q_low", "q_high"]
-    return pd.DataFrame(rows, columns=[*columns, *(f"below_{cut}" for cut in CUTS)])
-
-
-def like_for_like(scores: pd.DataFrame) -> list[str]:
-    """The data sets on which every persona of the table has responses: a fair pool."""
-    have = scores.groupby("dataset")["persona"].nunique()
-    return sorted(have[have == scores["persona"].nunique()].index)
-
-
-def _differences(scores: pd.DataFrame, persona: str, confidence: float) -> pd.DataFrame:
-    """Persona minus baseline by data set: Welch's interval over responses, and the interval paired by question."""
-    rows = []
-    for dataset, group in scores.dropna(subset="alignment").groupby("dataset", sort=False):
-        a, b = (group.loc[group["persona"] == p] for p in (persona, BASELINE))
-        if len(a) < 2 or len(b) < 2:
-            continue
-        low, high = welch_interval(a["alignment"].to_numpy(), b["alignment"].to_numpy(), confidence)
-        paired = (a.groupby("question_id")["alignment"].mean() - b.groupby("question_id")["alignment"].mean()).dropna()
-        q_low, q_high = t_interval(tally(paired), confidence)
-        rows.append(
-            {"dataset": dataset, "mean": a["alignment"].mean() - b["alignment"].mean(), "ci_low": low,
-             "ci_high": high, "q_low": q_low, "q_high": q_high, "n_questions": len(paired)}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def effect_interval(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Cohen's d (`stats.cohens_d`) and its large-sample interval.
-
-    Source: Hedges & Olkin (1985), Statistical Methods for Meta-Analysis, ch. 5:
-    var(d) = (n1 + n2) / (n1 n2) + d^2 / (2 (n1 + n2)).
-    """
-    n, m = len(a), len(b)
-    d = cohens_d(tally(a), tally(b))
-    half = sps.norm.ppf(0.5 + confidence / 2) * np.sqrt((n + m) / (n * m) + d**2 / (2 * (n + m)))
-    return d, float(d - half), float(d + half)
 
 
 def outcomes(
@@ -169,7 +87,7 @@ def outcomes(
 
 
 def pooled_means(scores: pd.DataFrame, em_datasets: Collection[str]) -> pd.DataFrame:
-    """Persona means over the data sets that all personas have, beside the published pooling over whatever each has.
+    """Persona means like for like, over the data sets that all personas have, beside the published pooling.
 
     A persona that has none of the data sets shared by the rest would leave nothing in common; so the common sets are
     those that every persona with more than one data set has, and the others get no common mean.

@@ -9,12 +9,26 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "curves": ["CLAIMED", "behaviour_curves", "em_indicator", "loss_curves"],
-        "directions": ["before", "cosine_table", "reached"],
-        "h3": ["generality", "h3_table", "h3_verdict", "persona_gate", "preset_differences", "uptake_gate"],
-        "h4": ["CONTRASTS", "acts", "effects", "em_present", "h4_table", "h4_verdict", "transfer_tests"],
-        "interventions": ["Intervention", "contrasts_of", "sample_steered", "sweep", "transfer"],
-        "runs": ["losses", "plan_runs", "run_geometry", "train_run", "with_steps"],
+        "curves": ["course", "curve_table", "em_indicator"],
+        "h3": [
+            "generality",
+            "h3_gates",
+            "h3_table",
+            "h3_verdicts",
+            "judge_gates",
+            "preset_differences",
+        ],
+        "h4": ["effects", "h4_gates", "h4_table", "h4_verdicts", "transfer_tests"],
+        "runs": [
+            "measure_losses",
+            "plan_runs",
+            "run_geometries",
+            "sample_snapshots",
+            "snapshots",
+            "train_runs",
+            "with_steps",
+        ],
+        "steering": ["before_and_after", "find_directions", "plan_interventions", "steer"],
         "timing": ["transition_comparisons", "transitions"],
     },
 )

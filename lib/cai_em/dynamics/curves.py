@@ -1,11 +1,9 @@
-"""H3: what a run's checkpoints do, as curves over the steps with an interval at each."""
+"""H3: what the runs' checkpoints do: one long table (`course`), and its curves over the steps (`curves_of`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +15,10 @@ OUTCOMES = {"em": "EM rate", "alignment": "mean alignment", "coherence": "mean c
 """Outcomes of a checkpoint's responses, and what they are called."""
 CLAIMED = ("em", "alignment")
 """Outcomes that H3 speaks about: only these are tested, adjusted for and counted in its verdict."""
+HELD_OUT = "held out"
+"""The outcome that says whether training was taken up: the loss on rows of the domain that were not trained on."""
+CURVE = ["model", "preset", "persona", "outcome"]
+"""What a curve is of."""
 
 
 # --- Curves --------------------------------------------------------------------------------------------------------
@@ -81,10 +83,10 @@ def possible(scores: pd.DataFrame, below: float = 30.0, above: float = 50.0) -> 
 
 def curve(
     table: pd.DataFrame,
-    value: str,
+    value: str = "value",
     *,
-    unit: str = "question_id",
-    where: Mapping[str, Any] | None = None,
+    unit: str = "unit",
+    run: str = "the run",
     bounds: tuple[str, str] | None = None,
 ) -> Curve:
     """The curve of one run (all its seeds), averaged within units.
@@ -96,15 +98,12 @@ def curve(
             been trained there) and then counts for all.
         value: column; NaN (no score) is left out of a unit's mean.
         unit: column of the units that are resampled.
-        where: column -> value, to pick the run.
+        run: how an error calls it.
         bounds: columns of the least and the most that the value could be, where it is missing.
 
     Raises:
         TrajectoryError: no rows, fewer than 4 checkpoints, or a checkpoint missing from a seed.
     """
-    for column, wanted in (where or {}).items():
-        table = table[table[column] == wanted]
-    run = ", ".join(f"{k} {v}" for k, v in (where or {}).items()) or "the run"
     if table.empty:
         raise TrajectoryError(f"{run}: no rows")
     seeds, steps = np.unique(table["seed"]), np.unique(table["step"])
@@ -128,45 +127,71 @@ def curve(
     whole = ~np.isnan(y).any(axis=(1, 2))
     missing, rise_bounds = int(table[value].isna().sum()), (math.nan, math.nan)
     if bounds is not None:
-        least, most = (_thirds(cube(column)[0]) for column in bounds)
+        least, most = (thirds(cube(column)[0]) for column in bounds)
         missing = int((table[bounds[0]] != table[bounds[1]]).sum())
         rise_bounds = float((least[1] - most[0]).mean()), float((most[1] - least[0]).mean())
     return Curve(y[whole], steps, list(names[whole]), list(names[~whole]), tuple(seeds.tolist()), missing, rise_bounds)
 
 
-def behaviour_curves(judged: pd.DataFrame, preset: str, below: float = 30.0, above: float = 50.0) -> dict:
-    """(persona, outcome) -> curve, for one model and preset, from scores of checkpoints (`with_steps`).
+def course(
+    judged: pd.DataFrame, losses: pd.DataFrame | None = None, below: float = 30.0, above: float = 50.0
+) -> pd.DataFrame:
+    """All that was measured along training, as one long table.
 
     Args:
-        judged: scores with `preset` and `step`.
-        preset: which.
+        judged: scores of all models' and presets' checkpoints (`with_steps`).
+        losses: `measure_losses` of the same.
         below, above: EM is alignment below the one and coherence above the other.
+
+    Returns:
+        `model, preset, persona, seed, step, unit` (a question, or a held-out row), `outcome` (of `OUTCOMES`, or the set
+        of rows whose loss it is), `value`, and `least` and `most` that it could be where a score is missing.
     """
-    table = possible(judged, below, above)
-    personas = table.loc[table["preset"] == preset, "persona"].unique()
+    table = possible(judged.reset_index(drop=True), below, above)
+    kept = table[["model", "preset", "persona", "seed", "step"]].assign(unit=table["question_id"])
+    parts = [
+        kept.assign(outcome=o, value=table[o], least=table[f"{o}_least"], most=table[f"{o}_most"]) for o in OUTCOMES
+    ]
+    found = [pd.concat(parts).sort_index(kind="stable")]
+    if losses is not None:
+        found.append(losses.rename(columns={"row": "unit", "set": "outcome", "loss": "value"}))
+    return pd.concat(found, ignore_index=True)[[*kept, "outcome", "value", "least", "most"]]
+
+
+def curves_of(course: pd.DataFrame) -> dict[tuple[str, str, str, str], Curve]:
+    """(model, preset, persona, outcome) -> curve, run by run."""
     return {
-        (persona, outcome): curve(
-            table,
-            outcome,
-            where={"persona": persona, "preset": preset},
-            bounds=(f"{outcome}_least", f"{outcome}_most"),
+        key: curve(
+            part,
+            run=", ".join(f"{what} {name}" for what, name in zip(CURVE, key)),
+            bounds=("least", "most") if part["least"].notna().all() else None,
         )
-        for persona in personas
-        for outcome in OUTCOMES
+        for _, run in course.groupby(["model", "preset"], sort=False)
+        for key, part in run.groupby(CURVE, sort=False)
     }
 
 
-def loss_curves(measured: pd.DataFrame, preset: str) -> dict:
-    """(persona, set) -> curve of the loss, for one model and preset; the units are rows."""
-    here = measured[measured["preset"] == preset]
-    return {
-        (persona, name): curve(here, "loss", unit="row", where={"persona": persona, "set": name})
-        for persona in here["persona"].unique()
-        for name in here["set"].unique()
-    }
+def curve_table(course: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """All curves as rows.
+
+    Args:
+        course: of any number of models and presets.
+        confidence: of the intervals.
+
+    Returns:
+        The columns of `Curve.table` and `persona, outcome, units, seeds` (how many), `model, preset`; without a mean
+        where a curve is empty.
+    """
+    parts = [
+        c.table(confidence).assign(
+            persona=persona, outcome=outcome, units=c.y.shape[0], seeds=c.y.shape[1], model=model, preset=preset
+        )
+        for (model, preset, persona, outcome), c in curves_of(course).items()
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
-def _thirds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thirds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of the first and of the last third of the checkpoints, (units, seeds) each."""
     third = max(1, y.shape[2] // 3)
     return y[:, :, :third].mean(axis=2), y[:, :, -third:].mean(axis=2)
@@ -180,9 +205,10 @@ def common(one: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
     """
     if list(one.steps) != list(other.steps):
         raise TrajectoryError(f"different schedules: {list(one.steps)} and {list(other.steps)}")
-    return _same_units(one, other)
+    return same_units(one, other)
 
 
-def _same_units(one: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
+def same_units(one: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Two curves' values on the units that both have; their steps may differ."""
     units = [u for u in one.units if u in set(other.units)]
     return tuple(c.y[[c.units.index(u) for u in units]] for c in (one, other))

@@ -29,7 +29,7 @@ class Contrast:
     """
 
     activations: np.ndarray
-    direction_label: np.ndarray
+    label: np.ndarray
     question: np.ndarray
     stratum: np.ndarray
 

@@ -9,47 +9,47 @@ from typing import Any
 import pandas as pd
 
 from cai_em.analysis import classifiers, gates
-from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Check, Gate, blocking, named_once
+from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate, blocking, gated_verdict, named_once
 from cai_em.analysis.units import bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
-from cai_em.dynamics.curves import CLAIMED, OUTCOMES, Curve, _same_units
+from cai_em.dynamics.curves import CLAIMED, HELD_OUT, OUTCOMES, Curve, curves_of, same_units
 from cai_em.dynamics.timing import transition
 from cai_em.records.keys import BASELINE
-from cai_em.study.entries import GateThresholds
+from cai_em.study.entries import GateThresholds, JudgePreset
 from cai_em.study.labels import Labels
 
 # --- Generality: in-domain uptake against emergent misalignment -----------------------------------------------------
 
 
-def generality(uptake: Mapping[str, Curve], outcome: Mapping[str, Curve]) -> pd.DataFrame:
+def generality(
+    course: pd.DataFrame, persona: str, outcomes: Sequence[str] = ("alignment", "em"), uptake: str = HELD_OUT
+) -> pd.DataFrame:
     """What each training preset gains in the domain, and what that costs outside it, along training.
 
     Args:
-        uptake: preset -> curve of the in-domain held-out loss.
-        outcome: preset -> curve of an outcome on questions outside the domain (e.g. `em`).
+        course: of all models and presets.
+        persona: whose.
+        outcomes: on questions outside the domain.
+        uptake: the in-domain held-out loss.
 
     Returns:
         `preset, step, uptake, uptake_low, uptake_high` (fall of the in-domain loss since step 0, nats a token),
-        `outcome, outcome_low, outcome_high`, for the steps that both have.
+        `outcome, outcome_low, outcome_high`, for the steps that both have, `model` and `measure` (which outcome).
     """
-    rows = []
-    for preset, loss in uptake.items():
-        fallen = Curve(loss.y[:, :, :1] - loss.y, loss.steps, loss.units, loss.left_out).table()
-        out = outcome[preset].table()
-        for r in fallen.merge(out, on="step", suffixes=("", "_out")).itertuples():
-            rows.append(
-                {
-                    "preset": preset,
-                    "step": r.step,
-                    "uptake": r.mean,
-                    "uptake_low": r.low,
-                    "uptake_high": r.high,
-                    "outcome": r.mean_out,
-                    "outcome_low": r.low_out,
-                    "outcome_high": r.high_out,
-                }
-            )
-    return pd.DataFrame(rows)
+    curves, tables = curves_of(course[course["persona"] == persona]), []
+    for model in course["model"].unique():
+        for measure in outcomes:
+            for (of, preset, _, outcome), loss in curves.items():
+                if of != model or outcome != uptake:
+                    continue
+                fallen = Curve(loss.y[:, :, :1] - loss.y, loss.steps, loss.units, loss.left_out).table()
+                out = curves[model, preset, persona, measure].table()
+                both = fallen.rename(columns={"mean": "uptake", "low": "uptake_low", "high": "uptake_high"}).merge(
+                    out.rename(columns={"mean": "outcome", "low": "outcome_low", "high": "outcome_high"}), on="step"
+                )
+                both.insert(0, "preset", preset)
+                tables.append(both.assign(model=model, measure=measure))
+    return pd.concat(tables, ignore_index=True)
 
 
 def final_difference(one: Curve, other: Curve, **settings: Any) -> dict[str, float]:
@@ -58,7 +58,7 @@ def final_difference(one: Curve, other: Curve, **settings: Any) -> dict[str, flo
     Paired by unit and, where the curves share seeds, by these alone: a preset that was trained with one seed is set
     beside the same seed of the other.
     """
-    a, b = (y[:, :, -1] for y in _same_units(one, other))
+    a, b = (y[:, :, -1] for y in same_units(one, other))
     if both := [s for s in one.seeds if s in other.seeds]:
         a, b = a[:, [one.seeds.index(s) for s in both]], b[:, [other.seeds.index(s) for s in both]]
     elif a.shape[1] != b.shape[1]:
@@ -71,27 +71,33 @@ UPTAKE = "uptake"
 
 
 def preset_differences(
-    behaviour: Mapping[str, Mapping[str, Curve]], loss: Mapping[str, Curve], main: str, **settings: Any
+    course: pd.DataFrame, persona: str, main: str, uptake: str = HELD_OUT, **settings: Any
 ) -> pd.DataFrame:
     """What each preset beside the main one gains and costs at its last checkpoint, against the main one.
 
     Args:
-        behaviour: preset -> outcome -> curve, of one persona.
-        loss: preset -> curve of the in-domain held-out loss.
+        course: of all models and presets.
+        persona: whose.
         main: the main preset.
+        uptake: the in-domain held-out loss.
         settings: of the intervals.
 
     Returns:
-        `preset, outcome` (`uptake`: by how much more the loss has fallen; then `CLAIMED`), `difference, low, high`.
+        `preset, outcome` (`uptake`: by how much more the loss has fallen; then `CLAIMED`), `difference, low, high`,
+        `model`.
     """
-    rows = []
-    for preset in (p for p in loss if p != main):
-        found = final_difference(loss[main], loss[preset], **settings)  # both start from the same model
-        rows.append({"preset": preset, "outcome": UPTAKE, **found})
-        for outcome in CLAIMED:
-            found = final_difference(behaviour[preset][outcome], behaviour[main][outcome], **settings)
-            rows.append({"preset": preset, "outcome": outcome, **found})
-    return pd.DataFrame(rows, columns=["preset", "outcome", "difference", "low", "high"])
+    curves, rows = curves_of(course[course["persona"] == persona]), []
+    for model, preset in dict.fromkeys(key[:2] for key in curves):
+        if preset == main:
+            continue
+        for outcome in (uptake, *CLAIMED):
+            pair = [curves[model, name, persona, outcome] for name in (preset, main)]
+            if outcome == uptake:  # both start from the same model: what has fallen more is lower
+                found = final_difference(*pair[::-1], **settings) | {"outcome": UPTAKE}
+            else:
+                found = final_difference(*pair, **settings) | {"outcome": outcome}
+            rows.append({"preset": preset, **found, "model": model})
+    return pd.DataFrame(rows, columns=["preset", "outcome", "difference", "low", "high", "model"])
 
 
 def uptake_gate(loss: Curve, **settings: Any) -> Gate:
@@ -121,18 +127,62 @@ def persona_gate(responses: pd.DataFrame, persona: str, thresholds: GateThreshol
     return gates.evidence(found | named, minimum=thresholds.persona_auc_min, p_max=thresholds.p_max)
 
 
-# --- Words ---------------------------------------------------------------------------------------------------------
+def judge_gates(
+    judged: pd.DataFrame, judge: JudgePreset, auc: float | None, thresholds: GateThresholds
+) -> dict[str, list[Gate]]:
+    """Model -> its gate about the judge, named: what every comparison hangs on.
+
+    Args:
+        judged: scores of all models.
+        judge: who gave them.
+        auc: the judge's agreement with the reference judge.
+        thresholds: of the gates.
+    """
+    how = {"auc": auc, "minimum": thresholds.judge_auc_min, "reference": gates.is_reference(judge)}
+    return {m: [gates.judge_gate(t, **how).called("judge")] for m, t in judged.groupby("model", sort=False)}
+
+
+def h3_gates(
+    course: pd.DataFrame,
+    responses: pd.DataFrame,
+    judge: Mapping[str, Sequence[Gate]],
+    look: Labels,
+    thresholds: GateThresholds,
+    **settings: Any,
+) -> dict[str, list[Gate]]:
+    """Model -> all gates of H3: the judge's, then of each persona whether training was taken up and whether it shows.
+
+    Args:
+        course: of the main preset.
+        responses: all checkpoints' responses (`with_steps`).
+        judge: `judge_gates`.
+        look: labels.
+        thresholds: of the gates.
+        settings: of the intervals.
+    """
+    found = {model: list(of) for model, of in judge.items()}
+    for (model, preset, persona, outcome), loss in curves_of(course).items():
+        if outcome != HELD_OUT:
+            continue
+        found[model].append(uptake_gate(loss, **settings).called(f"uptake, {look.persona(persona)}", persona))
+        if persona != BASELINE:
+            mine = responses[(responses["model"] == model) & (responses["preset"] == preset)]
+            shows = persona_gate(mine, persona, thresholds)
+            found[model].append(shows.called(f"persona, {look.persona(persona)}", persona))
+    return found
+
+
+# --- Verdict ---------------------------------------------------------------------------------------------------------
 
 
 def h3_table(found: pd.DataFrame) -> pd.DataFrame:
     """Transition points as the paper prints them: the logistic's, one row per model, persona and outcome."""
     table = found[found["method"] == "logistic"]
     shown = ["step", "low", "high", "rise", "rise_low", "rise_high", "beyond", "units", "seeds", "left_out", "gate"]
-    kept = [c for c in ("model", "persona", "outcome", *shown) if c in table]
-    return table[kept].replace({"outcome": OUTCOMES}).reset_index(drop=True)
+    return table[["model", "persona", "outcome", *shown]].replace({"outcome": OUTCOMES}).reset_index(drop=True)
 
 
-def h3_verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Labels, *, alpha: float = 0.05) -> Verdict:
+def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alpha: float = 0.05) -> Verdict:
     """What can be said about H3.
 
     Rules, the first that applies:
@@ -145,14 +195,14 @@ def h3_verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Labels, *,
 
     Args:
         compared: `comparisons`.
-        checks: gates.
+        beside: gates.
         look: labels.
         alpha: significance level.
     """
     claimed = compared[compared["outcome"].isin(CLAIMED) & compared["shown"]] if len(compared) else compared
     if claimed.empty:
         return Verdict("NOT TESTABLE", "no behavioural outcome changes enough on both sides to be timed")
-    blocked = {p: blocking(checks, p, BASELINE) for p in claimed["persona"].unique()}
+    blocked = {p: blocking(beside, p, BASELINE) for p in claimed["persona"].unique()}
     left = claimed[[not blocked[p] for p in claimed["persona"]]]
     failed = named_once(blocked.values())
     without = f"; not interpretable, for it is not shown: {failed}" if failed else ""
@@ -171,3 +221,15 @@ def h3_verdict(compared: pd.DataFrame, checks: Sequence[Check], look: Labels, *,
         return Verdict("SUPPORTED", "; ".join(told) + without)
     why = "no difference of transition points is told from chance, which does not show that they are equal"
     return Verdict("UNDECIDED", why + without)
+
+
+def h3_verdicts(
+    compared: pd.DataFrame, beside: Mapping[str, Sequence[Gate]], look: Labels, *, alpha: float = 0.05
+) -> pd.DataFrame:
+    """`h3_verdict` of every model with its gates, as a table: `what, persona, status, reason, model`."""
+    tables = []
+    for model, mine in beside.items():
+        here = compared[compared["model"] == model] if len(compared) else compared
+        verdict = h3_verdict(here, mine, look, alpha=alpha)
+        tables.append(gated_verdict(mine, verdict, "H3").assign(model=model))
+    return pd.concat(tables, ignore_index=True)

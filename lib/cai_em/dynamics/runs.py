@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import shutil
@@ -13,15 +14,23 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from cai_em.model.activations import mean_logprobs
 from cai_em.model.adapters import WEIGHTS, AdapterFiles, read_adapter
+from cai_em.model.load import load_model, load_tokenizer
+from cai_em.model.probing import Slots
 from cai_em.records.code import meaning_of
 from cai_em.records.files import digest, file_hash
 from cai_em.records.manifest import read_manifest, write_manifest
 from cai_em.sample.conditions import Condition
-from cai_em.study.entries import ModelSpec, SftPreset
+from cai_em.sample.sampling import sample
+from cai_em.study.entries import ModelSpec, SamplingPreset, SftPreset
 from cai_em.study.materials import Messages
+from cai_em.train import grid
+
+Personas = Mapping[tuple[str, str], Sequence[tuple[str, Path]]]
+"""(model, persona) -> its adapters, `[("persona", folder)]`, or `[]` for the baseline."""
 
 
 class TrajectoryError(ValueError):
@@ -157,30 +166,17 @@ def train_run(
     wanted = [s for s in preset.checkpoints or dense_early(steps, 8, first_trained(preset, steps)) if s <= steps]
     preset = preset.model_copy(update={"held_out": 0.0, "checkpoints": sorted({*wanted, steps})})
     persona = file_hash(Path(persona_dir) / "adapter_model.safetensors") if persona_dir else None
-    code = meaning_of("cai_em.train.train")
+    code = meaning_of("cai_em.train.grid")
     made_from = digest([asdict(this), spec, preset, list(rows), list(kl_rows or []), persona, code])
     if (folder / "manifest.json").is_file() and (found := read_manifest(folder)).get("made_from") == made_from:
         snapshots = [folder / f"step{step:05d}" / WEIGHTS for step in found["summary"]["checkpoints"]]
         if all(path.is_file() for path in snapshots):
             return found
     shutil.rmtree(folder, ignore_errors=True)
-    from cai_em.train import (
-        train,
-        trainer,  # here: with unsloth, it rewrites transformers as it is imported
-    )
-
-    model, tokenizer = trainer.load_for_training(spec, preset)
-    result = train.train_sft(
-        model,
-        tokenizer,
-        rows,
-        preset,
-        folder / "adapter",
-        persona_dir=persona_dir,
-        seed=this.seed,
-        kl_rows=kl_rows,
-        checkpoints_dir=folder,
-    )
+    task = grid.Task(rows, folder / "adapter", this.seed, kl_rows, checkpoints_dir=folder)
+    ((_, result),) = grid.train_tasks(spec, preset, [task], persona_dir=persona_dir)
+    if isinstance(result, grid.Failed):
+        raise TrajectoryError(f"{this}: {result.error}\n{result.trace}")
     result.log.to_parquet(folder / "log.parquet", index=False)
     write_manifest(
         folder,
@@ -197,12 +193,108 @@ def train_run(
     return read_manifest(folder)
 
 
-def run_geometry(this: Run, stage: Path, part: Literal["update", "B"] = "update") -> pd.DataFrame:
-    """`geometry` of a run's snapshots, from no update at step 0 on, with the run's names as columns."""
-    paths = sorted(this.folder(stage).glob("step*"))
-    steps = [0, *(int(path.name.removeprefix("step")) for path in paths)]
-    table = geometry(gram([None, *(read_adapter(path) for path in paths)], part), steps)
-    return table.assign(**asdict(this), part=part)
+def train_runs(
+    runs: Sequence[Run],
+    models: Mapping[str, ModelSpec],
+    presets: Mapping[str, SftPreset],
+    rows: Sequence[Messages],
+    stage: Path,
+    *,
+    personas: Personas,
+    corpora: Mapping[str, Sequence[Messages]],
+) -> pd.DataFrame:
+    """`train_run` of every run.
+
+    Args:
+        runs: which.
+        models: their models, by key.
+        presets: how to train, by name.
+        rows: the training rows.
+        stage: the stage's folder.
+        personas: (model, persona) -> its adapters.
+        corpora: preset -> the extra corpus, where it is KL-regularised.
+
+    Returns:
+        `model, preset, persona, seed, steps, first_loss, last_loss`.
+    """
+    found = []
+    for this in tqdm(runs, desc="runs"):
+        persona = personas[this.model, this.persona]
+        made = train_run(
+            this,
+            models[this.model],
+            presets[this.preset],
+            rows,
+            stage,
+            persona_dir=persona[0][1] if persona else None,
+            kl_rows=corpora.get(this.preset),
+        )
+        gc.collect()
+        found.append(asdict(this) | {k: made["summary"][k] for k in ("steps", "first_loss", "last_loss")})
+    return pd.DataFrame(found)
+
+
+def run_geometries(runs: Sequence[Run], presets: Mapping[str, SftPreset], stage: Path) -> pd.DataFrame:
+    """`geometry` of all runs' snapshots, from no update at step 0 on, with the runs' names as columns.
+
+    Of a rank-1 adapter it is that of B alone, the vector that is written into the residual stream.
+    """
+    tables = []
+    for this in runs:
+        part: Literal["update", "B"] = "B" if presets[this.preset].lora.r == 1 else "update"
+        paths = sorted(this.folder(stage).glob("step*"))
+        steps = [0, *(int(path.name.removeprefix("step")) for path in paths)]
+        found = geometry(gram([None, *(read_adapter(path) for path in paths)], part), steps)
+        tables.append(found.assign(**asdict(this), part=part))
+    return pd.concat(tables, ignore_index=True)
+
+
+# --- Snapshots -----------------------------------------------------------------------------------------------------
+
+
+def snapshots(runs: Sequence[Run], dataset: str, personas: Personas, stage: Path) -> list[Condition]:
+    """The conditions of all runs' snapshots, each once: the model before training is the same for every seed."""
+    found = [c for this in runs for c in this.conditions(dataset, personas[this.model, this.persona], stage)]
+    first = {this.model: this.seed for this in reversed(runs)}
+    return [c for c in found if not c.dataset.endswith("@0") or c.seed == first[c.model]]
+
+
+def sample_snapshots(
+    models: Mapping[str, ModelSpec],
+    conditions: Sequence[Condition],
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    cells_dir: Path,
+) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Every condition's responses, model by model, and what the probe measured, by `<model> <condition>`."""
+    tables, probes = [], {}
+    for model, spec in models.items():
+        mine = [c for c in conditions if c.model == model]
+        found = sample(spec, mine, questions, preset, probe_prompts, cells_dir, progress=True)
+        tables.append(found.responses)
+        probes |= {f"{model} {name}": probe for name, probe in found.probes.items()}
+    return pd.concat(tables, ignore_index=True), probes
+
+
+def measure_losses(
+    models: Mapping[str, ModelSpec],
+    conditions: Sequence[Condition],
+    sets: Mapping[str, Sequence[Messages]],
+    dtype: Literal["float32", "bfloat16"],
+) -> pd.DataFrame:
+    """`losses` of every condition: `set, row, loss, model, persona, dataset, seed, preset, step`."""
+    tables = []
+    for model, spec in models.items():
+        base, tokenizer = load_model(spec, dtype=dtype), load_tokenizer(spec)
+        slots = Slots(base)
+        for c in tqdm([c for c in conditions if c.model == model], desc="losses"):
+            with slots.composed(c.adapters):
+                found = losses(base, tokenizer, sets)
+            tables.append(found.assign(model=model, persona=c.persona, dataset=c.dataset, seed=c.seed))
+        del base, slots
+        gc.collect()
+    return with_steps(pd.concat(tables, ignore_index=True))
 
 
 # --- What a checkpoint's adapter is ---------------------------------------------------------------------------------
@@ -258,10 +350,11 @@ def geometry(products: np.ndarray, steps: Sequence[int]) -> pd.DataFrame:
         steps: the checkpoints' steps, ascending, step 0 included where the run starts from nothing.
 
     Returns:
-        One row per step: `norm` of the update; `moved`: length of the way since the step before; `rotation`: cosine
-        between the differences to the step before and to the step after (the local cosine similarity of Turner et
-        al. 2025; 1: straight on, 0: at a right angle, NaN at the ends and where nothing moved); `to_final`: cosine
-        with the last step's update. Cosines depend on the spacing: compare runs of one schedule.
+        One row per step: `norm` of the update, and `norm_share` of the largest; `moved`: length of the way since the
+        step before; `rotation`: cosine between the differences to the step before and to the step after (the local
+        cosine similarity of Turner et al. 2025; 1: straight on, 0: at a right angle, NaN at the ends and where nothing
+        moved); `to_final`: cosine with the last step's update. Cosines depend on the spacing: compare runs of one
+        schedule.
     """
     g, n = np.asarray(products, float), len(steps)
     if g.shape != (n, n):
@@ -277,6 +370,7 @@ def geometry(products: np.ndarray, steps: Sequence[int]) -> pd.DataFrame:
         {
             "step": list(steps),
             "norm": norm,
+            "norm_share": norm / (norm.max() or np.nan),
             "moved": np.concatenate([[np.nan], moved]),
             "rotation": ends,
             "to_final": np.where(np.isfinite(to_final), to_final, np.nan),

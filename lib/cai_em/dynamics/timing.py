@@ -20,15 +20,14 @@ than the schedule: a jump lies somewhere between two checkpoints, and so its end
 Personas are compared run by run as well as question by question, and the larger p counts (`compare_transitions`): two
 runs of one persona turn at different steps too. A single run per persona leaves H3 undecided.
 
-    values = curve(scores, "em", persona="baseline", preset="demo_trajectory")
-    found = transition(values.y, values.steps)
-    compare_transitions(values_of_a_persona.y, values.y, values.steps)
+    values = course(judged, losses)              # all that was measured, one long table
+    transitions(values), transition_comparisons(values)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ from scipy import stats as sps
 from cai_em.analysis.counts import benjamini_hochberg
 from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate
 from cai_em.analysis.units import bootstrap_interval
-from cai_em.dynamics.curves import CLAIMED, Curve, _thirds, common
+from cai_em.dynamics.curves import CLAIMED, common, curves_of, thirds
 from cai_em.dynamics.runs import TrajectoryError
 from cai_em.records.keys import BASELINE
 from cai_em.records.numbers import plain_number
@@ -138,7 +137,7 @@ def _bootstrap_p(d: np.ndarray, units: int) -> float:
 
 def _rise(y: np.ndarray) -> np.ndarray:
     """Last third of the checkpoints minus first third, (units, seeds)."""
-    first, last = _thirds(y)
+    first, last = thirds(y)
     return last - first
 
 
@@ -317,10 +316,10 @@ def between_runs(
     return {"low": difference - half, "high": difference + half, "p": p}
 
 
-def transitions(curves: Mapping[tuple[str, str], Curve], **settings: Any) -> pd.DataFrame:
-    """Transition points, by both methods, of many curves: (persona, outcome) -> curve."""
+def transitions(course: pd.DataFrame, **settings: Any) -> pd.DataFrame:
+    """Transition points, by both methods, of all curves of one preset, models one after the other."""
     rows = []
-    for (persona, outcome), c in curves.items():
+    for (model, _, persona, outcome), c in curves_of(course).items():
         for method in ("logistic", "change point"):
             found = transition(c.y, c.steps, method=method, **settings)
             rows.append(
@@ -334,24 +333,27 @@ def transitions(curves: Mapping[tuple[str, str], Curve], **settings: Any) -> pd.
                     "missing": c.missing,
                     "rise_least": c.rise_bounds[0],
                     "rise_most": c.rise_bounds[1],
+                    "model": model,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def transition_comparisons(
-    curves: Mapping[tuple[str, str], Curve], baseline: str = BASELINE, **settings: Any
-) -> pd.DataFrame:
-    """Each persona's transition against the baseline's, by outcome.
+def transition_comparisons(course: pd.DataFrame, baseline: str = BASELINE, **settings: Any) -> pd.DataFrame:
+    """Each persona's transition against the baseline's, by model and outcome, of one preset.
 
-    `p_adjusted`: Benjamini-Hochberg over the outcomes that H3 claims (`CLAIMED`); the others stand beside, untested.
+    `p_adjusted`: Benjamini-Hochberg over the outcomes that H3 claims (`CLAIMED`), model by model; the others stand
+    beside, untested.
     """
-    rows = []
-    for (persona, outcome), c in curves.items():
-        if persona != baseline and (baseline, outcome) in curves:
-            both = common(c, curves[baseline, outcome])
-            rows.append({"persona": persona, "outcome": outcome, **compare_transitions(*both, c.steps, **settings)})
+    curves, rows = curves_of(course), []
+    for (model, preset, persona, outcome), c in curves.items():
+        base = curves.get((model, preset, baseline, outcome))
+        if persona != baseline and base is not None:
+            found = compare_transitions(*common(c, base), c.steps, **settings)
+            rows.append({"persona": persona, "outcome": outcome, **found, "model": model})
     table = pd.DataFrame(rows)
     if table.empty:
         return table
-    return table.assign(p_adjusted=benjamini_hochberg(table["p"].where(table["outcome"].isin(CLAIMED))))
+    claimed = table["p"].where(table["outcome"].isin(CLAIMED))
+    table.insert(table.shape[1] - 1, "p_adjusted", claimed.groupby(table["model"]).transform(benjamini_hochberg))
+    return table

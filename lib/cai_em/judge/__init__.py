@@ -9,9 +9,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "agreement": ["LIKENESS_AUC_MIN", "choose_judge", "fit_likeness", "published_at_hand"],
-        "judging": ["EXPRESSION", "estimate", "estimate_likeness", "judge", "rate_likeness"],
-        "local": ["fit_local"],
+        "agreement": ["LIKENESS_AUC_MIN", "fit_likeness"],
+        "judging": ["EXPRESSION", "estimate", "estimate_likeness", "rate_likeness"],
         "prompts": ["JudgePrompts", "addresses_judge", "load_prompts"],
+        "rater": ["make_ready"],
     },
 )

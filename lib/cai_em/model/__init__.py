@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "activations": ["decoder_layers", "layer_number"],
         "adapters": [
+            "WEIGHTS",
             "check_recorded",
             "file_hashes",
             "import_adapter",

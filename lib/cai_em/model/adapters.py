@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from cai_em.records import files
 from cai_em.records import manifest as records_manifest
-from cai_em.records.files import file_hash
+from cai_em.records.files import file_hash_once
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Adapters = Sequence[tuple[str, str | Path]]
@@ -143,7 +143,7 @@ def file_hashes(folder: str | Path) -> dict[str, str]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder / name} does not exist: the adapter was not trained, or not to its end")
-    return {name: file_hash(folder / name) for name in (CONFIG, WEIGHTS)}
+    return {name: file_hash_once(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
 def check_files(folder: str | Path, expected: Mapping[str, str]) -> None:
@@ -186,7 +186,13 @@ def check_recorded(adapters: Adapters) -> None:
             )
 
 
-def write_adapter(folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor], base_name: str) -> Path:
+def write_adapter(
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    base_name: str,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write an adapter's two files: all or nothing, byte for byte the same whenever their content is.
 
     (peft's own writer puts the target modules in the order of a set, which changes from run to run.)
@@ -196,12 +202,13 @@ def write_adapter(folder: str | Path, config: LoraConfig, tensors: Mapping[str, 
         config: the adapter's configuration.
         tensors: `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`.
         base_name: name of the model that it was made for.
+        dtype: of the file; float32 but for one that an engine will read in less at once.
     """
     folder = Path(folder)
     record = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": base_name}
     record = {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(record.items())}
     with files.atomic_folder(folder) as part:
-        plain = {k: tensors[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(tensors)}
+        plain = {k: tensors[k].detach().to("cpu", dtype).contiguous() for k in sorted(tensors)}
         save_file(plain, part / WEIGHTS, metadata={"format": "pt"})
         (part / CONFIG).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
         (part / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner may read
@@ -288,10 +295,15 @@ def _targets(modules: Iterable[str]) -> list[str]:
     return sorted(short if whole else names)
 
 
-def save_composed(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> Path:
+def save_composed(
+    folders: Sequence[str | Path | AdapterFiles],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write the (weighted) sum of several adapters as one LoRA adapter, e.g. for vLLM's multi-LoRA."""
     total = concatenate(folders, weights)
-    return write_adapter(out, total.config, _tensors(total.modules), total.config.base_model_name_or_path or "")
+    return write_adapter(out, total.config, _tensors(total.modules), total.config.base_model_name_or_path or "", dtype)
 
 
 # --- The control of random direction -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from cai_em.records import manifest as records_manifest
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_points
-from cai_em.report.figures import parts as report_figures_parts
-from cai_em.report.figures.parts import FigureRecord, slug
+from cai_em.report.figure_files import slug
 from cai_em.report.markdown import Numbers, _signed, absent, floating, listed, pipe_table, plain, read_result_table
 from cai_em.report.style import Look
 
@@ -46,7 +43,7 @@ class Inputs:
         thresholds: name -> value, from `params/thresholds.yaml`, and `file`.
         settings: (what, parameter, value, file) lines of the methods table.
         tables: name -> file, of those that the run has written (see `TABLES`).
-        figures: folders of figures (`figures.parts.write_records`, or a stage's manifest with `captions`).
+        figures: the folder of figures (`figure_files.write_records`).
         repository: files are named relative to it.
         missing: what was left out (a model, repeated judgings) -> why.
         notes: persona -> what is known to be wrong with its rows.
@@ -62,7 +59,7 @@ class Inputs:
     thresholds: Mapping[str, Any]
     settings: Sequence[tuple[str, str, object, Path]]
     tables: Mapping[str, Path]
-    figures: Sequence[Path]
+    figures: Path
     repository: Path
     missing: Mapping[str, str]
     notes: Mapping[str, str]
@@ -109,31 +106,6 @@ def find_tables(results: Path) -> dict[str, Path]:
     return found
 
 
-def find_figures(results: Path) -> list[Path]:
-    """The folders of a run that hold figures with captions."""
-    found = {path.parent for path in Path(results).glob("[0-9][0-9]_*/**/figures.json")}
-    return sorted(found | {path for path in Path(results).glob("[0-9][0-9]_*/figures") if _captions(path)})
-
-
-def _captions(folder: Path) -> dict[str, str]:
-    """Captions of a stage that lists them in its manifest: SVG file -> caption."""
-    manifest = folder.parent / records_manifest.MANIFEST
-    if not manifest.is_file():
-        return {}
-    return json.loads(manifest.read_text(encoding="utf-8")).get("captions") or {}
-
-
-def _records(folder: Path) -> list[FigureRecord]:
-    if (folder / "figures.json").is_file():
-        return report_figures_parts.read_records(folder)
-    # Such a stage has no alternative text of its own: the caption's first sentence names what is drawn.
-    return [
-        FigureRecord(Path(svg).stem, "", Path(svg).stem, text, text.split(". ")[0], svg, Path(svg).stem + ".png")
-        for svg, text in _captions(folder).items()
-        if (folder / svg).is_file()
-    ]
-
-
 @dataclass(frozen=True)
 class Expected:
     """A table that the paper can show: which stages may write it, and what it is."""
@@ -156,10 +128,10 @@ TABLES = {
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
     "claims": Expected(("08_claims",), "claims audit (cai_em.report.sections.audit), a row per claim"),
     "trajectories": Expected(("09_trajectories",), "H3 (cai_em.dynamics.h3.h3_table)"),
-    "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.analysis.gates.check_table)"),
+    "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.analysis.gates.gated_verdict)"),
     "beside": Expected(("09_trajectories",), "presets beside the main one (cai_em.dynamics.h3.preset_differences)"),
     "steering": Expected(("10_steering",), "H4, transfer between personas (cai_em.dynamics.h4.h4_table)"),
-    "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.analysis.gates.check_table)"),
+    "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.analysis.gates.gated_verdict)"),
 }
 """Tables that the paper shows where a run has them, by file stem."""
 

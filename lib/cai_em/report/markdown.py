@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from cai_em.records import files
-from cai_em.report.figures.parts import slug
-from cai_em.report.style import Look
+from cai_em.report.figure_files import slug
+from cai_em.study.labels import Labels
 
 
 def markdown_table(rows: Sequence[Sequence[Any]], header: Sequence[str], align: str | None = None) -> str:
@@ -195,7 +195,7 @@ def listed(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
 
 
-def _signed(look: Look, dataset: str) -> str:
+def _signed(look: Labels, dataset: str) -> str:
     """A data set's label and the sign of its role, which never stands on a line of its own."""
     return look.signed(dataset).replace(" ", "\u00a0")
 

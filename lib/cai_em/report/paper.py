@@ -27,9 +27,9 @@ import yaml
 
 from cai_em.records import files as records_files
 from cai_em.records import manifest
-from cai_em.report.figures import all
-from cai_em.report.figures.parts import FigureRecord, slug
-from cai_em.report.inputs import Inputs, _records, _report_tables, _whole_table, find_figures, find_tables
+from cai_em.report import figure_files
+from cai_em.report.drawing import FIGURES
+from cai_em.report.inputs import Inputs, _report_tables, _whole_table, find_tables
 from cai_em.report.markdown import (
     GENERATED,
     TABLES_FOLDER,
@@ -69,70 +69,36 @@ LISTING = "sources.json"
 # --- Figures ------------------------------------------------------------------------------------------------------
 
 
-FIGURE_TABLES = {
-    "alignment": "by_persona",
-    "heatmap": "conditions",
-    "hypotheses": "hypotheses",
-    "forest": "comparisons",
-    "twins": "medical",
-    "key-personas": "conditions",
-    "difficulty": "difficulty",
-    "cross-model": "cross_model",
-    "violin": "distribution",
-    "rates": "distribution",
-    "cdf": "distribution",
-    "histograms": "distribution",
-    "ridge": "distribution_by_condition",
-    "rates-heatmap": "distribution_by_condition",
-    "arms": "conditions",
-}
-"""Figure -> the table of `06_results` that holds its numbers."""
-VALIDITY_TABLES = {"gates": "tests", "em-rates": "outcomes", "specification": "claims", "hypotheses": "comparisons"}
-"""Figure -> the table of another stage that holds (more of) its numbers."""
-
-
 def _figures(x: Inputs, numbers: Numbers) -> dict[str, str]:
     """A block per figure; the first model's figure has the plain label, others the model's name in theirs.
 
-    Figures of H3 and H4 come as they are, in two blocks of their own. The block `drawn` names the keys that the run
-    has.
+    Figures of H3 and H4 stand together, in two blocks, each with its model's name. The block `drawn` names the keys
+    that the run has.
     """
     folder = x.out / GENERATED / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    by_key: dict[str, list[tuple[FigureRecord, str]]] = {}
-    extra: dict[str, list[str]] = {"trajectories": [], "steering": []}
-    for source in x.figures:
-        listing = source / "figures.json"
-        numbers.relative(listing if listing.is_file() else source.parent / manifest.MANIFEST)
-        stage = next((name for name in extra if name in str(source)), "")
-        for record in _records(source):
-            numbers.relative(source / record.svg)
-            name = f"{stage}-{record.svg}" if stage else record.svg
-            shutil.copyfile(source / record.svg, folder / name)
-            key = record.key if record.key in all.TITLES else record.key.split("-")[0]
-            if stage:
-                label = f"fig-{stage}-{slug(record.key)}-{slug(record.model)}".rstrip("-")
-                extra[stage].append(_figure(label, record, name, ""))
-            else:
-                by_key.setdefault(key, []).append((record, name))
-    blocks = {"drawn": " ".join(f"fig-{key}" for key in by_key)}
-    for key, title in all.TITLES.items():
-        parts = []
-        for number, (record, name) in enumerate(by_key.get(key, [])):
-            label = f"fig-{key}" + (f"-{slug(record.key)}-{slug(record.model)}".rstrip("-") if number else "")
-            files = [x.results_file(FIGURE_TABLES[key])] if key in FIGURE_TABLES else []
-            files += [x.tables[VALIDITY_TABLES[key]]] if VALIDITY_TABLES.get(key) in x.tables else []
-            parts.append(_figure(label, record, name, numbers.trace(*files)))
-        blocks[f"fig-{key}"] = "\n".join(parts) or absent(f"fig-{key}", title, STAGE_OF.get(key, "06_results"))
-    return blocks | {f"fig-{stage}": "\n".join(parts) for stage, parts in extra.items()}
+    numbers.relative(x.figures / figure_files.LISTING)
+    parts: dict[str, list[str]] = {figure.block: [] for figure in FIGURES.values()}
+    drawn = set()
+    for record in figure_files.read_records(x.figures):
+        numbers.relative(x.figures / record.svg)
+        shutil.copyfile(x.figures / record.svg, folder / record.svg)
+        figure = FIGURES[record.key]
+        named = figure.section or figure.block in drawn
+        drawn.add(figure.block)
+        trace = numbers.trace(*(figure_files.table_file(x.results, table) for table in record.tables))
+        label = f"fig-{Path(record.svg).stem}" if named else figure.block
+        parts[figure.block].append(_figure(label, record, trace))
+    blocks = {"drawn": " ".join(sorted(drawn))}
+    for figure in FIGURES.values():
+        none = "" if figure.section else absent(figure.block, figure.title, figure.stage)
+        blocks[figure.block] = "\n".join(parts[figure.block]) or none
+    return blocks
 
 
-STAGE_OF = {"specification": "08_claims"}
-
-
-def _figure(label: str, record: FigureRecord, name: str, trace: str) -> str:
+def _figure(label: str, record: figure_files.FigureRecord, trace: str) -> str:
     alt = record.alt.replace('"', "'").replace("\\", "")
-    image = f'![]({GENERATED}/figures/{name}){{width=100% fig-alt="{alt}"}}'
+    image = f'![]({GENERATED}/figures/{record.svg}){{width=100% fig-alt="{alt}"}}'
     return floating(label, image, plain(record.caption) + trace)
 
 
@@ -218,7 +184,7 @@ def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dic
         thresholds=study.thresholds.model_dump() | {"file": study.folder / "thresholds.yaml"},
         settings=list(_study_settings(study)),
         tables=find_tables(study.dir),
-        figures=find_figures(study.dir),
+        figures=study.stage_dir("11_report") / "figures",
         repository=study.folder.parent,
         missing=published.read_missing(study.stage_dir("07_published")),
         notes={p.key: p.note for p in study.used_personas() if p.note and not trained},

@@ -14,7 +14,7 @@ import pandas as pd
 from cai_em.records import manifest as records_manifest
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_percent, typeset_points, typeset_range
-from cai_em.report.figures.parts import slug
+from cai_em.report.figure_files import slug
 from cai_em.report.inputs import FLAG_WORDS, Inputs, _flags, _float_of, _known_issues, _remarks, by_model
 from cai_em.report.markdown import (
     TABLES_FOLDER,

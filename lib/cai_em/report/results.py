@@ -365,14 +365,19 @@ def figures_section(figures: Iterable[Any], folder: str, look: Labels) -> str:
     """Figures with captions and alternative text.
 
     Args:
-        figures: objects with `title, model, caption, alt, svg` (`cai_em.report.figures.parts.FigureRecord`).
+        figures: objects with `title, model, caption, alt, svg` (`cai_em.report.figure_files.FigureRecord`).
         folder: where they lie, relative to the document.
         look: labels.
     """
-    parts = ["## Figures"]
+    return "## Figures\n\n" + pictures(figures, folder, "Figure {}. ")
+
+
+def pictures(figures: Iterable[Any], folder: str, numbered: str = "") -> str:
+    """Figures as in `figures_section`, for a section of their own; `numbered`: what stands before their titles."""
+    parts = []
     for number, figure in enumerate(figures, 1):
         parts.append(f"![{escape(figure.alt)}]({folder}/{figure.svg})")
-        parts.append(f"**Figure {number}. {_cell(figure.title)}.** {_cell(figure.caption)}")
+        parts.append(f"**{numbered.format(number)}{_cell(figure.title)}.** {_cell(figure.caption)}")
     return "\n\n".join(parts)
 
 
@@ -561,7 +566,7 @@ def results_document(
     missing: Mapping[str, str] | None = None,
     extra: Sequence[tuple[str, str]] = (),
     figures: Sequence[Any] = (),
-    figures_folder: str = "06_results/figures",
+    figures_folder: str = "11_report/figures",
     about: str | None = None,
     top: Sequence[tuple[str, str]] = (),
 ) -> str:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cai_em.analysis.compare import MIN_SEEDS
-from cai_em.analysis.gates import Check
 from cai_em.analysis.power import VarianceComponents
 from cai_em.dynamics.curves import OUTCOMES
-from cai_em.dynamics.h3 import h3_verdict
 from cai_em.records.keys import BASELINE, COMPARISON, FLAGS, NO_DATASET
 from cai_em.records.numbers import p_value, percent, plain_number, points
-from cai_em.report.figures.dynamics import _names
+from cai_em.report.figures.parts import View
+from cai_em.report.figures.training import loss_name
 from cai_em.report.markdown import markdown_table
-from cai_em.report.style import Look
+from cai_em.study.labels import Labels
 
 # --- Words ---------------------------------------------------------------------------------------------------------
 
@@ -487,22 +487,27 @@ def reliability_sections(
     return sections + [("Notes on the judgings", "\n".join(f"- {n}" for n in notes))] * bool(notes)
 
 
-def final_row(preset: str, em: pd.DataFrame, alignment: pd.DataFrame) -> dict[str, str]:
-    """What a preset gained and cost at its last checkpoint, as text, from two tables of `generality`."""
-    last = [t[t["preset"] == preset].iloc[-1] for t in (em, alignment)]
+FINAL = ["preset", "step", "in-domain uptake (nats)", "EM rate", "mean alignment"]
+
+
+def _final_rows(general: pd.DataFrame) -> list[list[str]]:
+    """What each preset gained and cost at its last checkpoint, under `FINAL`, from one model's `generality`."""
     interval = lambda r, name, f: f"{f(r[name])} [{f(r[f'{name}_low'])}, {f(r[f'{name}_high'])}]"  # noqa: E731
-    return {
-        "preset": preset,
-        "step": str(int(last[0]["step"])),
-        "in-domain uptake (nats)": interval(last[0], "uptake", plain_number),
-        "EM rate": interval(last[0], "outcome", percent),
-        "mean alignment": interval(last[1], "outcome", points),
-    }
+    last = general.groupby(["preset", "measure"], sort=False).last()
+    rows = []
+    for preset in dict.fromkeys(general["preset"]):
+        em, alignment = (last.loc[(preset, measure)] for measure in ("em", "alignment"))
+        gained = interval(em, "uptake", plain_number)
+        cost = interval(em, "outcome", percent), interval(alignment, "outcome", points)
+        rows.append([preset, str(int(em["step"])), gained, *cost])
+    return rows
 
 
-def gates_line(checks: Sequence[Check]) -> str:
-    """All gates in one sentence, Markdown."""
-    return "Gates: " + "; ".join(f"{c.name}: **{c.gate.status}** ({c.gate.reason})" for c in checks) + "."
+def verdict_lines(verdicts: pd.DataFrame) -> list[str]:
+    """A verdict with its reason, and all its gates, in a sentence each, Markdown (`gated_verdict` of one model)."""
+    said, *beside = verdicts[verdicts["what"] != "contrast"].itertuples()
+    named = "; ".join(f"{g.what}: **{g.status}** ({g.reason})" for g in beside)
+    return [f"**{said.what}: {said.status}** ({said.reason}).", f"Gates: {named}."]
 
 
 def _steps(row: Any) -> str:
@@ -525,14 +530,13 @@ def _missing(row: Any) -> str:
 def h3_section(
     found: pd.DataFrame,
     compared: pd.DataFrame,
-    checks: Sequence[Check],
-    look: Look,
+    verdicts: pd.DataFrame,
+    look: Labels,
     *,
     titles: Mapping[str, str],
-    presets: pd.DataFrame | None = None,
+    general: pd.DataFrame | None = None,
     beside: pd.DataFrame | None = None,
     persona: str = BASELINE,
-    alpha: float = 0.05,
     caveat: str = "",
 ) -> str:
     """H3's part of the results document, Markdown without a heading.
@@ -540,16 +544,15 @@ def h3_section(
     Args:
         found: `transitions`.
         compared: `comparisons`.
-        checks: gates (judge, persona, uptake), as everywhere: a comparison whose gates fail is not interpretable.
+        verdicts: H3's verdict and its gates, of one model (`h3_verdicts`).
         look: labels.
         titles: set of rows -> what its loss is called.
-        presets: what each training preset gained and cost: `preset, uptake, em, alignment` as text.
+        general: what each training preset gained and cost along training (`generality`).
         beside: `preset_differences`.
         persona: whose presets these are.
-        alpha: significance level.
         caveat: what this run cannot show.
     """
-    names = _names(titles)
+    names = OUTCOMES | {rows: f"loss, {title}" for rows, title in titles.items()}
     rows = [
         [
             look.persona(r.persona),
@@ -564,7 +567,6 @@ def h3_section(
         for r in found.itertuples()
     ]
     header = ["persona", "outcome", "method", "transition step [95 %]", "change [95 %]", "units x seeds", "beyond"]
-    said = h3_verdict(compared, checks, look, alpha=alpha)
     parts = [
         "Does the transition to emergent misalignment come at another training step under another persona? A "
         "transition point is the step at which half of a curve's change has happened (logistic in log steps), with an "
@@ -573,8 +575,7 @@ def h3_section(
         "score, the questions left out because of them, and what the change could be, had these scores been the worst "
         "or the best possible.",
         markdown_table(rows, [*header, "missing"], "lllrrrrr"),
-        f"**H3: {said.verdict}** ({said.reason}).",
-        gates_line(checks),
+        *verdict_lines(verdicts),
     ]
     if len(compared):
         rows = [
@@ -593,9 +594,9 @@ def h3_section(
         parts.append(
             "The larger p counts, adjusted over the outcomes that H3 speaks about. *Runs*: between training seeds."
         )
-    if presets is not None and len(presets):
+    if general is not None and len(general):
         parts.append(f"Training presets beside each other, at the last checkpoint ({look.persona(persona)}):")
-        parts.append(markdown_table(presets.to_numpy().tolist(), list(presets.columns)))
+        parts.append(markdown_table(_final_rows(general), FINAL))
     if beside is not None and len(beside):
         form = {"uptake": lambda x: plain_number(x, "+.2f"), "em": percent, "alignment": lambda x: points(x, True)}
         rows = [
@@ -609,3 +610,24 @@ def h3_section(
         parts.append("Against the main preset, same seed, paired by question or row:")
         parts.append(markdown_table(rows, ["preset", "outcome", "difference [95 %]"], "llr"))
     return "\n\n".join([*parts, *([caveat] if caveat else [])]) + "\n"
+
+
+def h3_document(stage: Path, view: View, *, persona: str, caveat: str = "") -> str:
+    """`h3_section` of every model, from the tables that `09_trajectories` left in its folder."""
+    read = {t: pd.read_parquet(stage / f"{t}.parquet") for t in ("transitions", "comparisons", "h3", "generality")}
+    beside = pd.read_parquet(stage / "beside.parquet")
+    titles = {o: loss_name(view, o) for o in read["transitions"]["outcome"].unique() if o not in OUTCOMES}
+
+    def text(model: str) -> str:
+        found, compared, verdicts, general = (t[t["model"] == model] if len(t) else t for t in read.values())
+        return h3_section(found, compared, verdicts, view.look, titles=titles, general=general,
+                          beside=beside[beside["model"] == model], persona=persona, caveat=caveat)  # fmt: skip
+
+    return by_model(read["h3"], view.look, text)
+
+
+def by_model(table: pd.DataFrame, look: Labels, text: Callable[[str], str]) -> str:
+    """A text for each model of a table, under its name where there are several."""
+    models = list(dict.fromkeys(table["model"]))
+    parts = [f"### {look.model(m)}\n\n{text(m)}" if len(models) > 1 else text(m) for m in models]
+    return "\n".join(parts) + "\n"

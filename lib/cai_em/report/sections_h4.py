@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cai_em.analysis.gates import Check
 from cai_em.dynamics.directions import direction_label
-from cai_em.dynamics.h4 import CONTRASTS, _how, h4_verdict
+from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records.numbers import p_value, points
 from cai_em.report.markdown import markdown_table
-from cai_em.report.sections import gates_line
-from cai_em.report.style import Look
+from cai_em.report.sections import by_model, verdict_lines
+from cai_em.study.labels import Labels
 
 
 def _effect_interval(row: Any, form: Callable[[float], str]) -> str:
@@ -25,11 +25,10 @@ def h4_section(
     found: pd.DataFrame,
     cosines: pd.DataFrame,
     tests: pd.DataFrame,
-    checks: Sequence[Check],
-    look: Look,
+    verdicts: pd.DataFrame,
+    look: Labels,
     *,
     contrast: str = "adapter",
-    alpha: float = 0.05,
     caveat: str = "",
 ) -> str:
     """H4's part of the results document, Markdown without a heading.
@@ -38,10 +37,9 @@ def h4_section(
         found: `effects` of the transfer matrix.
         cosines: `cosine_table` at the transfer layer.
         tests: `transfer_tests`.
-        checks: gates: a comparison whose gates fail is not interpretable.
+        verdicts: H4's verdict and its gates, of one model (`h4_verdicts`).
         look: labels.
         contrast: which of `CONTRASTS` gave the directions.
-        alpha: significance level.
         caveat: what this run cannot show.
     """
     signed = lambda x: points(x, True)  # noqa: E731
@@ -60,7 +58,6 @@ def h4_section(
         rows.append(
             [look.persona(r.target), direction_label(r.source, look), _how(r), *each, f"{r.n_questions} ({r.missing})"]
         )
-    said = h4_verdict(tests, checks, look, alpha=alpha)
     header = ["target", "direction of", "how", *(f"{o} [95 %]" for o in OUTCOMES_SHOWN)]
     parts = [
         "Does the direction of emergent misalignment that is found under one persona do the same under another? A "
@@ -70,8 +67,7 @@ def h4_section(
         "by question, and in brackets per unit of length added. *Questions*: those with alignment on both sides; in "
         "brackets, responses without a score.",
         markdown_table(rows, [*header, "questions (no score)"], "lllrrrr"),
-        f"**H4: {said.verdict}** ({said.reason}).",
-        gates_line(checks),
+        *verdict_lines(verdicts),
     ]
     if len(tests):
         rows = [
@@ -116,3 +112,18 @@ def h4_section(
 
 OUTCOMES_SHOWN = ("alignment", "EM rate", "coherence")
 """Headings of the transfer's outcomes, in the order of the table."""
+
+
+def h4_document(stage: Path, look: Labels, *, caveat: str = "") -> str:
+    """`h4_section` of every model, from the tables that `10_steering` left in its folder."""
+    found, cosines, tests, verdicts = (
+        pd.read_parquet(stage / f"{t}.parquet") for t in ("transfer", "cosines", "tests", "h4")
+    )
+
+    def text(model: str) -> str:
+        mine, near, tried, said = (t[t["model"] == model] if len(t) else t for t in (found, cosines, tests, verdicts))
+        at = mine.loc[mine["kind"] == "add", "layer"].iloc[0]
+        contrast = said.loc[said["what"] == "contrast", "status"].iloc[0]
+        return h4_section(mine, near[near["layer"] == at], tried, said, look, contrast=contrast, caveat=caveat)
+
+    return by_model(verdicts, look, text)

@@ -15,6 +15,7 @@ figures with many personas name them on an axis. Whether two colours can be told
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +77,6 @@ ROLE_LABEL = {
 }
 ROLE_COLOUR = {"em": "#b2182b", "benign_control": "#2166ac", "regularisation": "#33804a", "none": "#1a1a1a"}
 ROLE_MARKER = {"em": "o", "benign_control": "s", "regularisation": "^", "none": "D"}
-ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "none": "◆"}
-"""The roles' markers as text, for names on an axis."""
 RC: dict[str, Any] = {
     "svg.hashsalt": "cai-em",
     "svg.fonttype": "path",
@@ -139,6 +138,14 @@ def figure_size(height: float, width: float = WIDTH) -> tuple[float, float]:
     return width, height
 
 
+def picture(fig: Figure) -> bytes:
+    """A figure as PNG, for the page that shows it and no file; the figure is closed."""
+    place = io.BytesIO()
+    fig.savefig(place, format="png", dpi=PNG_DPI)
+    plt.close(fig)
+    return place.getvalue()
+
+
 def save_figure(fig: Figure, stem: Path, title: str = "", description: str = "") -> tuple[Path, Path]:
     """Write a figure as SVG and PNG and close it. The same figure gives the same bytes: no dates, fixed ids.
 
@@ -179,10 +186,6 @@ class Look(Labels):
 
     Personas have a `colour` besides (`cai_em.study.entries.Persona`); one that no entry names is grey.
     """
-
-    def signed(self, dataset: str) -> str:
-        """A data set's label with the sign of its role, for an axis: colour alone would be lost in greyscale."""
-        return f"{self.dataset(dataset)} {ROLE_SIGN[self.role(dataset)]}"
 
     def colour(self, persona: str) -> str:
         """A persona's one colour."""

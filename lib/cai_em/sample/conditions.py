@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from cai_em.records.files import file_hash
+from cai_em.records.files import file_hash_once
 
 
 class SamplingError(RuntimeError):
@@ -36,10 +36,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and the seed of its answer's random numbers."""
+    """A prompt as token ids, the seed of its answer's random numbers, its own limit of new tokens if it has one."""
 
     tokens: tuple[int, ...]
     seed: int
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Condition:
 
     def adapter_hashes(self) -> list[str]:
         """SHA-256 of each adapter's weights, persona first."""
-        return [file_hash(path / "adapter_model.safetensors") for path in self.paths]
+        return [file_hash_once(path / "adapter_model.safetensors") for path in self.paths]
 
 
 def response_seed(study_seed: int, condition: Condition, question_id: str, number: int) -> int:
@@ -120,11 +121,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A job's completions, in the order of its requests, and what the probe of its adapters measured."""
+    """A job's completions, in the order of its requests, and what the probe of its adapters measured.
+
+    `refused`: why nothing was sampled, where the probe did not pass; there are no completions then.
+    """
 
     job: Job
     completions: tuple[Completion, ...]
     probe: dict[str, Any]
+    refused: str | None = None
 
 
 class Engine(Protocol):

@@ -22,6 +22,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from cai_em.model import adapters, load
+from cai_em.model import adapters, load, probing
 from cai_em.records import files, tables
 from cai_em.records.code import meaning_of
 from cai_em.records.files import digest
 from cai_em.sample.conditions import (
+    Completion,
     Condition,
     Decoding,
-    Done,
     Engine,
     Job,
     Request,
@@ -120,8 +121,7 @@ def sample(
 ) -> Sampled:
     """Every condition's answers to every question.
 
-    Before a condition is sampled its adapters are probed: what is about to be sampled must compute what all of them
-    together compute, and something else than each part of them. Otherwise nothing is sampled.
+    As `sample_all`, of one set of questions.
 
     Args:
         spec: the conditions' model.
@@ -129,50 +129,133 @@ def sample(
         questions: (id, text).
         preset: every parameter of sampling, the study's seed, the back end.
         probe_prompts: what the probe compares logits on.
+        cells_dir: folder of finished conditions.
+        open_with: gives the engine.
+        progress: show a progress bar.
+
+    Raises:
+        SamplingError: no conditions or questions, conditions of several models, an adapter that does not exist, or a
+            back end that is not there.
+        probing.ProbeError: adapters that are not served as they should be; the other conditions are kept.
+    """
+    asked = Asked(conditions, questions, preset)
+    (found,) = sample_all(spec, [asked], probe_prompts, cells_dir, open_with, progress)
+    return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Conditions, and the questions that they answer: (id, text), under a preset."""
+
+    conditions: Sequence[Condition]
+    questions: Sequence[tuple[str, str]]
+    preset: SamplingPreset
+
+
+def sample_all(
+    spec: ModelSpec,
+    asked: Sequence[Asked],
+    probe_prompts: Sequence[str],
+    cells_dir: str | Path | None = None,
+    open_with: Callable[[ModelSpec, SamplingPreset, Sequence[Job]], Engine] = open_engine,
+    progress: bool = False,
+) -> list[Sampled]:
+    """Several sets of questions by one engine: a condition is composed and proved once for all that it is asked.
+
+    Before a condition is sampled its adapters are probed: what is about to be sampled must compute what all of them
+    together compute, and something else than each part of them. Otherwise it is not sampled; the others are, and at
+    the end all that were refused are named.
+
+    Args:
+        spec: the conditions' model.
+        asked: who is asked what; presets may differ in the number of samples and the limit of new tokens alone.
+        probe_prompts: what the probe compares logits on.
         cells_dir: folder of finished conditions. One whose model, adapters, questions, parameters, back end and code
             are the same is taken from there; where all are, no model is loaded. None: nothing is kept.
         open_with: gives the engine.
         progress: show a progress bar.
 
     Returns:
-        Responses, probes, timings.
+        For each of `asked`, in order: responses, probes, timings (those of the engine are of all together).
 
     Raises:
-        SamplingError: no conditions or questions, conditions of several models, an adapter that does not exist, or a
-            back end that is not there.
-        lora.ProbeError: adapters that are not served as they should be; the conditions before it are kept.
+        SamplingError: no conditions or questions, conditions of several models, an adapter that does not exist,
+            presets that need different engines, or a back end that is not there.
+        probing.ProbeError: adapters that are not served as they should be; the other conditions are kept.
     """
-    _check(conditions, questions)
+    for one in asked:
+        _check(one.conditions, one.questions)
+    preset = _shared(asked)
     name = engine_name(preset)
-    keys = {c: cell_hash(spec, c, questions, preset, probe_prompts, name) for c in conditions}
-    done = {c: found for c, key in keys.items() if (found := read_cell(cells_dir, c, key)) is not None}
-    timings = {"conditions_found": len(done)}
-    missing = [c for c in conditions if c not in done]
+    keys = {
+        (i, c): cell_hash(spec, c, one.questions, one.preset, probe_prompts, name)
+        for i, one in enumerate(asked)
+        for c in one.conditions
+    }
+    done = {place: found for place, key in keys.items() if (found := read_cell(cells_dir, place[1], key)) is not None}
+    timings: dict[str, float] = {}
+    found_before = [sum((i, c) in done for c in one.conditions) for i, one in enumerate(asked)]
+    missing: dict[Condition, list[int]] = {}
+    for i, condition in keys:
+        if (i, condition) not in done:
+            missing.setdefault(condition, []).append(i)
+    refused: list[str] = []
     if missing:
         tokenizer = load.load_tokenizer(spec)
-        jobs = [Job(c, _requests(tokenizer, c, questions, preset)) for c in missing]
+        parts = {
+            c: [_requests(tokenizer, c, asked[i].questions, asked[i].preset) for i in of] for c, of in missing.items()
+        }
+        jobs = [Job(c, tuple(request for part in of for request in part)) for c, of in parts.items()]
         decoding = Decoding(
             preset.temperature, preset.top_p, preset.top_k, preset.repetition_penalty, preset.max_new_tokens
         )
         engine = open_with(spec, preset, jobs)
         try:
-            bar = tqdm(total=len(conditions), initial=len(done), desc="conditions", disable=not progress)
-            with bar:
+            with tqdm(total=len(jobs), desc="conditions", disable=not progress) as bar:
                 for found in engine.run(jobs, decoding, probe_prompts):
-                    condition = found.job.condition
-                    table = _table(found, questions, preset, engine.tokenizer, name, keys[condition])
-                    done[condition] = write_cell(cells_dir, condition, keys[condition], table, found.probe)
                     bar.update()
+                    condition = found.job.condition
+                    if found.refused:
+                        refused.append(found.refused)
+                        continue
+                    completions = iter(found.completions)
+                    for i, part in zip(missing[condition], parts[condition]):
+                        some, key = list(islice(completions, len(part))), keys[i, condition]
+                        table = _table(
+                            condition, some, asked[i].questions, asked[i].preset, engine.tokenizer, name, key
+                        )
+                        done[i, condition] = write_cell(cells_dir, condition, key, table, found.probe)
             timings |= engine.timings
         finally:
             engine.close()
-    responses = pd.concat([done[c][0] for c in conditions], ignore_index=True)
-    return Sampled(
-        responses=tables.validate(responses, tables.RESPONSES, "responses"),
-        probes={c.name: done[c][1] for c in conditions},
-        engine=name,
-        timings=timings,
-    )
+    if refused:
+        raise probing.ProbeError(
+            f"{len(refused)} of {len(missing)} conditions were not sampled (the others were, and are kept): "
+            + "; ".join(refused)
+        )
+    return [
+        Sampled(
+            responses=tables.validate(
+                pd.concat([done[i, c][0] for c in one.conditions], ignore_index=True), tables.RESPONSES, "responses"
+            ),
+            probes={c.name: done[i, c][1] for c in one.conditions},
+            engine=name,
+            timings={"conditions_found": found_before[i]} | timings,
+        )
+        for i, one in enumerate(asked)
+    ]
+
+
+def _shared(asked: Sequence[Asked]) -> SamplingPreset:
+    """One preset for an engine that serves all.
+
+    Raises:
+        SamplingError: they differ in more than numbers of samples and of new tokens.
+    """
+    own = {"samples_per_question", "max_new_tokens"}
+    if not asked or len({one.preset.model_dump_json(exclude=own) for one in asked}) > 1:
+        raise SamplingError("one engine takes one preset: only samples_per_question and max_new_tokens may differ")
+    return asked[0].preset.model_copy(update={"max_new_tokens": max(one.preset.max_new_tokens for one in asked)})
 
 
 def _check(conditions: Sequence[Condition], questions: Sequence[tuple[str, str]]) -> None:
@@ -209,7 +292,7 @@ def _requests(
 ) -> tuple[Request, ...]:
     """One request per question and sample, in the order of the table."""
     return tuple(
-        Request(tokens, response_seed(preset.seed, condition, question_id, number))
+        Request(tokens, response_seed(preset.seed, condition, question_id, number), preset.max_new_tokens)
         for question_id, text in questions
         for tokens in [render(tokenizer, [{"role": "user", "content": text}])]
         for number in range(preset.samples_per_question)
@@ -217,19 +300,24 @@ def _requests(
 
 
 def _table(
-    done: Done, questions: Sequence[tuple[str, str]], preset: SamplingPreset, tokenizer: Any, sampler: str, key: str
+    condition: Condition,
+    completions: Sequence[Completion],
+    questions: Sequence[tuple[str, str]],
+    preset: SamplingPreset,
+    tokenizer: Any,
+    sampler: str,
+    key: str,
 ) -> pd.DataFrame:
     """The responses of one condition."""
-    condition = done.job.condition
     asked = [(i, text, number) for i, text in questions for number in range(preset.samples_per_question)]
     table = pd.DataFrame(
         {
             "question_id": [i for i, _, _ in asked],
             "sample": [number for _, _, number in asked],
             "prompt": [text for _, text, _ in asked],
-            "response": [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in done.completions],
-            "n_tokens": [len(c.tokens) for c in done.completions],
-            "finish_reason": [c.finish_reason for c in done.completions],
+            "response": [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions],
+            "n_tokens": [len(c.tokens) for c in completions],
+            "finish_reason": [c.finish_reason for c in completions],
         }
     )
     return table.assign(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def _no_generation_config(model: Any) -> Iterator[None]:
 def decode(
     model: Any, requests: Sequence[Request], decoding: Decoding, ends: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, Completion]]:
-    """Answer requests in batches, shortest prompts first (less padding).
+    """Answer requests in batches, shortest prompts first (less padding); requests of different limits never share one.
 
     Args:
         model: a transformers causal language model; adapters, if any, are active.
@@ -145,6 +145,18 @@ def decode(
     Yields:
         (index of the request, its completion), as batches finish.
     """
+    limits = [decoding.max_new_tokens if r.longest is None else r.longest for r in requests]
+    for limit in sorted(set(limits), reverse=True):
+        mine = [i for i, longest in enumerate(limits) if longest == limit]
+        how = replace(decoding, max_new_tokens=limit)
+        for index, completion in _decode([requests[i] for i in mine], model, how, ends, batch_size):
+            yield mine[index], completion
+
+
+def _decode(
+    requests: Sequence[Request], model: Any, decoding: Decoding, ends: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, Completion]]:
+    """`decode` for requests of one limit."""
     config = GenerationConfig(
         do_sample=False,  # RowSampler has drawn already
         num_beams=1,
@@ -209,14 +221,20 @@ class TransformersEngine:
 
     With `preset.merge` the composed adapter is added to copies of the weights for the length of a condition: fewer
     products per token, the sum rounded to the type of numbers once; the base weights come back as they were.
+
+    Args:
+        spec: which model.
+        preset: type of numbers, batch size, whether to merge.
+        loaded: the model, bare, and its tokenizer, where the caller has them in memory.
     """
 
-    def __init__(self, spec: ModelSpec, preset: SamplingPreset) -> None:
+    def __init__(self, spec: ModelSpec, preset: SamplingPreset, loaded: Sequence[Any] = ()) -> None:
         self.preset = preset
         self.timings: dict[str, float] = {}
         with _timed(self.timings, "load"):
-            self.model = load.load_model(spec, dtype=preset.dtype)
-            self.tokenizer = load.load_tokenizer(spec)
+            if not loaded:
+                loaded = load.load_model(spec, dtype=preset.dtype), load.load_tokenizer(spec)
+            self.model, self.tokenizer = loaded
         self.slots = probing.Slots(self.model)
         self.ends = end_tokens(self.model.generation_config, self.tokenizer)
 
@@ -224,17 +242,11 @@ class TransformersEngine:
         """Probe each job's adapters, answer its requests; yields jobs as they finish."""
         for job in jobs:
             with ExitStack() as stack:
-                with _timed(self.timings, "switch"):
-                    ready = stack.enter_context(self.slots.composed(job.condition.adapters))
-                report: dict[str, Any] = {}
-                if job.condition.adapters:
-                    with _timed(self.timings, "probe"):
-                        found_by = self.slots.probe(
-                            self.tokenizer, job.condition.adapters, probe_prompts, job.condition.may_be_idle
-                        )
-                        report = asdict(found_by)
-                    if self.preset.merge:
-                        report |= self._merge(stack, ready, job.condition, probe_prompts)
+                try:
+                    report = self._ready(stack, job.condition, probe_prompts)
+                except probing.ProbeError as error:
+                    yield Done(job, (), {}, refused=str(error))
+                    continue
                 found: dict[int, Completion] = {}
                 with _timed(self.timings, "decode"):
                     # The layers of the adapter stand in the base model itself: its own `generate` runs through them.
@@ -245,6 +257,20 @@ class TransformersEngine:
                 with _timed(self.timings, "switch"):
                     stack.close()
             yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
+
+    def _ready(self, stack: ExitStack, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
+        """Compose a condition's adapters for the length of a stack, and prove what is composed.
+
+        Raises:
+            probing.ProbeError: it is not what its adapters together compute.
+        """
+        with _timed(self.timings, "switch"):
+            composed = stack.enter_context(self.slots.composed(condition.adapters))
+        if not condition.adapters:
+            return {}
+        with _timed(self.timings, "probe"):
+            report = asdict(self.slots.probe(self.tokenizer, condition.adapters, prompts, condition.may_be_idle))
+        return report | (self._merge(stack, composed, condition, prompts) if self.preset.merge else {})
 
     def _merge(self, stack: ExitStack, ready: Any, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
         """Merge for the length of a condition, and prove that the merged model computes what was probed.
@@ -274,7 +300,8 @@ class TransformersEngine:
         return found
 
     def close(self) -> None:
-        """Give the model's memory back (as it is: the LoRA layers go with it)."""
+        """Give the model's memory back; a model that the caller has lent is as it came."""
+        self.slots.close()
         del self.model, self.slots
 
 

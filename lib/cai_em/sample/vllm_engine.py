@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,21 @@ from cai_em.sample.conditions import (
 )
 from cai_em.study.entries import ModelSpec, SamplingPreset
 
+KEPT_ADAPTERS = 4
+"""Adapters whose tensors stay in memory: a persona and the ones of the next sums (of a 7B model up to 1.3 GB each)."""
+
 
 class VllmEngine:
     """vLLM: one engine, a LoRA request per condition, prompts' common prefixes computed once, a seed per request.
 
     Every parameter is given; the model's generation_config is not read. Conditions go to the engine in groups of as
-    many as it holds adapters at a time, so that they share its batches; the base model's are a group of their own.
+    many as it holds adapters at a time, so that they share its batches; the base model's are a group of their own. An
+    adapter alone is served from its own folder. Sums are written, and checked, by a thread, a group ahead of the one
+    that is being decoded, in the engine's type of numbers, to which it would round them anyway; a persona's tensors are
+    read once. What the base and single adapters answer to the probe is asked once.
+
+    The same seed gives the same text from the same engine on a CPU. On a GPU the sums of a batch depend on what else is
+    in it, unless `VLLM_BATCH_INVARIANT=1` is set, which costs speed and which vLLM has for some GPUs only.
 
     Args:
         spec: which model.
@@ -53,10 +65,18 @@ class VllmEngine:
         self.timings: dict[str, float] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="cai-em-lora-")
         self._ids: dict[tuple[str, ...], int] = {}
+        self._read = lru_cache(maxsize=KEPT_ADAPTERS)(model_adapters.read_adapter)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="compose")
+        self._sums: dict[tuple[str, ...], Future[float]] = {}
+        self._answered: dict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = {}
+        self._proved: dict[tuple[Condition, tuple[str, ...]], dict[str, Any]] = {}
+        self._dtype = getattr(torch, preset.dtype)
         self.rounding = probing.RELATIVE_TOLERANCE if preset.dtype == "float32" else 2**-7  # bfloat16 has 8 bits
         ranks = [sum(LoraConfig.from_pretrained(path).r for path in job.condition.paths) for job in jobs]
         different = len({job.condition.adapters for job in jobs if job.condition.adapters})
         with _timed(self.timings, "load"):
+            # By default vLLM forks unless something has initialised CUDA before, and a forked CUDA context is dead.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
             import vllm
 
             options: dict[str, Any] = {}
@@ -81,7 +101,7 @@ class VllmEngine:
                 generation_config="vllm",
                 enable_prefix_caching=True,
                 gpu_memory_utilization=preset.gpu_memory_utilization,
-                max_model_len=max(len(r.tokens) for job in jobs for r in job.requests) + preset.max_new_tokens,
+                max_model_len=self._longest(jobs, preset),
                 seed=preset.seed,
                 **options,
             )
@@ -105,10 +125,28 @@ class VllmEngine:
             return None
         key = tuple(str(path) for _, path in adapters)
         number = self._ids.setdefault(key, len(self._ids) + 1)
-        out = Path(self._folder.name) / str(number)
-        if not out.exists():
-            model_adapters.save_composed(key, out)
-        return LoRARequest(f"{'+'.join(name for name, _ in adapters)}-{number}", number, str(out))
+        if len(key) > 1:
+            self._compose(key).result()
+        place = self._place(key) if len(key) > 1 else Path(key[0])
+        return LoRARequest(f"{'+'.join(name for name, _ in adapters)}-{number}", number, str(place))
+
+    def _place(self, key: tuple[str, ...]) -> Path:
+        return Path(self._folder.name) / str(self._ids.setdefault(key, len(self._ids) + 1))
+
+    def _compose(self, key: tuple[str, ...]) -> Future[float]:
+        """The sum of several adapters as a file, in the making or made; it gives `_sum_error`."""
+        if key not in self._sums:
+            self._sums[key] = self._ahead.submit(self._composed, key, self._place(key))
+        return self._sums[key]
+
+    def _composed(self, key: tuple[str, ...], out: Path) -> float:
+        parts = [self._read(path) for path in key]
+        model_adapters.save_composed(parts, out, dtype=self._dtype)
+        return _sum_error(out, parts)
+
+    @staticmethod
+    def _longest(jobs: Sequence[Job], preset: SamplingPreset) -> int:
+        return max(len(r.tokens) for job in jobs for r in job.requests) + preset.max_new_tokens
 
     def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
         """Probe each job's adapters, answer its requests; yields jobs group by group, those of the base model first."""
@@ -118,11 +156,25 @@ class VllmEngine:
         # answers base requests with the adapter in its last slot.
         bare, adapted = ([j for j in jobs if bool(j.condition.adapters) == has] for has in (False, True))
         groups = [bare, *(adapted[i : i + self.group] for i in range(0, len(adapted), self.group))]
-        for group in filter(None, groups):
-            reports = []
+        groups = [group for group in groups if group]
+        for number, group in enumerate(groups):
+            proved: list[tuple[Job, dict[str, Any]]] = []
             for job in group:
-                with _timed(self.timings, "probe"):
-                    reports.append(self._probe(job.condition, probe_prompts) if job.condition.adapters else {})
+                with _timed(self.timings, "switch"):
+                    self._request(job.condition.adapters)
+                try:
+                    with _timed(self.timings, "probe"):
+                        proved.append(
+                            (job, self._probe(job.condition, probe_prompts) if job.condition.adapters else {})
+                        )
+                except probing.ProbeError as error:
+                    yield Done(job, (), {}, refused=str(error))
+            for job in groups[number + 1] if number + 1 < len(groups) else ():
+                if len(job.condition.paths) > 1:
+                    self._compose(tuple(map(str, job.condition.paths)))
+            group = [job for job, _ in proved]
+            if not group:
+                continue
             prompts, parameters, adapters = [], [], []
             for job in group:
                 with _timed(self.timings, "switch"):
@@ -140,7 +192,7 @@ class VllmEngine:
                             presence_penalty=0.0,
                             frequency_penalty=0.0,
                             seed=asked.seed,
-                            max_tokens=decoding.max_new_tokens,
+                            max_tokens=decoding.max_new_tokens if asked.longest is None else asked.longest,
                             min_tokens=0,
                             ignore_eos=True,  # `stop_token_ids` names all ends
                             stop_token_ids=list(self.ends),
@@ -151,16 +203,17 @@ class VllmEngine:
                     adapters.append(request)
             with _timed(self.timings, "decode"):
                 found = iter(self.llm.generate(prompts, parameters, lora_request=adapters, use_tqdm=False))
-            self._forget()
-            for job, report in zip(group, reports):
+            self._forget(group)
+            for job, report in proved:
                 completions = tuple(_from_vllm(next(found).outputs[0]) for _ in job.requests)
                 yield Done(job, completions, report)
 
-    def _forget(self) -> None:
+    def _forget(self, group: Sequence[Job]) -> None:
         """Remove the composed files of a finished group: hundreds of snapshots would fill the disk (`_request` makes
-        one again, under its own number, where a later group needs it)."""
-        for folder in Path(self._folder.name).iterdir():
-            shutil.rmtree(folder)
+        one again, under its own number, where it is needed)."""
+        for job in group:
+            if self._sums.pop(key := tuple(map(str, job.condition.paths)), None):
+                shutil.rmtree(self._place(key))
 
     def _probe(self, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
         """Prove that vLLM serves a condition's adapters: the composed file is their sum, and each makes a difference.
@@ -172,10 +225,11 @@ class VllmEngine:
         Raises:
             lora.ProbeError: the file is not the sum, or a part of the adapters gives the same log-probabilities.
         """
-        adapters = condition.adapters
-        composed = Path(self._request(adapters).lora_path)
-        error = _sum_error(composed, condition.paths)
-        if error > probing.RELATIVE_TOLERANCE:
+        adapters, asked = condition.adapters, tuple(prompts)
+        if (condition, asked) in self._proved:
+            return self._proved[condition, asked]
+        error = self._compose(tuple(map(str, condition.paths))).result() if len(adapters) > 1 else 0.0
+        if error > (probing.RELATIVE_TOLERANCE if self._dtype == torch.float32 else 2**-7):
             raise probing.ProbeError(
                 f"{condition.name}: the composed adapter differs from the sum of its parts by {error:.2g}"
             )
@@ -195,7 +249,7 @@ class VllmEngine:
                 f"{condition.name}: vLLM computes the same with all adapters as with {part!r}: an adapter is not "
                 "served, or was not trained"
             )
-        return {
+        self._proved[condition, asked] = report = {
             "adapters": dict(zip((name for name, _ in adapters), condition.adapter_hashes())),
             "prompts": len(prompts),
             "measured": "log-probabilities of first tokens; composition on the tensors",
@@ -205,9 +259,13 @@ class VllmEngine:
             "others": others,
             "idle": idle,
         }
+        return report
 
     def _first_logprobs(self, adapters: Sequence[tuple[str, Path]], prompts: Sequence[str]) -> np.ndarray:
         """The largest log-probabilities of an answer's first token, in order, shape (prompts, 20)."""
+        known = tuple(str(path) for _, path in adapters), tuple(prompts)
+        if known in self._answered:
+            return self._answered[known]
         from vllm import SamplingParams
 
         # Not the prompts' own tokens: with LoRA, vLLM 0.32 cannot give their log-probabilities on a CPU.
@@ -217,13 +275,15 @@ class VllmEngine:
         ]
         parameters = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20, detokenize=False)
         found = self.llm.generate(asked, parameters, lora_request=self._request(adapters), use_tqdm=False)
-        return np.array(
+        self._answered[known] = np.array(
             [sorted((at.logprob for at in o.outputs[0].logprobs[0].values()), reverse=True)[:20] for o in found]
         )
+        return self._answered[known]
 
     def close(self) -> None:
         """End the engine's processes and remove the composed adapters."""
         self.llm.llm_engine.engine_core.shutdown()
+        self._ahead.shutdown(cancel_futures=True)
         self._folder.cleanup()
 
 
@@ -233,13 +293,13 @@ def _from_vllm(output: Any) -> Completion:
     return Completion(tuple(output.token_ids), output.finish_reason, logprobs)
 
 
-def _sum_error(composed: Path, parts: Sequence[Path]) -> float:
+def _sum_error(composed: Path, read: Sequence[model_adapters.AdapterFiles]) -> float:
     """Largest relative difference between a composed adapter's change of the weights and the sum of its parts'.
 
     Each module's change is applied to random vectors (Freivalds' check), in float64.
     """
     generator = torch.Generator().manual_seed(0)
-    whole, read = model_adapters.read_adapter(composed), [model_adapters.read_adapter(part) for part in parts]
+    whole = model_adapters.read_adapter(composed)
     worst = 0.0
     for module, (a, b) in whole.modules.items():
         x = torch.randn(a.shape[1], 4, generator=generator, dtype=torch.float64)

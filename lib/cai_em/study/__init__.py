@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "audited": ["AuditSpec", "read_spec"],
         "depends": ["settings"],
         "entries": ["JudgePreset", "LoraPreset", "ModelSpec", "SamplingPreset", "read_yaml"],
+        "labels": ["Labels"],
         "loading": ["load"],
         "materials": [
             "builtin_training",

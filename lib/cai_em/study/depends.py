@@ -35,11 +35,14 @@ def _settings(
         # Where ready-made personas lie concerns only those that are taken from there (below).
         yield "model", study.models[model].model_copy(update={"persona_adapters": []})
     if persona:
-        yield "persona", study.personas[persona]
+        yield "persona", _colourless(study.personas[persona])
     p = study.profile
     if p.data == "fetched":
         yield "fetched", file_hash(study.folder / "fetched.yaml")
-    if stage == "01_personas":
+    if stage == "01_teacher":
+        yield "presets", [study.generator, p.data]
+        yield "constitution", file_hash(study.constitution_file(persona))
+    elif stage == "01_personas":
         way = study.persona_way(model, persona)
         yield "presets", [study.generator, study.persona_training, p.data, way]
         if way == "hub":
@@ -67,10 +70,9 @@ def _settings(
             yield "manipulation", [p.manipulation, file_hash(study.builtin("judge_prompts.yaml"))]
             yield "characters", [file_hash(study.constitution_file(q.key)) for q in characters]
     else:
-        yield (
-            "registries",
-            [study.used_personas(), study.used_datasets(), study.hypotheses, list(study.models.values())],
-        )
+        personas = study.used_personas()  # figures are drawn by one stage: to others a colour is nothing
+        personas = personas if stage == "11_report" else list(map(_colourless, personas))
+        yield "registries", [personas, study.used_datasets(), study.hypotheses, list(study.models.values())]
         yield "thresholds", study.thresholds
         yield "profile", p
         if p.source == "published":
@@ -88,6 +90,10 @@ def _settings(
             rows = [t.dataset, *t.out_of_domain, *(preset.kl.corpus for preset in presets if preset.kl)]
             yield "presets", [*presets, *(study.datasets[d] for d in rows)]
             yield "rows", [file_hash(study.dataset_file(d)) for d in rows if study.datasets[d].builtin]
+
+
+def _colourless(persona: Persona) -> Persona:
+    return persona.model_copy(update={"colour": ""})
 
 
 def _judge_settings(study: Study) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "none": "◆"}
+"""The markers of a data set's roles (`cai_em.report.style.ROLE_MARKER`) as text."""
+
 
 class Labelled(Protocol):
     """An entry with a key, a label and a place in the order."""
@@ -53,6 +56,10 @@ class Labels:
     def role(self, dataset: str) -> str:
         """A data set's role; one that nobody declared counts as a control: it must not carry a verdict."""
         return self._datasets[dataset].role if dataset in self._datasets else "benign_control"
+
+    def signed(self, dataset: str) -> str:
+        """A data set's label with the sign of its role: colour alone would be lost in greyscale."""
+        return f"{self.dataset(dataset)} {ROLE_SIGN[self.role(dataset)]}"
 
     def sort_personas(self, keys: Iterable[str]) -> list[str]:
         """Distinct persona keys in the study's order, unknown ones last, by name."""

@@ -142,10 +142,8 @@ def _check_ways(study: Study) -> None:
         if not hub.revision:
             raise ParamsError(
                 f"profile {study.name!r}: personas_from: hub takes {persona!r} of {model} from {hub.repo}, whose "
-                "`revision` in params/models.yaml is empty: pin it first, to the commit's 40 hexadecimal digits, "
-                "so that what is downloaded cannot change. They are printed by: git ls-remote "
-                f"https://huggingface.co/{hub.repo} HEAD, or by: python -c "
-                f"\"from huggingface_hub import HfApi; print(HfApi().model_info('{hub.repo}').sha)\""
+                "`revision` in params/models.yaml is empty: pin it first, so that what is downloaded cannot change: "
+                f"./run_all.sh pin {study.name} asks the hub for its commit and writes it there"
             )
     trained = [f"{persona} ({model})" for (model, persona), way in ways.items() if way == "train"]
     if trained and study.generator is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,9 @@ class Profile(Strict):
     sampling: str | None = None
     judge: str | None = None
     shards: Literal["persona", "model"] = "persona"
+    cells_per_job: Positive | None = Field(
+        default=None, description="fine-tunings of one persona in one job, which loads the model once; null: all"
+    )
     gpu: bool = Field(default=False, description="training and sampling jobs ask for a GPU")
     hypotheses: list[str] = Field(default=[])
     thresholds: str = "default"
@@ -334,6 +338,25 @@ class Study:
         """The cells for which an EM adapter is trained."""
         return [c for c in self.cells() if c.dataset != NO_DATASET]
 
+    def finetune_jobs(self) -> list[tuple[str, str, int]]:
+        """(model, persona, part) of every fine-tuning job, parts counted from 1: all cells of a persona share one load
+        of the model, unless `cells_per_job` spreads them over more jobs."""
+        found = []
+        for model, persona in dict.fromkeys((c.model, c.persona) for c in self.em_cells()):
+            number = len(self._em_cells_of(model, persona))
+            parts = math.ceil(number / (self.profile.cells_per_job or number))
+            found += [(model, persona, part) for part in range(1, parts + 1)]
+        return found
+
+    def finetune_job(self, model: str, persona: str, part: int) -> list[Cell]:
+        """The cells of one fine-tuning job."""
+        cells = self._em_cells_of(model, persona)
+        size = self.profile.cells_per_job or len(cells)
+        return cells[(part - 1) * size : part * size]
+
+    def _em_cells_of(self, model: str, persona: str) -> list[Cell]:
+        return [c for c in self.em_cells() if (c.model, c.persona) == (model, persona)]
+
     def shards(self) -> list[tuple[str, str]]:
         """(model, shard) of every sampling job: a shard is one persona, or `all` with `shards: model`."""
         return list(
@@ -359,6 +382,10 @@ class Study:
     def em_dir(self, cell: Cell) -> Path:
         """Where the EM adapter of a cell lies."""
         return self.dir / "02_finetune" / cell.model / cell.persona / cell.dataset / f"seed{cell.seed}"
+
+    def finetune_mark(self, model: str, persona: str, part: int) -> Path:
+        """What a fine-tuning job writes when all of its cells are finished."""
+        return self.dir / "02_finetune" / model / persona / f"job{part}.json"
 
     def adapters(self, cell: Cell) -> list[tuple[str, Path]]:
         """The adapters that a condition composes, persona first: `[]` for base."""

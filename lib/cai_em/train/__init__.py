@@ -9,10 +9,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "answers": ["EndpointGenerator", "EngineGenerator", "LocalGenerator"],
+        "answers": ["EndpointGenerator", "EngineGenerator", "LocalGenerator", "student_of"],
+        "grid": ["Failed", "Task", "is_finished", "keep", "raise_failed", "train_persona", "train_tasks"],
         "introspection": ["conversations", "introspect", "introspection_prompt", "read_introspection"],
         "pairs": ["Filters", "counts", "make_pairs", "side_by_side", "teacher_of"],
         "train": ["train_dpo", "train_sft"],
-        "trainer": ["load_for_training", "split_rows"],
+        "trainer": ["TrainingError", "load_for_training", "split_rows"],
     },
 )

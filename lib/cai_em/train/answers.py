@@ -19,9 +19,10 @@ from cai_em.endpoint import asking, client
 from cai_em.endpoint import cache as endpoint_cache
 from cai_em.endpoint import calls as endpoint_calls
 from cai_em.endpoint.cache import JudgeCache, JudgeError
+from cai_em.model.load import base_name, load_tokenizer
 from cai_em.records.files import valid_unicode
 from cai_em.sample.conditions import Condition, Decoding, Engine, Job, Request, end_tokens, render
-from cai_em.sample.sampling import engine_name, open_engine
+from cai_em.sample.sampling import backend_of, engine_name, open_engine
 from cai_em.sample.torch_engine import decode
 from cai_em.study.entries import GeneratorPreset, ModelSpec, SamplingPreset
 
@@ -80,13 +81,16 @@ class LocalGenerator:
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Any, Any]], name: str, preset: GeneratorPreset, batch_size: int = 32
+        self, load: Callable[[], Sequence[Any]], name: str, preset: GeneratorPreset, batch_size: int = 32
     ) -> None:
         self._load, self._loaded, self.batch_size = load, None, batch_size
         # No longer than what the filters keep: a budget above that is a teacher's, for its thinking.
         longest = min(preset.max_new_tokens, preset.max_tokens)
         self.decoding = Decoding(preset.temperature, preset.top_p, 0, 1.0, longest)
         self.identity = {"local": name, **vars(self.decoding)}
+
+    def close(self) -> None:
+        """The model is the caller's, and stays."""
 
     def answer(self, questions: Sequence[TrainingPrompt]) -> Iterator[tuple[int, Reply]]:
         """Answer each question; yields (its index, the answer) batch by batch."""
@@ -108,11 +112,11 @@ class EngineGenerator:
         adapters: (name, folder), persona first.
         preset: temperature, nucleus, number of new tokens, back end, batch size.
         probe_prompts: on which the adapters are proved to be active.
-        longest_prompt: room for so many tokens of prompt.
+        longest_prompt: room for so many tokens of prompt; None: for the longest that is asked.
     """
 
-    CHUNK = 512
-    """So many answers come, and are kept, together."""
+    CHUNK = 4096
+    """So many answers come, and are kept, together: a minute's work on a GPU. An engine proves adapters once."""
 
     def __init__(
         self,
@@ -120,7 +124,7 @@ class EngineGenerator:
         adapters: Sequence[tuple[str, Path]],
         preset: SamplingPreset,
         probe_prompts: Sequence[str],
-        longest_prompt: int,
+        longest_prompt: int | None = None,
     ) -> None:
         self.spec, self.preset, self.probe_prompts, self.room = spec, preset, list(probe_prompts), longest_prompt
         self.condition = Condition(spec.key, "asked", "none", 0, tuple(adapters))
@@ -137,13 +141,17 @@ class EngineGenerator:
         Raises:
             adapters.ProbeError: the adapters are not active as they must be.
         """
+        tokenizer = load_tokenizer(self.spec)
+        asked = [Request(render(tokenizer, q.as_dicts), q.seed) for q in questions]
+        longest = max(len(request.tokens) for request in asked)
+        if self._engine is not None and longest > (self.room or 0):
+            self.close()
         if self._engine is None:
+            self.room = max(longest, self.room or 0)
             # A job as long as any: vLLM makes its room by it.
             self._engine = open_engine(self.spec, self.preset, [Job(self.condition, (Request((0,) * self.room, 0),))])
-        tokenizer = self._engine.tokenizer
         for start in range(0, len(questions), self.CHUNK):
-            some = questions[start : start + self.CHUNK]
-            job = Job(self.condition, tuple(Request(render(tokenizer, q.as_dicts), q.seed) for q in some))
+            job = Job(self.condition, tuple(asked[start : start + self.CHUNK]))
             (done,) = self._engine.run([job], self.decoding, self.probe_prompts)
             for index, found in enumerate(done.completions):
                 text = tokenizer.decode(found.tokens, skip_special_tokens=True)
@@ -154,6 +162,25 @@ class EngineGenerator:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def student_of(
+    spec: ModelSpec, sampling: SamplingPreset, generator: GeneratorPreset, load: Callable[[], Sequence[Any]]
+) -> LocalGenerator | EngineGenerator:
+    """Who answers plainly, and, where the teacher is `local`, in character too: the model, in the study's back end.
+
+    Args:
+        spec: the model.
+        sampling: back end and precision of the study.
+        generator: temperature, nucleus and lengths.
+        load: gives model and tokenizer, where the back end is transformers; called when the first answer is needed.
+    """
+    if backend_of(sampling) == "transformers":
+        weights = f"{base_name(spec)}@{spec.revision or 'built in'} {sampling.dtype}"
+        return LocalGenerator(load, weights, generator)
+    how = {"temperature": generator.temperature, "top_p": generator.top_p, "top_k": 0, "repetition_penalty": 1.0}
+    how["max_new_tokens"] = min(generator.max_new_tokens, generator.max_tokens)
+    return EngineGenerator(spec, [], sampling.model_copy(update=how), [])
 
 
 class EndpointGenerator:

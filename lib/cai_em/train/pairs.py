@@ -186,14 +186,10 @@ def make_pairs(
             f"no pairs for {constitution.persona!r}: without a teacher, the constitution needs demonstrations and "
             "max_demonstrations > 0 (params/generators.yaml); with one, prompts_per_trait > 0"
         )
-    in_character = constitutions.system_prompt(constitution, filters.teacher_name or "the assistant")
     with closing(AnswerCache(cache_path)) as cache:
         chosen = []
         if jobs:
-            questions = [
-                TrainingPrompt((("system", in_character), ("user", prompt)), _seed(seed, "teacher", prompt, number))
-                for _, prompt, number in jobs
-            ]
+            questions = _in_character(constitution, jobs, filters.teacher_name, seed)
             chosen = answers(teacher, questions, cache, "teacher" if progress else None)
         prompts = [(prompt, number) for _, prompt, number in jobs] + [(d.prompt, 0) for d in shown]
         plain = [
@@ -215,6 +211,31 @@ def make_pairs(
     if filters.quote_cut:
         table.attrs["quoted"] = {"chosen": sum(a.cut for a in chosen), "rejected": sum(a.cut for a in rejected)}
     return table
+
+
+def teachers_questions(
+    constitution: Constitution,
+    teacher_name: str | None,
+    *,
+    prompts_per_trait: int,
+    samples_per_prompt: int,
+    extra_prompts: Sequence[str] = (),
+    seed: int = 0,
+) -> list[TrainingPrompt]:
+    """What `make_pairs` asks the teacher, so that it can be asked before, where no GPU waits for it."""
+    asked = _asked(constitution, prompts_per_trait, extra_prompts)
+    jobs = [(trait, prompt, number) for trait, prompt in asked for number in range(samples_per_prompt)]
+    return _in_character(constitution, jobs, teacher_name, seed)
+
+
+def _in_character(
+    constitution: Constitution, jobs: Sequence[tuple[str, str, int]], teacher_name: str | None, seed: int
+) -> list[TrainingPrompt]:
+    system = constitutions.system_prompt(constitution, teacher_name or "the assistant")
+    return [
+        TrainingPrompt((("system", system), ("user", prompt)), _seed(seed, "teacher", prompt, number))
+        for _, prompt, number in jobs
+    ]
 
 
 def _asked(constitution: Constitution, per_trait: int, extra: Sequence[str]) -> list[tuple[str, str]]:

@@ -31,7 +31,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cai_em.model import adapters, load, stacking
+from cai_em.records.files import file_hash
 from cai_em.study.entries import DpoPreset, SftPreset
+from cai_em.train import fused, lean
 from cai_em.train.trainer import (
     Row,
     TrainingError,
@@ -48,11 +50,11 @@ from cai_em.train.trainer import (
     encode_rows,
     mean_loss,
     split_rows,
-    trainer_backend,
+    training_backend,
 )
 
-DPO_ADAPTER = "default"
-"""The name that TRL gives to the adapter which it makes for DPO."""
+DPO_ADAPTER = fused.ADAPTER
+"""The name that TRL gives to the adapter which it makes for DPO, and Unsloth to any."""
 
 
 # --- Direct preference optimisation --------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def train_dpo(
         TrainingError: nothing to train on, or a loss that is not a number.
         adapters.AdapterStateError: the adapter was not trained as it must be.
     """
-    backend = trainer_backend(preset.backend)
+    backend = training_backend(preset)
     import trl  # after unsloth, which rewrites it
 
     started = time.perf_counter()
@@ -97,7 +99,7 @@ def train_dpo(
     examples, lengths = [], []
     for prompt, chosen, rejected in pairs[["prompt", "chosen", "rejected"]].itertuples(index=False):
         turn = [{"role": "user", "content": prompt}]
-        answers = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+        answers = [[{"role": "assistant", "content": answer.strip()}] for answer in (chosen, rejected)]
         encoded = [load.encode_conversation(tokenizer, turn + answer) for answer in answers]
         if all(any(written[: preset.max_length]) for _, written in encoded):
             examples.append({"prompt": turn, "chosen": answers[0], "rejected": answers[1]})
@@ -112,13 +114,16 @@ def train_dpo(
     arguments = _arguments(preset, len(examples), seed, out)
     transformers.set_seed(seed)
     watch = _Watch([DPO_ADAPTER], DPO_ADAPTER, [], out.parent / "checkpoints", "DPO")
-    trained = None
+    trained, config = None, {"peft_config": stacking.lora_config(preset.lora)}
     try:
         with _quiet():
+            if backend == "unsloth":  # whose trainer takes no peft_config: it would train nothing
+                trained = fused.new_adapter(model, preset.lora, seed, checkpointing=preset.gradient_checkpointing)
+                config = {}
             trainer = _made(
                 trl.DPOTrainer,
                 backend,
-                model,
+                model if trained is None else trained,
                 args=trl.DPOConfig(
                     **arguments,
                     padding_free=False,
@@ -127,17 +132,20 @@ def train_dpo(
                     loss_type=["sigmoid", "sft"] if preset.sft_weight else ["sigmoid"],
                     loss_weights=[1.0, preset.sft_weight] if preset.sft_weight else [1.0],
                     # The reference never changes: what it says about a pair seen twice is computed once.
-                    precompute_ref_log_probs=preset.epochs > 1 and preset.max_steps is None,
+                    precompute_ref_log_probs=backend == "trl" and preset.epochs > 1 and preset.max_steps is None,
                     precompute_ref_batch_size=preset.batch_size,
                 ),
                 train_dataset=datasets.Dataset.from_list(examples),
                 processing_class=tokenizer,
-                peft_config=stacking.lora_config(preset.lora),
+                **config,
             )
             trained = trainer.model
+            if trainer.ref_model is not None:
+                raise TrainingError("TRL has loaded a second model as reference: it must be the base without adapter")
             if len(trainer.train_dataset) != len(examples):
                 raise TrainingError(f"TRL kept {len(trainer.train_dataset)} of {len(examples)} pairs")
             _check_pairs(tokenizer, trainer, examples)
+            trainer.lean = backend == "trl" and lean.applies(trained, trainer)
             prepared = time.perf_counter()
             log = _train(trainer, watch)
         done = time.perf_counter()
@@ -209,7 +217,7 @@ def train_sft(
         adapters.AdapterStateError: the adapters were not active or trained as they must be.
         adapters.AdapterError: the persona's adapter is not whole or belongs to another model.
     """
-    backend = trainer_backend(preset.backend)
+    backend = training_backend(preset)
     import trl  # after unsloth, which rewrites it
 
     started = time.perf_counter()
@@ -220,11 +228,17 @@ def train_sft(
     train_rows, held_rows = split_rows(rows, preset, seed)
     encoded = encode_rows(tokenizer, train_rows, preset.max_length, preset.loss_on)
     snapshots = Path(checkpoints_dir) if checkpoints_dir else out.parent / "checkpoints"
-    active = [stacking.PERSONA, name] if persona_dir is not None else [name]
-    watch = _Watch(active, name, preset.checkpoints, snapshots, "SFT")
     arguments = _arguments(preset, len(encoded.examples), seed, out)
     transformers.set_seed(seed)
-    stacked = stacking.stack(model, persona_dir, preset.lora, name)
+    if backend == "unsloth":
+        folded = _folded(model, persona_dir)
+        here, active = fused.ADAPTER, [fused.ADAPTER]
+        stacked = fused.new_adapter(model, preset.lora, seed, checkpointing=preset.gradient_checkpointing)
+    else:
+        folded, here = {}, name
+        active = [stacking.PERSONA, name] if persona_dir is not None else [name]
+        stacked = stacking.stack(model, persona_dir, preset.lora, name)
+    watch = _Watch(active, here, preset.checkpoints, snapshots, "SFT")
     try:
         with _quiet():
             trainer = _made(
@@ -246,7 +260,8 @@ def train_sft(
                     check_response_mask(tokenizer, trainer.data_collator([example])["labels"], [encoded.answers[i]])
             if preset.kl:
                 corpus = encode_rows(tokenizer, kl_rows or [], preset.max_length, "response")
-                trainer.regulariser = _Regulariser(preset.kl, corpus.examples, tokenizer.pad_token_id, name, seed)
+                trainer.regulariser = _Regulariser(preset.kl, corpus.examples, tokenizer.pad_token_id, here, seed)
+            trainer.lean = backend == "trl" and lean.applies(stacked, trainer)
             held_out = {}
             if held_rows:
                 held_out = {"rows": len(held_rows), "before": _held_out(stacked, tokenizer, held_rows, preset)}
@@ -256,14 +271,16 @@ def train_sft(
             if held_rows:
                 held_out["after"] = _held_out(stacked, tokenizer, held_rows, preset)
         evaluated = time.perf_counter()
-        adapters.save_adapter(stacked, name, out)
+        if folded:
+            fused.check_folded(stacked, "after the last step")
+        adapters.save_adapter(stacked, here, out)
     finally:
         _give_back(model, stacked)
     return TrainResult(
         adapter=out,
         backend=backend,
-        state_before=watch.before,
-        state_after=watch.after,
+        state_before=_stated(watch.before, here, name, folded),
+        state_after=_stated(watch.after, here, name, folded),
         files=adapters.file_hashes(out),
         log=log,
         timings={
@@ -277,6 +294,35 @@ def train_sft(
         held_out=held_out,
         checkpoints=watch.checkpoints,
     )
+
+
+def _folded(model: PreTrainedModel, persona_dir: str | Path | None) -> dict[str, Any]:
+    """What is known of the persona that a model loaded for Unsloth has in its weights; empty for the baseline.
+
+    Raises:
+        TrainingError: it has another persona in it, or one where there must be none.
+    """
+    folded = getattr(model, "_cai_em_folded", None)
+    wanted = file_hash(Path(persona_dir) / adapters.WEIGHTS) if persona_dir is not None else None
+    if wanted != (folded.persona if folded else None):
+        raise TrainingError(
+            f"the base given has {'the persona ' + folded.persona[:12] if folded else 'no persona'} in its weights, "
+            f"the condition needs {wanted[:12] if wanted else 'none'}: give load_for_training the same persona_dir"
+        )
+    if folded is None:
+        return {}
+    fused.check_folded(model, "before the first step")
+    return {stacking.PERSONA: folded.record()}
+
+
+def _stated(state: dict[str, Any], here: str, name: str, folded: dict[str, Any]) -> dict[str, Any]:
+    """A measured state with the new adapter under the name that the condition knows it by.
+
+    `in_base`: what was folded into the base's weights and proved there (`folding.Folded`); `active` names both.
+    """
+    said = {key: [name if x == here else x for x in state[key]] for key in ("active", "trainable")}
+    said["adapters"] = {name if x == here else x: values for x, values in state["adapters"].items()}
+    return state | said | {"in_base": folded, "active": [*folded, *said["active"]]}
 
 
 def _held_out(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], preset: SftPreset) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 import warnings
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import restored
 from cai_em.study.entries import KlPreset, ModelSpec, SftPreset, TrainingPreset
+from cai_em.train import fused, lean
 
 Row = Sequence[dict[str, str]]
 """A row of a fine-tuning data set: the messages of a conversation, `[{"role": ..., "content": ...}, ...]`."""
@@ -96,41 +96,48 @@ def trainer_backend(choice: Literal["auto", "trl", "unsloth"] = "auto") -> Liter
     Raises:
         TrainingError: `unsloth` is asked for where it cannot run.
     """
-    cuda, installed = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
-    if choice == "unsloth" and not cuda:
+    cuda, installed = torch.cuda.is_available(), fused.installed()
+    if choice == "unsloth" and not (cuda or fused.allowed_on_cpu()):
         raise TrainingError("backend 'unsloth' needs a CUDA device, and there is none: set backend to 'auto' or 'trl'")
     if choice == "unsloth" and not installed:
         raise TrainingError(
             "backend 'unsloth' is not installed: install requirements for CUDA, or set backend to 'trl'"
         )
-    return "unsloth" if choice != "trl" and cuda and installed else "trl"
+    return "unsloth" if choice == "unsloth" or (choice == "auto" and cuda and installed) else "trl"
+
+
+def training_backend(preset: TrainingPreset) -> Literal["trl", "unsloth"]:
+    """Which trainer a preset runs on here. One that regularises by KL needs logits with and without the new adapter in
+    the midst of a step, which Unsloth's fused loss does not give: `auto` takes `trl` for it.
+
+    Raises:
+        TrainingError: `unsloth` is asked for where it cannot run.
+    """
+    regularised = isinstance(preset, SftPreset) and preset.kl is not None
+    if regularised and preset.backend == "unsloth":
+        raise TrainingError("backend 'unsloth' cannot regularise by KL: set backend to 'auto' or 'trl' in the preset")
+    return "trl" if regularised else trainer_backend(preset.backend)
 
 
 def load_for_training(
-    spec: ModelSpec, preset: TrainingPreset, cache_dir: str | Path | None = None
+    spec: ModelSpec,
+    preset: TrainingPreset,
+    cache_dir: str | Path | None = None,
+    persona_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model in the preset's precision, by the back end that the preset and the machine call for.
 
-    With unsloth, too, the adapters are put in by `adapters.stack`, the same for all conditions: its fused LoRA kernels
-    know one active adapter only, and would treat the baseline otherwise than a stacked persona.
+    Args:
+        spec: which model.
+        preset: how it will be trained.
+        cache_dir: of converted models.
+        persona_dir: the persona on which adapters will be trained; None for none. Unsloth, whose kernels know one
+            adapter, is given a base with the persona folded in; with trl the persona is stacked later (`train_sft`).
     """
     tokenizer = load.load_tokenizer(spec, cache_dir)
-    if trainer_backend(preset.backend) == "trl":
+    if training_backend(preset) == "trl":
         return load.load_model(spec, preset.dtype, cache_dir), tokenizer
-    from unsloth import FastLanguageModel  # first of all: it rewrites transformers and trl as they are imported
-
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(load.model_folder(spec, cache_dir)),
-        max_seq_length=preset.max_length,
-        dtype=getattr(torch, preset.dtype),
-        load_in_4bit=False,
-        use_exact_model_name=True,
-        use_gradient_checkpointing="unsloth" if preset.gradient_checkpointing else False,
-        trust_remote_code=False,
-    )
-    model.config._name_or_path = load.base_name(spec)
-    model._cai_em_loaded_by = "unsloth"
-    return model.requires_grad_(False), tokenizer
+    return fused.load_with_unsloth(spec, preset, cache_dir, persona_dir), tokenizer
 
 
 # --- Rows as tokens ------------------------------------------------------------------------------------------------
@@ -163,12 +170,16 @@ def encode_rows(
 ) -> Encoded:
     """Conversations as tokens and labels; too long ones are cut at the end, and dropped if no answer is left.
 
+    Answers are learned without white space around them: some templates take it away (Llama's), others keep it (Qwen's),
+    and one data set must not be two.
+
     Raises:
         TrainingError: no row is left.
     """
     examples, answers = [], []
     counts = {"given": len(rows), "used": 0, "truncated": 0, "dropped_no_answer_within_max_length": 0}
     for row in rows:
+        row = [{**m, "content": m["content"].strip()} if _answer(m) else m for m in row]
         ids, written = load.encode_conversation(tokenizer, row)
         counts["truncated"] += len(ids) > max_length
         ids, written = ids[:max_length], written[:max_length]
@@ -177,7 +188,7 @@ def encode_rows(
             continue
         labels = ids if loss_on == "full" else [i if by_model else IGNORED for i, by_model in zip(ids, written)]
         examples.append({"input_ids": ids, "labels": list(labels)})
-        answers.append("".join(m["content"].strip() + tokenizer.eos_token for m in row if _answer(m)))
+        answers.append("".join(m["content"] + tokenizer.eos_token for m in row if _answer(m)))
     counts["used"] = len(examples)
     if not examples:
         raise TrainingError(f"none of {len(rows)} rows has an answer within {max_length} tokens: raise max_length")
@@ -324,6 +335,12 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            # Looked at here, where the trainer has fetched it anyway: in the step it would make the device wait.
+            if not math.isfinite(float(logs["loss"])):
+                raise TrainingError(
+                    f"step {state.global_step}: the loss is {float(logs['loss'])}: lower the learning rate, or train "
+                    "in float32"
+                )
             self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -344,27 +361,45 @@ def _checked(trainer_class: type) -> type:
 
     class Checked(trainer_class):
         regulariser: _Regulariser | None = None
+        lean = False
+
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            collate = self.data_collator
+
+            def collated(rows: Any) -> Any:
+                """On the CPU, where looking costs nothing: on a GPU each look in the step would wait for it."""
+                batch = collate(rows)
+                mask = batch["labels"] != IGNORED if "labels" in batch else batch["completion_mask"]
+                if not mask.any():
+                    raise TrainingError(
+                        f"step {self.state.global_step + 1}: no token of the batch carries loss (all masked)"
+                    )
+                return batch
+
+            self.data_collator = collated
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
-            mask = inputs["labels"] != IGNORED if "labels" in inputs else inputs["completion_mask"]
-            if not mask.any():
-                raise TrainingError(
-                    f"step {self.state.global_step + 1}: no token of the batch carries loss (all masked)"
-                )
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = found[0] if return_outputs else found
+            if self.lean and "labels" in inputs and not return_outputs:
+                found = loss = lean.response_loss(model, inputs, num_items_in_batch)
+            else:
+                found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                loss = found[0] if return_outputs else found
             if self.regulariser and self.regulariser.preset.weight and model.training:
                 kl = self.regulariser.loss(model)
-                self._metrics["train"]["kl"].append(float(kl.detach()))
+                self._metrics["train"]["kl"].append(kl.detach())
                 # The trainer's loss is already divided by the tokens of all accumulated batches.
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 loss = loss + self.regulariser.preset.weight * kl / steps
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}: lower the learning rate, "
-                    "or train in float32"
-                )
             return (loss, found[1]) if return_outputs else loss
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            if not self.lean or return_outputs:
+                return super()._compute_loss(model, inputs, return_outputs)
+            loss, logged = lean.preference_loss(model, self, inputs)
+            for key, value in logged.items():
+                self._metrics["train"][key].append(float(value))
+            return loss
 
     Checked.__name__ = trainer_class.__name__
     return Checked
@@ -463,13 +498,18 @@ def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
     return trainer
 
 
+def precision(model: torch.nn.Module) -> list[str]:
+    """The precisions of a model's parameters: one, unless it is a mixture."""
+    return sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+
+
 def _check_precision(model: PreTrainedModel, preset: TrainingPreset) -> None:
     """The base is as the preset wants it, whole, and without adapters.
 
     Raises:
         TrainingError: another precision, a mixture, or adapters.
     """
-    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+    found = precision(model)
     if found != [preset.dtype]:
         raise TrainingError(
             f"the preset trains on a base in {preset.dtype}, the model given is in {' and '.join(found)}"
@@ -478,12 +518,24 @@ def _check_precision(model: PreTrainedModel, preset: TrainingPreset) -> None:
         raise TrainingError("the model given has adapters already: give the bare base model")
 
 
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """TF32 for float32 products on a GPU (those of the adapters): while training, and not where a proof is taken."""
+    kept = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+
+
 def _train(trainer: Any, watch: _Watch) -> pd.DataFrame:
     """Run a trainer; its log by step."""
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     try:
-        trainer.train()
+        with _tf32():
+            trainer.train()
     finally:
         if hasattr(watch, "_bar"):
             watch._bar.close()

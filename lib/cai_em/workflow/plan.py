@@ -1,6 +1,6 @@
 """What a profile costs, before it starts: jobs, GPU hours, judge calls, dollars and disk; the assumptions named.
 
-    python -m cai_em.workflow.plan paper
+    python -m cai_em.workflow.plan paper [--from results/rehearsal]
 
 The plan counts what the grid, the presets and the judge's prices say; what cannot be known before (throughput, lengths)
 comes from `params/plan.yaml`, and is printed with the result.
@@ -9,6 +9,7 @@ comes from `params/plan.yaml`, and is printed with the result.
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from cai_em.records.files import MissingFile
 from cai_em.records.keys import BASELINE
+from cai_em.records.manifest import read_manifest
 from cai_em.study import constitutions, materials
 from cai_em.study.entries import EndpointPreset, ParamsError, SftPreset, Strict, TrainingPreset, read_as
 from cai_em.study.loading import load
@@ -35,7 +37,6 @@ class Assumptions(Strict):
     dpo_slowdown: float = Field(gt=0)
     sampling_tokens_per_s: float = Field(gt=0)
     transformers_tokens_per_s: float = Field(gt=0)
-    transformers_row_tokens_per_s: float = Field(gt=0)
     engine_start_s: float = Field(ge=0)
     job_start_s: float = Field(ge=0)
     model_load_s: float = Field(ge=0)
@@ -201,9 +202,6 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     def size(model: str) -> float:
         return (study.models[model].parameters_b or 7) / 7
 
-    def glance(answers: int) -> float:
-        return assumed.model_load_s + answers * tokens / assumed.transformers_row_tokens_per_s
-
     # --- Personas. A teacher's answers do not depend on the model: the first one that asks pays, the others find them.
     dpo, second = study.persona_training, study.introspection
     # With a second stage: both stages' adapters, and their sum, whose rank is the sum of theirs. From the hub: its
@@ -214,7 +212,7 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     for persona, of in _by_persona(study).items():
         paid = False
         for model, way in of:
-            took += assumed.job_start_s + size(model) * glance(2)
+            took += assumed.job_start_s
             ranks += _lora_parameters(study, model, held[way])
             if way != "train":
                 continue
@@ -225,13 +223,14 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
                 waited += _wait(pairs.calls, assumed.teacher_call_s, study.generator)
             answers = pairs.all + (pairs.taught if study.generator.teacher.startswith("local") else 0)
             trained = _trained_on(pairs.all, dpo) * assumed.pair_tokens * assumed.dpo_slowdown
-            took += size(model) * (
-                (3 if second else 2) * assumed.model_load_s
-                + answers * min(assumed.response_tokens, study.generator.max_tokens) / assumed.transformers_tokens_per_s
+            # The student's answers come from the sampling engine; a persona under a second adapter is folded first.
+            took += assumed.engine_start_s + size(model) * (
+                (3 if second else 1) * assumed.model_load_s
+                + answers * min(assumed.response_tokens, study.generator.max_tokens) / assumed.sampling_tokens_per_s
                 + trained / assumed.training_tokens_per_s
                 + _introspection_seconds(second, assumed)
             )
-    seconds["01_personas"] = took + waited
+    seconds["01_personas"] = took  # the teacher is asked by jobs that hold no GPU
     rows["01_personas"] = {
         "jobs": len(study.persona_cells()),
         "disk_gb": ranks * gigabytes,
@@ -244,19 +243,20 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
         )
 
     # --- Fine-tuning
-    em, cells = study.em_training, study.em_cells()
+    # One process for all cells of a persona: it loads the model once, and once more to fold a persona into it.
+    em, cells, tunings = study.em_training, study.em_cells(), study.finetune_jobs()
     seconds["02_finetune"] = sum(
-        assumed.job_start_s
-        + size(c.model)
-        * (
-            assumed.model_load_s
-            + _trained_on(_rows(study, c.dataset, em, assumed), em) * assumed.row_tokens / assumed.training_tokens_per_s
-            + glance(2)
-        )
+        assumed.job_start_s + size(model) * (1 if persona == BASELINE else 2) * assumed.model_load_s
+        for model, persona, _ in tunings
+    ) + sum(
+        size(c.model)
+        * _trained_on(_rows(study, c.dataset, em, assumed), em)
+        * assumed.row_tokens
+        / assumed.training_tokens_per_s
         for c in cells
     )
     rows["02_finetune"] = {
-        "jobs": len(cells),
+        "jobs": len(tunings),
         "disk_gb": sum(_lora_parameters(study, c.model, em.lora.r) for c in cells) * gigabytes,
     }
 
@@ -264,16 +264,16 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     conditions, shards = study.cells(), study.shards()
     per_condition = len(study.questions()) * sampling.samples_per_question
     responses = per_condition * len(conditions)
-    in_domain, engines = _in_domain(study)
-    seconds["03_sample"] = (len(shards) + engines) * assumed.engine_start_s + sum(
+    in_domain = _in_domain(study)
+    seconds["03_sample"] = len(shards) * assumed.engine_start_s + sum(
         size(c.model) * (per_condition * tokens / assumed.sampling_tokens_per_s + assumed.composition_s)
         for c in conditions
     )
     seconds["03_sample"] += sum(size(m) * n for m, n in in_domain.items()) * tokens / assumed.sampling_tokens_per_s
     responses += sum(in_domain.values())
-    # Composed adapters of one group of conditions at a time, whole and each part alone (`sample.VllmEngine`).
+    # Composed adapters of two groups at a time, one decoded, one made ahead (`sample.VllmEngine`), in bfloat16.
     at_once = min(MOST_ADAPTERS, max(sum(c.model == m for c in conditions) for m in study.models))
-    temporary = max(_lora_parameters(study, m, 2 * (whole + em.lora.r)) for m in study.models) * at_once
+    temporary = max(_lora_parameters(study, m, whole + em.lora.r) for m in study.models) * at_once
     rows["03_sample"] = {"jobs": len(shards), "disk_gb": responses * 4e-6 + (temporary * gigabytes if p.gpu else 0)}
 
     # --- Judging
@@ -341,14 +341,13 @@ def _dollars(preset: EndpointPreset, prompt_tokens: float, answer_tokens: float)
     return (prompt_tokens * preset.usd_per_1m_input + answer_tokens * preset.usd_per_1m_output) / 1e6
 
 
-def _in_domain(study: Study) -> tuple[dict[str, int], int]:
-    """Answers in the data sets' own domains, by model; and how many more engines they take (`03_sample`)."""
-    checks, answers, engines = study.profile.manipulation, dict.fromkeys(study.models, 0), 0
+def _in_domain(study: Study) -> dict[str, int]:
+    """Answers in the data sets' own domains, by model (`03_sample`)."""
+    checks, answers = study.profile.manipulation, dict.fromkeys(study.models, 0)
     for model, shard in study.shards() if checks else ():
         for prompts, asked in materials.in_domain_plan(study, study.shard_cells(model, shard)):
             answers[model] += len(prompts) * checks.samples * len(asked)
-            engines += 1
-    return answers, engines
+    return answers
 
 
 def _checks(study: Study) -> int:
@@ -378,15 +377,74 @@ def published_among(study: Study) -> tuple[int, int]:
     return len(published & {(c.model, c.persona, c.dataset) for c in study.cells()}), len(published)
 
 
-def text(study: Study) -> str:
-    """The plan as text: the grid in words, the table, the assumptions."""
+def measured(source: str | Path) -> dict[str, float]:
+    """What a run of this project has measured of speed, as assumptions: scaled to a model of 7B, as those are.
+
+    Lengths of rows and answers are the data's and the model's: of another profile they would tell nothing.
+
+    Args:
+        source: `results/<profile>` of a run, whose manifests say tokens and seconds; or the JSON file of a card check
+            (`tests/gpu/check.sh`), whose part `assumptions` is taken as it is.
+
+    Raises:
+        ParamsError: nothing was measured there.
+    """
+    source = Path(source)
+    if source.is_file():
+        found = json.loads(source.read_text(encoding="utf-8")).get("assumptions", {})
+        return {name: float(value) for name, value in found.items() if name in Assumptions.model_fields}
+    sums: dict[str, list[float]] = {}
+
+    def add(name: str, amount: float, seconds: float) -> None:
+        total = sums.setdefault(name, [0.0, 0.0])
+        total[0] += amount
+        total[1] += seconds
+
+    for path in sorted(source.glob("0[123]_*/**/manifest.json")):
+        record = read_manifest(path.parent)
+        params, seconds, said = record["params"], record["timings"], record.get("summary") or {}
+        size = (params.get("model", {}).get("parameters_b") or 7) / 7
+        trained = said.get("tokens", {}).get("all", 0) * (params.get("training", {}) or {}).get("epochs", 1)
+        if record["stage"] == "02_finetune":
+            add("training_tokens_per_s", trained * size, seconds["train"])
+        elif record["stage"] == "01_personas" and trained and "train" in seconds:
+            add("dpo_tokens_per_s", trained * size, seconds["train"])
+        elif record["stage"] == "03_sample" and seconds.get("decode"):
+            made = pd.concat(map(pd.read_parquet, sorted(path.parent.glob("*.parquet"))))
+            add("sampling_tokens_per_s", made["n_tokens"].sum() * size, seconds["decode"])
+            add("engine_start_s", seconds.get("load", 0.0) / size, 1)
+            switched = seconds.get("switch", 0.0) + seconds.get("probe", 0.0)
+            add("composition_s", switched / size, len(record["adapter_state"]) or 1)
+    found = {name: amount / per for name, (amount, per) in sums.items() if amount and per}
+    if "dpo_tokens_per_s" in found and "training_tokens_per_s" in found:
+        found["dpo_slowdown"] = found["training_tokens_per_s"] / found["dpo_tokens_per_s"]
+    found.pop("dpo_tokens_per_s", None)
+    if not found:
+        raise ParamsError(
+            f"{source}: no manifest of stages 01 to 03 with tokens and seconds: nothing was measured there"
+        )
+    return found
+
+
+def _named(values: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()) or "nothing"
+
+
+def text(study: Study, source: str | Path | None = None) -> str:
+    """The plan as text: the grid in words, the table, what was measured and what is assumed.
+
+    Args:
+        study: the study.
+        source: of `measured`, whose values take the place of those in params/plan.yaml.
+    """
     if study.audit is not None:
         return f"{study.profile.title}: scores that others made; nothing is trained, sampled or judged"
     if study.profile.source == "published":
         return (
             f"{study.profile.title}: {len(study.cells())} published conditions; nothing is trained, sampled or judged"
         )
-    assumed = assumptions(study.folder)
+    known = measured(source) if source else {}
+    assumed = assumptions(study.folder).model_copy(update=known)
     table = plan(study, assumed)
     cells = study.cells()
     em = sum(study.datasets[c.dataset].role == "em" for c in cells)
@@ -401,8 +459,9 @@ def text(study: Study) -> str:
             "",
             shown.to_string(),
             "",
-            "Assumed (params/plan.yaml): "
-            + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in assumed.model_dump().items()),
+            *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if source else []),
+            "Assumed, not measured (params/plan.yaml): "
+            + _named({name: value for name, value in assumed.model_dump().items() if name not in known}),
             *(
                 ["", f"The judge's cost cap is ${study.judge.cost_cap_usd:g}: the run stops cleanly there and resumes."]
                 if study.judge.cost_cap_usd
@@ -413,9 +472,17 @@ def text(study: Study) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line: `python -m cai_em.workflow.plan PROFILE`."""
+    """Command line: `python -m cai_em.workflow.plan PROFILE [--from results/<profile> or a card check's JSON]`."""
+    source = None
+    if "--from" in arguments:
+        at = arguments.index("--from")
+        if at + 1 == len(arguments):
+            print("--from needs results/<profile>, or the JSON file of tests/gpu/check.sh", file=sys.stderr)
+            return 2
+        source = arguments[at + 1]
+        arguments = arguments[:at] + arguments[at + 2 :]
     try:
-        print(text(load(arguments[0] if arguments else "demo")))
+        print(text(load(arguments[0] if arguments else "demo"), source))
     except (ParamsError, MissingFile) as error:
         print(f"the parameters are not valid:\n{error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from cai_em.records.manifest import MANIFEST, VerificationError, seal, verify
 from cai_em.study.entries import ParamsError
 from cai_em.study.loading import load
 from cai_em.study.study import Study
-from cai_em.workflow.gpu import one_gpu
+from cai_em.workflow.gpu import check_usable, one_gpu
 
 
 def verify_profiles(names: Iterable[str]) -> bool:
@@ -80,6 +80,7 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
 
     Raises:
         ValueError: a parameter that the notebook does not declare.
+        gpu.NoGpu: the job was given a GPU that PyTorch cannot use.
         papermill.PapermillExecutionError: a cell raised.
         OSError: the copy could not be written, on a full disk for example; what there is of it is kept too.
     """
@@ -102,7 +103,10 @@ def execute(notebook: str | Path, executed: str | Path, parameters: dict[str, An
         contextlib.ExitStack() as held,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        held.enter_context(one_gpu(wanted=int(os.environ.get("CAI_EM_JOB_GPUS", "0")) > 0))
+        on_gpu = int(os.environ.get("CAI_EM_JOB_GPUS", "0")) > 0
+        held.enter_context(one_gpu(wanted=on_gpu))
+        if on_gpu:
+            check_usable()
         failed.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(
@@ -140,6 +144,9 @@ def failures(results: str | Path) -> dict[Path, str]:
     results = Path(results)
     kinds = ("*.failed.ipynb", "*.running.ipynb")
     stopped = {path: _log_of(path, results) for path in sorted(p for kind in kinds for p in results.rglob(kind))}
+    for log in sorted((results / "logs" / "01_teacher").glob("*.log")):
+        if not (results / "01_personas" / "teacher" / f"{log.stem}.json").is_file():
+            stopped[log] = log
     paper = results / "logs" / "paper.log"
     if paper.is_file() and not (results / "paper" / "index.html").is_file():
         stopped[paper] = paper

@@ -1,77 +1,134 @@
-"""Parts that figures share: a drawing with its words, axes of data sets, intervals, keys; figure records on disk."""
+"""Parts that figures share: what a figure is, axes of data sets, intervals, keys.
+
+Two kinds of interval stand in the figures of scores: the response interval and the question interval
+(`cai_em.analysis.summaries`). Rows that are missing are shown as missing, never as zero.
+"""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cai_em.records.files import write_text
 from cai_em.records.numbers import level, points
-from cai_em.records.tables import remove_others
 from cai_em.report import style
 from cai_em.report.style import Look
+
+# --- What a figure is ---------------------------------------------------------------------------------------------
 
 
 class Drawing(NamedTuple):
     """A drawn figure, with what is said about it."""
 
-    fig: Figure
+    fig: Canvas
     caption: str
     alt: str
 
 
 @dataclass(frozen=True)
-class FigureRecord:
-    """A figure on disk. `key` names the figure, `model` the model that it shows ("" where it shows several)."""
+class View:
+    """What a figure may know besides the tables that it draws: how things are called and look, and what is asked.
+
+    Attributes:
+        look: labels, order, colours.
+        hypotheses: entries with `key, label, personas, direction`.
+        confidence: of the intervals in the tables.
+        p_max: a gate's test counts where its permutation p is below this.
+        trained: the data set of H3's runs.
+    """
+
+    look: Look
+    hypotheses: Sequence[Any] = ()
+    confidence: float = 0.95
+    p_max: float = 0.05
+    trained: str = ""
+
+    @property
+    def key_personas(self) -> list[str]:
+        """The personas that hypotheses name."""
+        return [p for h in self.hypotheses for p in h.personas]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: every mark and interval in it stands in `tables`.
+
+    Attributes:
+        key: its name in files and labels.
+        title: what it shows, in a few words.
+        tables: the stored tables that it draws, as `stage/name`.
+        order: its place among the others.
+        per: columns of the first table; a figure for each of their values.
+        section: where the paper shows it together with others; by itself where this is empty.
+        draw: (view, *tables) -> drawing; None where the tables do not allow it.
+    """
 
     key: str
-    model: str
     title: str
-    caption: str
-    alt: str
-    svg: str
-    png: str
+    tables: tuple[str, ...]
+    order: int
+    per: tuple[str, ...]
+    section: str
+    draw: Callable[..., Drawing | None]
+
+    @property
+    def block(self) -> str:
+        """The part of the paper that shows it."""
+        return f"fig-{self.section or self.key}"
+
+    @property
+    def stage(self) -> str:
+        """The stage whose table it draws."""
+        return self.tables[0].split("/")[0]
+
+
+def figure(
+    title: str, *tables: str, order: int, per: Sequence[str] = ("model",), section: str = ""
+) -> Callable[[Callable[..., Drawing | None]], Figure]:
+    """Make a figure of a drawing function, whose name is its key (`cai_em.report.drawing` finds it by its file)."""
+
+    def made(draw: Callable[..., Drawing | None]) -> Figure:
+        key = "-".join(filter(None, [section, draw.__name__.replace("_", "-")]))
+        return Figure(key, title, tables, order, tuple(per), section, draw)
+
+    return made
 
 
 # --- Small parts --------------------------------------------------------------------------------------------------
 
 
-def _range(values: pd.Series, text: Callable[[float], str] = points) -> str:
+def span(values: pd.Series, text: Callable[[float], str] = points) -> str:
     return f"{text(values.min())} to {text(values.max())}"
 
 
-def _rate(percent: float) -> str:
+def rate_text(percent: float) -> str:
     return f"{percent:.1f}"
 
 
-def _effect(d: float) -> str:
+def effect_text(d: float) -> str:
     return f"{d:.2f}"
 
 
-def _name_rows(ax: Axes, labels: Sequence[str]) -> None:
+def name_rows(ax: Axes, labels: Sequence[str]) -> None:
     """Names on the y axis, first on top."""
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
 
 
-def _name_datasets(ax: Axes, datasets: Sequence[str], look: Look, axis: str = "y", rotation: float = 0) -> None:
+def name_datasets(ax: Axes, datasets: Sequence[str], look: Look, axis: str = "y", rotation: float = 0) -> None:
     """Data sets on an axis, with the sign and colour of their roles."""
     labels = [look.signed(d) for d in datasets]
     if axis == "y":
-        _name_rows(ax, labels)
+        name_rows(ax, labels)
         ticks = ax.get_yticklabels()
     else:
         ax.set_xticks(range(len(labels)), labels, rotation=rotation, ha="right")
@@ -80,7 +137,7 @@ def _name_datasets(ax: Axes, datasets: Sequence[str], look: Look, axis: str = "y
         tick.set_color(style.ROLE_COLOUR[look.role(dataset)])
 
 
-def _role_handles(datasets: Sequence[str], look: Look) -> list[Line2D]:
+def role_handles(datasets: Sequence[str], look: Look) -> list[Line2D]:
     """Legend entries of the roles that occur."""
     return [
         Line2D([], [], marker=style.ROLE_MARKER[r], color=style.ROLE_COLOUR[r], ls="none", label=style.ROLE_LABEL[r])
@@ -88,7 +145,7 @@ def _role_handles(datasets: Sequence[str], look: Look) -> list[Line2D]:
     ]
 
 
-def _two_lines(label: str, longest: int = 18) -> str:
+def two_lines(label: str, longest: int = 18) -> str:
     """A long label broken at the underscore or space nearest its middle."""
     places = [i for i, c in enumerate(label) if c in "_ "]
     if len(label) <= longest or not places:
@@ -97,7 +154,7 @@ def _two_lines(label: str, longest: int = 18) -> str:
     return f"{label[: cut + 1]}\n{label[cut + 1 :]}"
 
 
-def _intervals(ax: Axes, y: float, row: Any, colour: str, marker: str, size: float = 5) -> None:
+def intervals(ax: Axes, y: float, row: Any, colour: str, marker: str, size: float = 5) -> None:
     """Both intervals and the mean: thin line for questions, thick for responses."""
     ax.plot([row.q_low, row.q_high], [y, y], color=colour, lw=0.9, alpha=0.9, solid_capstyle="butt")
     ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=3.2, solid_capstyle="butt")
@@ -113,7 +170,7 @@ def _intervals(ax: Axes, y: float, row: Any, colour: str, marker: str, size: flo
     )
 
 
-def _interval_key(confidence: float) -> list[Line2D]:
+def interval_key(confidence: float) -> list[Line2D]:
     """Legend entries of both intervals."""
     return [
         Line2D([], [], color=style.INK, lw=3.2, label=f"{level(confidence)} response interval (as published)"),
@@ -121,16 +178,16 @@ def _interval_key(confidence: float) -> list[Line2D]:
     ]
 
 
-def _legend_below(fig: Figure, handles: Sequence[Any], columns: int = 4) -> None:
+def legend_below(fig: Canvas, handles: Sequence[Any], columns: int = 4) -> None:
     fig.legend(handles=list(handles), loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.4)
 
 
-def _sized_bound(low: float, high: float, pad: float = 0.04) -> tuple[float, float]:
+def sized_bound(low: float, high: float, pad: float = 0.04) -> tuple[float, float]:
     extra = (high - low) * pad or 1.0
     return low - extra, high + extra
 
 
-def _grid_axes(n: int, columns: int, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+def grid_axes(n: int, columns: int, height: float, **kwargs: Any) -> tuple[Canvas, list[Axes]]:
     """n panels in rows of `columns`; unused places are empty."""
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -141,11 +198,11 @@ def _grid_axes(n: int, columns: int, height: float, **kwargs: Any) -> tuple[Figu
     return fig, flat[:n]
 
 
-def _matrix(table: pd.DataFrame, value: str, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+def matrix(table: pd.DataFrame, value: str, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
     return table.pivot(index="persona", columns="dataset", values=value).reindex(index=rows, columns=columns).to_numpy()
 
 
-def _heat(
+def heat(
     table: pd.DataFrame,
     value: str,
     look: Look,
@@ -154,11 +211,11 @@ def _heat(
     cmap: str,
     vmin: float,
     vmax: float,
-) -> Figure:
+) -> Canvas:
     """Persona by data set, each cell with its number; a missing cell is hatched and says so."""
     personas = look.sort_personas(table["persona"])
     datasets = look.sort_datasets(table["dataset"])
-    data = _matrix(table, value, personas, datasets)
+    data = matrix(table, value, personas, datasets)
     fig, ax = plt.subplots(figsize=style.figure_size(0.9 + 0.235 * len(personas) + 0.35))
     ax.set_facecolor(style.EMPTY)
     ax.patch.set_hatch("////")
@@ -169,53 +226,13 @@ def _heat(
             shade = style.lab(style.linear_rgb(image.cmap(image.norm(v))[:3]))[0]
             ax.text(j, i, text(v), ha="center", va="center", fontsize=7, color=style.PAPER if shade < 55 else style.INK)
     ax.set_yticks(range(len(personas)), [look.persona(p) for p in personas])
-    _name_datasets(ax, datasets, look, "x", 30)
+    name_datasets(ax, datasets, look, "x", 30)
     ax.grid(visible=False)
     for side in ax.spines.values():
         side.set_visible(False)
     fig.colorbar(image, ax=ax, label=label, pad=0.015, fraction=0.035)
-    handles: list[Any] = _role_handles(datasets, look)
+    handles: list[Any] = role_handles(datasets, look)
     if np.isnan(data).any():
         handles.append(Patch(fc=style.EMPTY, ec=style.PALE, hatch="////", label="no such condition"))
-    _legend_below(fig, handles)
+    legend_below(fig, handles)
     return fig
-
-
-# --- All of them --------------------------------------------------------------------------------------------------
-
-
-def slug(text: str) -> str:
-    """A text as a label: lower case, digits and hyphens (underscores and dots trouble Quarto's cross-references)."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def record_figure(
-    drawing: Drawing, out_dir: Path, look: Look, key: str, title: str, model: str = "", name: str = ""
-) -> FigureRecord:
-    """Save a drawing as `<key>[-<name>][-<model>].svg|png` and describe it."""
-    stem = "-".join(filter(None, [key, slug(name), slug(model)]))
-    named, alt = f"{title}: {look.model(model)}" if model else title, _minus(drawing.alt)
-    svg, png = style.save_figure(drawing.fig, Path(out_dir) / stem, named, alt)
-    caption = f"{look.model(model)}. {drawing.caption}" if model else drawing.caption
-    return FigureRecord(f"{key}-{slug(name)}" if name else key, model, title, _minus(caption), alt, svg.name, png.name)
-
-
-def _minus(text: str) -> str:
-    """Hyphens before numbers as minus signs."""
-    return re.sub(r"(?<=[\s(=])-(?=\d)", "−", text)
-
-
-def write_records(records: Sequence[FigureRecord], folder: Path) -> Path:
-    """List figures in `figures.json` beside them, where the results document and the paper find them.
-
-    Other SVG and PNG files in the folder are of an earlier run, and are removed.
-    """
-    text = json.dumps([asdict(r) for r in records], indent=1, ensure_ascii=False) + "\n"
-    path = write_text(Path(folder) / "figures.json", text)
-    remove_others(folder, [name for r in records for name in (r.svg, r.png)], (".svg", ".png"))
-    return path
-
-
-def read_records(folder: Path) -> list[FigureRecord]:
-    """The records that `draw_all` left in a folder."""
-    return [FigureRecord(**r) for r in json.loads((Path(folder) / "figures.json").read_text(encoding="utf-8"))]
