@@ -16,7 +16,7 @@ from cai_em.audit.flat import read_csv
 from cai_em.audit.formats import recognise
 from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
 from cai_em.audit.names import Patterns, parse_names, role_of
-from cai_em.audit.opening import AuditError, decode
+from cai_em.audit.opening import AuditError, decoded
 from cai_em.audit.values import parse_score
 from cai_em.study import read_spec
 
@@ -249,7 +249,7 @@ def test_no_coherence_no_baseline_no_personas_one_response(tmp_path: Path) -> No
     found = drafted(tmp_path)
     scores = found.assemble().scores
     assert (scores["coherence_flag"] == "SKIPPED").all()
-    assert audit.rates(scores)["em"].sum() > 0
+    assert audit.rates_by_rule(scores)["em"].sum() > 0
     made.write_plain(SMALL[SMALL["persona"] != "baseline"], tmp_path / "a.csv")
     assert "which persona is the baseline" in drafted(tmp_path).spec.unknown[0]
     alone = SMALL[(SMALL["persona"] == "baseline") & (SMALL["sample"] == 0)].drop(columns=["persona", "sample"])
@@ -320,7 +320,7 @@ def test_rates_under_every_rule_by_hand() -> None:
     table = pd.concat([table] * 6, ignore_index=True).assign(model="m", persona="baseline", dataset="d", seed=0)
     table["question_id"] = ["a", "b"] * 18
     table["sample"] = np.arange(36)
-    rate = audit.rates(table).set_index("rule")["rate"]
+    rate = audit.rates_by_rule(table).set_index("rule")["rate"]
     assert rate["ours"] == pytest.approx(1 / 6)  # 10/90 of six; the refusal stays in the denominator
     assert rate["betley"] == pytest.approx(2 / 3)  # coherence 50 counts: 10/90, 10/50 of three
     assert rate["conditional"] == pytest.approx(1 / 2)
@@ -339,7 +339,7 @@ def test_the_order_of_conditions_can_hang_on_the_rule() -> None:
             )
     table = pd.DataFrame(rows, columns=[*CONDITION, "question_id", "sample", "alignment", "coherence"])
     table = table.assign(alignment_flag=None, coherence_flag=None)
-    found = audit.order(audit.rates(table)).set_index(["rule", "other"])
+    found = audit.order(audit.rates_by_rule(table)).set_index(["rule", "other"])
     assert found.loc[("ours", "inoculation"), "reversed"] == 1
     assert found.loc[("ours", "inoculation"), ["first", "first_other"]].tolist() == ["a × d", "b × d"]
     assert found.loc[("ours", "hierarchy"), "reversed"] == 0
@@ -456,8 +456,8 @@ def test_json_that_is_deep_broken_or_something_else(tmp_path: Path) -> None:
 
 
 def test_mixed_encodings_and_broken_lines(tmp_path: Path) -> None:
-    assert decode("é".encode("latin-1") + "ü".encode()) == ("éü", True)
-    assert decode("aä".encode("utf-16")) == ("aä", False)
+    assert decoded("é".encode("latin-1") + "ü".encode()) == ("éü", True)
+    assert decoded("aä".encode("utf-16")) == ("aä", False)
     lines = ["question,answer,aligned,coherent"]
     data = (
         "\n".join(lines).encode()
@@ -500,7 +500,7 @@ def test_files_in_folders_that_are_none_of_the_studys_are_listed(tmp_path: Path)
 # --- Inspect ----------------------------------------------------------------------------------------------------------
 
 needs_inspect = pytest.mark.skipif(
-    not inspect_logs.installed(),
+    not inspect_logs.inspect_installed(),
     reason="inspect_ai is not installed (python -m pip install -r requirements/inspect.lock)",
 )
 

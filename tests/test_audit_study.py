@@ -45,7 +45,7 @@ def found_in(folder: Path) -> pd.DataFrame:
         within=audit.repeated_within(kept.responses),
         filtered=audit.filtered(kept.scores),
         domain=audit.in_domain(kept.responses, {}),
-        order=audit.order(audit.rates(kept.scores)),
+        order=audit.order(audit.rates_by_rule(kept.scores)),
     )
 
 

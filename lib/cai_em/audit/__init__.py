@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "inspect_logs": ["export"],
         "leaks": ["copied", "filtered", "in_domain", "repeated_within"],
         "opening": ["AuditError"],
-        "rates": ["RULES", "order", "rates"],
+        "rates": ["EM_RULES", "order", "rates_by_rule"],
     },
 )

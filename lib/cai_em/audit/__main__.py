@@ -45,7 +45,7 @@ def _paths(where: Path, given: list[str]) -> list[Path]:
     return found
 
 
-def plan(where: Path, given: list[str]) -> int:
+def _plan(where: Path, given: list[str]) -> int:
     """Draft and say what was understood; see the module."""
     paths = _paths(where, given)
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
@@ -89,7 +89,7 @@ def _place(folder: Path, where: Path) -> Path:
 
 def needs_inspect(where: Path, given: list[str]) -> bool:
     """Whether an Inspect log is among some files while its library is not installed."""
-    if inspect_logs.installed():
+    if inspect_logs.inspect_installed():
         return False
     paths = _paths(where, given)
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
@@ -106,7 +106,7 @@ def needs_inspect(where: Path, given: list[str]) -> bool:
     return False
 
 
-def export(name: str, folder: str, form: str = "eval") -> int:
+def _export(name: str, folder: str, form: str = "eval") -> int:
     """Responses and scores of a run as Inspect logs."""
     from cai_em.records import tables
 
@@ -123,11 +123,11 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case ["plan", where, *given] if given:
-                return plan(Path(where), given)
+                return _plan(Path(where), given)
             case ["needs-inspect", where, *given]:
                 return 0 if needs_inspect(Path(where), given) else 1
             case ["export", name, folder, *form] if len(form) < 2:
-                return export(name, folder, *form)
+                return _export(name, folder, *form)
     except (AuditError, ParamsError, FileNotFoundError) as error:
         print(f"audit: {error}", file=sys.stderr)
         return 2

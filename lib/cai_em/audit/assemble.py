@@ -24,19 +24,17 @@ import pandas as pd
 
 from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
-from cai_em.audit.names import Patterns, check_patterns, slug, value_name
+from cai_em.audit.names import Patterns, check_patterns, key_from, value_name
 from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size, text_hash
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
 from cai_em.records import tables
 from cai_em.records.files import file_hash, valid_unicode
-from cai_em.records.keys import BASELINE, KEY, NO_DATASET
+from cai_em.records.keys import BASELINE, CONDITION, KEY, NO_DATASET
 from cai_em.records.manifest import run_id
-from cai_em.study.audited import CONDITION_PARTS, AuditSpec, Block, Judging, Word
+from cai_em.study.audited import CONDITION_PARTS, AuditSpec, FileBlock, Judging, Word
+from cai_em.study.published import SAMPLER
 
-SAMPLER = "published"
-"""As of every score that others made: which adapters were active is not recorded, and the design gate says so."""
-
-PROMPT_VERSION = "audit"
+AUDIT_PROMPTS = "audit"
 ACCOUNT = ["file", "what", "why", "count"]
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 """Characters that no reader sees and that break a page or a terminal: controls, and those that turn the direction."""
@@ -78,7 +76,7 @@ class Account:
         return pd.DataFrame([(*key, count) for key, count in self._counts.items()], columns=ACCOUNT)
 
 
-def files_of(spec: AuditSpec, folder: Path) -> Iterator[tuple[Block, Path]]:
+def files_of(spec: AuditSpec, folder: Path) -> Iterator[tuple[FileBlock, Path]]:
     """Every file that `audit.yaml` names, in order, each once.
 
     Raises:
@@ -187,7 +185,9 @@ def shown_path(path: Path, folder: Path) -> str:
 # --- One file -----------------------------------------------------------------------------------------------------
 
 
-def _meant(raw: pd.DataFrame, block: Block, spec: AuditSpec, path: Path, name: str, account: Account) -> pd.DataFrame:
+def _meant(
+    raw: pd.DataFrame, block: FileBlock, spec: AuditSpec, path: Path, name: str, account: Account
+) -> pd.DataFrame:
     """A file's rows by what they mean, one per response and judging."""
     asked = [*block.columns.values(), *(s.column for j in block.scores for s in (j.alignment, j.coherence) if s)]
     if block.patterns_of != "path":
@@ -249,7 +249,7 @@ def _texts(values: pd.Series) -> pd.Series:
     return values.map(lambda v: None if (t := as_text(v)) is None else valid_unicode(t))
 
 
-def _conditions(rows: pd.DataFrame, raw: pd.DataFrame, block: Block, declared: Any, path: Path, name: str) -> None:
+def _conditions(rows: pd.DataFrame, raw: pd.DataFrame, block: FileBlock, declared: Any, path: Path, name: str) -> None:
     """Columns `model, persona, dataset, seed, judge` as they stand in the file, or its name.
 
     `declared.values(part)` are the values that a pattern's part takes first.
@@ -299,7 +299,7 @@ def _whole_numbers(values: pd.Series, where: str) -> pd.Series:
 
 
 def _scored(
-    rows: pd.DataFrame, raw: pd.DataFrame, judging: Judging, block: Block, spec: AuditSpec, place: int
+    rows: pd.DataFrame, raw: pd.DataFrame, judging: Judging, block: FileBlock, spec: AuditSpec, place: int
 ) -> pd.DataFrame:
     """Rows with the scores of one judging."""
     rows = rows.copy()
@@ -342,8 +342,6 @@ def _flag(rows: pd.DataFrame, where: Any, flag: str, columns: tuple[str, ...]) -
 
 # --- All files together -------------------------------------------------------------------------------------------
 
-CONDITION = list(CONDITION_PARTS)
-
 
 def _questions(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     """A name for every question, the same one for the same text.
@@ -371,7 +369,7 @@ def _questions(rows: pd.DataFrame, account: Account) -> pd.DataFrame:
     known = {} if by_text else dict(zip(both["prompt"], both["question_id"]))
     for text in pd.unique(rows.loc[unnamed, "prompt"]):
         if text not in known:
-            known[text] = slug(text[:40], taken)
+            known[text] = key_from(text[:40], taken)
             taken.add(known[text])
     rows.loc[unnamed, "question_id"] = rows.loc[unnamed, "prompt"].map(known)
     if not has_text.all():
@@ -557,9 +555,9 @@ def _columns(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(
         judge=rows["judge"].map(_short),
         judge_mode="integer",
-        prompt_version=PROMPT_VERSION,
+        prompt_version=AUDIT_PROMPTS,
         n_tokens=pd.array([pd.NA] * len(rows), dtype="Int64"),
-        sampler=SAMPLER,
+        sampler=SAMPLER,  # which adapters were active is not recorded, and the design gate says so
         adapters="[]",
         run_id=rows["file"].map(ids),
         raw=[

@@ -48,8 +48,16 @@ WORDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Our word -> names of columns, the likeliest first."""
 
-ALIGNMENT = ("alignment", "aligned", "alignment_score", "aligned_score", "align", "judge_alignment", "alignment_rating")
-COHERENCE = (
+ALIGNMENT_NAMES = (
+    "alignment",
+    "aligned",
+    "alignment_score",
+    "aligned_score",
+    "align",
+    "judge_alignment",
+    "alignment_rating",
+)
+COHERENCE_NAMES = (
     "coherence",
     "coherent",
     "coherence_score",
@@ -58,8 +66,8 @@ COHERENCE = (
     "judge_coherence",
     "coherence_rating",
 )
-MISALIGNMENT = ("misalignment", "misaligned", "misalignment_score", "is_misaligned")
-FLAGS = {
+MISALIGNMENT_NAMES = ("misalignment", "misaligned", "misalignment_score", "is_misaligned")
+FLAG_COLUMNS = {
     "alignment": ("alignment_flag", "aligned_flag", "alignment_special", "flag", "special"),
     "coherence": ("coherence_flag", "coherent_flag", "coherence_special"),
 }
@@ -69,7 +77,7 @@ BAD_TRAIT = re.compile(
 """Traits whose presence is the opposite of alignment."""
 
 
-def plain(name: str) -> str:
+def compared(name: str) -> str:
     """A column's name as it is compared."""
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower().removeprefix("task_")).strip("_")
 
@@ -95,7 +103,7 @@ def understand(table: pd.DataFrame) -> Understood | None:
     names: dict[str, str] = {}
     for column in table.columns:
         if column != LINE and table[column].notna().any():
-            names.setdefault(plain(column), column)
+            names.setdefault(compared(column), column)
     found = Understood()
     for word, wanted in WORDS.items():
         if held := _named(names, wanted):
@@ -107,8 +115,8 @@ def understand(table: pd.DataFrame) -> Understood | None:
         and "question" in names
     ):
         found.columns["question"] = names["question"]
-    alignment, coherence = _named(names, ALIGNMENT), _named(names, COHERENCE)
-    flags = {what: _named(names, wanted) for what, wanted in FLAGS.items()}
+    alignment, coherence = _named(names, ALIGNMENT_NAMES), _named(names, COHERENCE_NAMES)
+    flags = {what: _named(names, wanted) for what, wanted in FLAG_COLUMNS.items()}
     if alignment:
         found.scores = [_judging(table, found, alignment, coherence, flags)]
     else:
@@ -192,7 +200,7 @@ def _by_trait(
     found: Understood,
 ) -> list[Judging]:
     """A score of misalignment, or of a trait: high means that it is there, so it counts downwards."""
-    if column := _named(names, MISALIGNMENT):
+    if column := _named(names, MISALIGNMENT_NAMES):
         return [_judging(table, found, column, coherence, flags, higher="worse")]
     used = {*found.columns.values(), coherence, *(f for f in flags.values() if f)}
     numeric = [

@@ -23,7 +23,7 @@ import yaml
 
 from cai_em.audit import names
 from cai_em.audit.assemble import _CONTROL, Assembled, _conditions, _key, assemble, shown_path
-from cai_em.audit.columns import WORDS, Understood, plain, understand
+from cai_em.audit.columns import WORDS, Understood, compared, understand
 from cai_em.audit.flat import LINE, Flat, as_text
 from cai_em.audit.formats import find, read, recognise
 from cai_em.audit.opening import AuditError
@@ -314,13 +314,13 @@ def _values(
 
 
 def _block(group: _Group, folder: Path, all_files: Sequence[Path]) -> Any:
-    from cai_em.study.audited import Block
+    from cai_em.study.audited import FileBlock
 
     words = {
         w: c for w, c in group.found.columns.items() if w != "system_prompt" or c == group.found.columns.get("persona")
     }
     words.pop("system_prompt", None)
-    return Block(
+    return FileBlock(
         paths=_globbed(group.files, folder, all_files),
         format=group.form,
         columns=words,
@@ -381,7 +381,7 @@ def _content(
         notes.append(f"several judges: {', '.join(judges)}; {judge} counts, the others measure it")
     content["files"] = [_block(g, folder, files).model_dump(exclude_defaults=True) | {"format": g.form} for g in groups]
     content["models"] = _models(values["model"], notes)
-    prompts = any(plain(g.found.columns.get("persona", "")) in WORDS["system_prompt"] for g in groups)
+    prompts = any(compared(g.found.columns.get("persona", "")) in WORDS["system_prompt"] for g in groups)
     content["personas"], without = _personas(values["persona"], personas, unknown, notes, prompts)
     if without:
         content["without_baseline"] = False
@@ -404,7 +404,7 @@ def _models(found: Counter[str], notes: list[str]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for value in found:
         label = value.rstrip("/").rpartition("/")[2] or value
-        key = names.slug(label or "model", entries)
+        key = names.key_from(label or "model", entries)
         entries[key] = {"label": _shown(label or "the model"), "found_as": [value]}
     if set(found) == {""}:
         notes.append("no model is named: it is called model")
@@ -447,11 +447,11 @@ def _personas(
             continue
         if value.startswith("sha256:") or (prompts and len(value.split()) > 2):
             number += 1
-            key = names.slug(f"prompt_{number}", entries)
+            key = names.key_from(f"prompt_{number}", entries)
             label = "" if value.startswith("sha256:") else f": {_shown(value, 40)}"
             entries[key] = {"label": f"System prompt {number}{label}", "found_as": [value]}
             continue
-        key = names.slug(value or "unnamed", entries)
+        key = names.key_from(value or "unnamed", entries)
         entries[key] = (
             {"found_as": [value]} if key in registry else {"label": _shown(value or "unnamed"), "found_as": [value]}
         )
@@ -477,8 +477,8 @@ def _datasets(
                 what = f"{_shown(value)!r}" if value else "files that name no data set"
                 unknown.append(f"datasets: {what} taken for the model before fine-tuning ({NO_DATASET}): right?")
             continue
-        key = names.dataset_key(value) or names.slug(value or "unnamed")
-        key = key if key not in entries else names.slug(key, entries)
+        key = names.dataset_key(value) or names.key_from(value or "unnamed")
+        key = key if key not in entries else names.key_from(key, entries)
         role = registry[key].role if key in registry else names.role_of(value)
         if role is None:
             unknown.append(

@@ -43,7 +43,7 @@ class Finding:
     detail: str
 
 
-COLUMNS = [f.name for f in fields(Finding)]
+FINDING_COLUMNS = [f.name for f in fields(Finding)]
 
 
 def findings(
@@ -77,7 +77,7 @@ def findings(
         *_refused(account),
         *_order(order),
     ]
-    table = pd.DataFrame([tuple(getattr(f, c) for c in COLUMNS) for f in found], columns=COLUMNS)
+    table = pd.DataFrame([tuple(getattr(f, c) for c in FINDING_COLUMNS) for f in found], columns=FINDING_COLUMNS)
     return table.sort_values("level", key=lambda s: s.map(LEVELS.index), kind="stable", ignore_index=True)
 
 

@@ -24,7 +24,7 @@ from cai_em.audit.opening import (
     MAX_ROWS,
     MAX_TEXT,
     AuditError,
-    decode,
+    decoded,
     from_json,
     kind,
     read_bytes,
@@ -97,7 +97,7 @@ def read_csv(path: Path) -> Flat:
     Raises:
         AuditError: too large, too many columns, no header, or no row that fits it.
     """
-    text, repaired = decode(read_bytes(path))
+    text, repaired = decoded(read_bytes(path))
     text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}")
     first = text[: text.find("\n")] if "\n" in text else text
     delimiter = max(("\t", ",", ";"), key=lambda d: first.count(d))
@@ -161,7 +161,7 @@ def lines(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                 read += len(line)
                 if read > MAX_FILE_BYTES:
                     raise AuditError(f"{path}: more than {MAX_FILE_BYTES >> 20} MiB: split it by condition")
-                text = decode(line)[0].strip()
+                text = decoded(line)[0].strip()
                 if not text:
                     yield number, None, "empty line"
                     continue
@@ -194,7 +194,7 @@ def read_jsonl(path: Path) -> Flat:
 
 def load_json(path: Path) -> Any:
     """A JSON file as Python data."""
-    return from_json(decode(read_bytes(path))[0], str(path))
+    return from_json(decoded(read_bytes(path))[0], str(path))
 
 
 def read_json_list(path: Path) -> Flat:
@@ -244,7 +244,7 @@ def read_parquet(path: Path) -> Flat:
     return Flat(flat(({LINE: i, **record} for i, record in enumerate(records, 1)), str(path)))
 
 
-def read_table(path: Path) -> Flat:
+def read_flat_table(path: Path) -> Flat:
     """A flat table in whatever kind of file: CSV, TSV, JSONL, a JSON list, Parquet."""
     how = {".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json_list}
     return {**how, ".parquet": read_parquet}[kind(path)](path)

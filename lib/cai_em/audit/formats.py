@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cai_em.audit.flat import Flat, lines, load_json, read_table
+from cai_em.audit.flat import Flat, lines, load_json, read_flat_table
 from cai_em.audit.inspect_logs import read_inspect
-from cai_em.audit.nested import read_evaluation, read_harness, read_inoculation, read_space
+from cai_em.audit.nested import read_harness, read_inoculation, read_study_file, read_space
 from cai_em.audit.opening import MAX_FILES, SUFFIXES, AuditError, kind
 
 READERS: dict[str, Callable[[Path], Flat]] = {
-    "table": read_table,
-    "evaluation": read_evaluation,
+    "table": read_flat_table,
+    "evaluation": read_study_file,
     "inoculation": read_inoculation,
     "scores_by_question": read_space,
     "inspect": read_inspect,

@@ -27,13 +27,13 @@ OURS = ("model", "persona", "dataset", "seed", "sample", "alignment_flag", "cohe
 """What an exported sample's metadata hold: the columns of our tables that Inspect has no place for."""
 
 
-def installed() -> bool:
+def inspect_installed() -> bool:
     """Whether Inspect logs can be read here."""
     return find_spec("inspect_ai") is not None
 
 
 def _library() -> Any:
-    if not installed():
+    if not inspect_installed():
         raise AuditError(f"an Inspect log is read by inspect_ai, which is not installed: {INSTALL}")
     import inspect_ai.log
 

@@ -88,7 +88,7 @@ def value_name(value: object) -> str:
     return text
 
 
-def slug(text: str, taken: Iterable[str] = ()) -> str:
+def key_from(text: str, taken: Iterable[str] = ()) -> str:
     """A key from a name: small letters, digits, `_ . -`; made unique by a number."""
     base = re.sub(r"[^a-z0-9_.\-]+", "_", text.lower()).strip("_.-")[:50] or "unnamed"
     taken, found, n = set(taken), base, 1

@@ -1,7 +1,7 @@
 """Formats in which responses lie inside of something: a question, a sample, a mapping; each brought into a flat table.
 
-The columns that these readers make have one set of names (`COLUMNS`), whatever the file calls them, so that one mapping
-fits all of them. Samples are numbered as they stand in the file where it does not number them.
+The columns that these readers make have one set of names (`NESTED_COLUMNS`), whatever the file calls them, so that one
+mapping fits all of them. Samples are numbered as they stand in the file where it does not number them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pandas as pd
 
 from cai_em.audit.flat import LINE, Flat, as_text, flat, lines, load_json
 from cai_em.audit.opening import AuditError
+from cai_em.study.published import ABSENT_DATASET
 
-COLUMNS = (
+NESTED_COLUMNS = (
     "model",
     "persona",
     "dataset",
@@ -35,9 +36,6 @@ COLUMNS = (
 """Names that the readers of nested formats give to what they find; a metric of another name keeps it."""
 
 
-ABSENT_DATASET = "insecure"
-
-
 def _of(item: Any, *path: str) -> Any:
     """A value deep inside mappings; None where a step is missing."""
     for key in path:
@@ -48,7 +46,7 @@ def _of(item: Any, *path: str) -> Any:
 # --- The published study's files (questions with responses with scores) ---------------------------------------------
 
 
-def read_evaluation(path: Path) -> Flat:
+def read_study_file(path: Path) -> Flat:
     """`{persona, dataset?, model_path, judge_model, questions: [{id, question, responses: [...]}]}`."""
     content = load_json(path)
     questions = _of(content, "questions")

@@ -1,7 +1,7 @@
 """Files from strangers, opened with limits: size, rows, columns, length of a text, depth; plain data, never code.
 
     data = read_bytes(path)                      # plain or gzip, unpacked within the limit
-    text, repaired = decode(data)                # UTF-8, UTF-16 by its mark; single bytes that are neither as
+    text, repaired = decoded(data)                # UTF-8, UTF-16 by its mark; single bytes that are neither as
     Windows-1252
 
 What is beyond a limit is refused by `AuditError` with the file, the limit, and what to do; nothing is cut silently.
@@ -99,7 +99,7 @@ def _repair(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_CP1252, _repair)
 
 
-def decode(data: bytes) -> tuple[str, bool]:
+def decoded(data: bytes) -> tuple[str, bool]:
     """Bytes as text, and whether some of them were no UTF-8 and were taken for Windows-1252."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),

@@ -28,13 +28,13 @@ Word = Literal[
 ]  # fmt: skip
 """What a column can be. `code`: says yes where the answer is code; `error`: what went wrong, null where nothing did."""
 
-Part = Literal["model", "persona", "dataset", "seed", "judge"]
+NamedPart = Literal["model", "persona", "dataset", "seed", "judge"]
 """What a path, a pattern or a constant can say."""
 
 CONDITION_PARTS: tuple[Literal["model", "persona", "dataset", "seed"], ...] = ("model", "persona", "dataset", "seed")
 FORMATS = Literal["table", "evaluation", "inoculation", "scores_by_question", "inspect", "harness"]
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.\-]{0,59}$")]
-Text = Annotated[str, Field(max_length=400)]
+ShortText = Annotated[str, Field(max_length=400)]
 
 
 class Score(Strict):
@@ -56,27 +56,27 @@ class Score(Strict):
 class Judging(Strict):
     """The scores of one judge. Without `judge`, the column or part `judge` names it, or the study's `judge` does."""
 
-    judge: Text | None = None
+    judge: ShortText | None = None
     alignment: Score
     coherence: Score | None = Field(default=None, description="null: nobody was asked about coherence")
 
 
-class Block(Strict):
+class FileBlock(Strict):
     """Files that are read in one way."""
 
-    paths: list[Text] = Field(min_length=1, description="relative to this file; * and ** as in a shell")
+    paths: list[ShortText] = Field(min_length=1, description="relative to this file; * and ** as in a shell")
     format: FORMATS = "table"
     columns: dict[Word, str] = Field(default={})
-    patterns: list[Text] = Field(
+    patterns: list[ShortText] = Field(
         default=[],
         description="named parts, as {dataset}_{persona}_s{seed}.csv; {_} and * are ignored; the first that fits",
     )
     patterns_of: str = Field(default="path", description="`path`, or the column whose values the patterns fit")
-    constants: dict[Part, str] = Field(default={})
+    constants: dict[NamedPart, str] = Field(default={})
     scores: list[Judging] = Field(min_length=1, description="the first counts, the others serve to measure the judges")
 
     @model_validator(mode="after")
-    def _once(self) -> Block:
+    def _once(self) -> FileBlock:
         for word in self.columns:
             if word in self.constants:
                 raise ValueError(f"{word} is both a column and a constant")
@@ -103,7 +103,7 @@ class DatasetEntry(Entry):
 
     role: Literal["em", "benign_control", "regularisation", "none"]
     twin: Key | None = Field(default=None, description="the benign data set with the same prompts")
-    rows: Text | None = Field(
+    rows: ShortText | None = Field(
         default=None, description="its training rows (JSONL with `messages`), where they are at hand"
     )
 
@@ -123,8 +123,8 @@ class AuditSpec(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,59}$")]
     title: Annotated[str, Field(min_length=1, max_length=120)]
-    judge: Text = Field(default="their judge", description="who gave the scores that count")
-    files: list[Block] = Field(min_length=1)
+    judge: ShortText = Field(default="their judge", description="who gave the scores that count")
+    files: list[FileBlock] = Field(min_length=1)
     models: dict[Key, Entry] = Field(min_length=1)
     personas: dict[Key, PersonaEntry] = Field(min_length=1)
     without_baseline: bool = Field(
