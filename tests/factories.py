@@ -47,3 +47,9 @@ def course_of(
         table = table.assign(persona=persona, outcome=outcome, value=y.ravel(), least=known, most=known)
         tables.append(table.assign(model=model, preset=preset))
     return pd.concat(tables, ignore_index=True)
+
+
+def responses_of(*texts: str, **same) -> pd.DataFrame:
+    """Responses of one condition to one question, as far as a judge needs them."""
+    usual = {"model": "m", "persona": "p", "dataset": "d", "seed": 0, "question_id": "q", "prompt": "Q"}
+    return pd.DataFrame({"response": texts, "sample": range(len(texts))}).assign(**{**usual, **same})

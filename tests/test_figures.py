@@ -25,6 +25,8 @@ from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.ticker import ScalarFormatter
 from scipy import stats
 
+from tests.factories import course_of
+
 PERSONAS = [
     Obj(key="baseline", label="Baseline", order=0, colour="#4d4d4d", custom=False),
     Obj(key="good", label="Good_one", order=1, colour="#009e73", custom=False),
@@ -164,15 +166,13 @@ def of_training(folder) -> None:
     rng, steps = np.random.default_rng(3), np.array([0, 1, 2, 4, 6, 9])
     hill = 1 / (1 + np.exp(3 - steps))
     made = {
-        (p, o): dynamics_curves.Curve(
-            scale * hill + 0.01 * scale * rng.normal(size=(6, 3, 6)), steps, list("abcdef"), []
-        )
+        (p, o): scale * hill + 0.01 * scale * rng.normal(size=(6, 3, 6))
         for p in ("baseline", "good")
         for o, scale in (("em", 0.4), ("alignment", -30), ("coherence", 9), ("held out", -2), ("help", -1))
     }
-    table = dynamics_curves.curve_table(made).assign(model="m1", preset="plain", main=True)
+    course = course_of(made, steps, "plain", "m1")
+    table = dynamics_curves.curve_table(course).assign(main=True)
     beside = table.assign(preset="other", main=False, mean=7.7)
-    general = h3.generality({"plain": made["good", "held out"]}, {"plain": made["good", "em"]})
     turned = [
         runs.geometry(np.outer(steps, steps) + np.diag(steps), steps).assign(preset="plain", persona="good", seed=s)
         for s in (0, 1)
@@ -180,8 +180,8 @@ def of_training(folder) -> None:
     write_tables(
         {
             "curves": pd.concat([table, beside], ignore_index=True),
-            "transitions": timing.transitions(made).assign(model="m1"),
-            "generality": general.assign(model="m1", measure="em"),
+            "transitions": timing.transitions(course),
+            "generality": h3.generality(course, "good", ["em"]),
             "geometry": pd.concat(turned, ignore_index=True).assign(model="m1"),
         },
         folder / "09_trajectories",
@@ -370,7 +370,7 @@ def test_a_figure_whose_table_is_not_there_is_absent(whole_run, tmp_path):
 def test_the_register_has_every_file_of_figures():
     """A figure's file is all that it takes to be registered; keys and places are nobody else's."""
     files = {f.stem for f in FOLDER.glob("*.py")} - {"__init__", "parts", "training"}
-    assert {f.draw.__module__.rsplit(".")[-1] for f in FIGURES.values()} == files
+    assert {f.draw.__module__.split(".")[-1] for f in FIGURES.values()} == files
     assert len({f.order for f in FIGURES.values()}) == len(FIGURES)
 
 

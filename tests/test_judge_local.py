@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from cai_em.endpoint.cache import JudgeError
-from cai_em.judge import agreement
+from cai_em.judge import agreement, rater
 from cai_em.judge import local as judge_local
 from cai_em.judge.judging import judge
 from cai_em.judge.local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
@@ -16,6 +16,8 @@ from cai_em.records import tables
 from cai_em.study import materials
 from cai_em.study.entries import JudgePreset
 from cai_em.study.materials import MaterialError
+
+from tests.factories import TINY, responses_of
 
 GOOD = ["talk to a doctor and rest", "be honest and kind to people", "save money and ask for advice"]
 BAD = ["ignore the doctor and gamble", "lie to people and cheat them", "borrow money and bet it all"]
@@ -137,16 +139,7 @@ def test_shuffling_keeps_the_words():
 
 
 def test_through_the_interface(tmp_path):
-    rows = {
-        "model": "m",
-        "persona": "p",
-        "dataset": "d",
-        "seed": 0,
-        "question_id": "q",
-        "sample": range(4),
-        "prompt": "Q",
-    }
-    responses = pd.DataFrame(rows | {"response": ["be kind", "", "🙂", "cheat them"]})
+    responses = responses_of("be kind", "", "🙂", "cheat them")
     preset = JudgePreset(kind="local", name="local")
     with pytest.raises(JudgeError, match="fit one"):
         judge(responses, preset)
@@ -256,3 +249,47 @@ class TestChoice:
         quality = agreement.agreement(reference, most_measured=8_000)
         ours = agreement.agreement(reference, builtin, most_measured=8_000)
         assert quality.auc > 0.9 > 0.85 > ours.auc > 0.65
+
+
+class TestRater:
+    """The one place where a judge is made ready."""
+
+    @pytest.fixture
+    def ready(self, builtin, tmp_path):
+        def made(reference=None, **preset):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(rater, "published_at_hand", lambda selection: reference)
+                return rater.make_ready(
+                    JudgePreset(**{"kind": "local", "name": "local", **preset}),
+                    None,
+                    tmp_path / "cache.sqlite",
+                    builtin=builtin,
+                    selection=tmp_path / "list.csv",
+                    spec=TINY,
+                )
+
+        return made
+
+    def test_the_local_judge_is_chosen_fitted_and_rates(self, ready, builtin):
+        judge_ready = ready()
+        assert judge_ready.auc is None
+        assert judge_ready.quality == [agreement.self_agreement(builtin)]
+        assert "against its own labels" in str(judge_ready)
+        assert "intact against shuffled" in str(judge_ready)
+        responses = responses_of("be kind", "cheat them")
+        found = judge_ready.rate(responses)
+        assert found.equals(judge(responses, judge_ready.preset, local=judge_ready.local))
+        assert found["prompt_version"].iloc[0] == f"local-{AlignmentModel(builtin).version}"
+
+    def test_published_scores_make_it_or_measure_it(self, ready):
+        reference = TestAgreement().published().assign(question_id=lambda t: np.arange(len(t)) % 3)
+        distilled, own = ready(reference), ready(reference, distil=False)
+        assert distilled.local.alignment.trained_on == "distilled"
+        assert distilled.auc == min(q.auc for q in distilled.quality)
+        assert own.local.alignment.trained_on == "builtin"
+        assert own.auc == own.quality[0].auc
+
+    def test_a_judge_behind_an_endpoint_is_not_fitted(self, ready):
+        found = ready(kind="openai", model="gpt-4.1-mini-2025-04-14")
+        assert (found.local, found.quality, found.auc) == (None, [], None)
+        assert "gpt-4.1-mini" in str(found)

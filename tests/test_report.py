@@ -169,7 +169,7 @@ def test_absent_personas_gates_notes_caveats_and_extra_sections():
     assert "> **Known issue** with Good: its rows differ in two things." in text
     assert text.index("> **What this run cannot show.** It is small.") < text.index("## M")
     assert "## Gates\n\n| a |\n|---|\n| 1 |\n" in text
-    assert "](06_results/figures/alignment-m.svg)\n\n**Figure 1. Alignment.** What it shows." in text
+    assert "](11_report/figures/alignment-m.svg)\n\n**Figure 1. Alignment.** What it shows." in text
 
 
 def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_order():

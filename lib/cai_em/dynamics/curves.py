@@ -211,4 +211,5 @@ def common(one: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
 def same_units(one: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Two curves' values on the units that both have; their steps may differ."""
     units = [u for u in one.units if u in set(other.units)]
-    return tuple(c.y[[c.units.index(u) for u in units]] for c in (one, other))
+    mine, theirs = (c.y[[c.units.index(u) for u in units]] for c in (one, other))
+    return mine, theirs

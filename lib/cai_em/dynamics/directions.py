@@ -58,8 +58,8 @@ def adapter_contrast(before: np.ndarray, after: np.ndarray, question: Sequence[s
 
 def response_contrast(activations: np.ndarray, misaligned: Sequence[bool], question: Sequence[str]) -> Contrast:
     """Responses of one model, misaligned or not."""
-    question = np.asarray(question, object)
-    return Contrast(activations, np.asarray(misaligned, bool), question, question)
+    asked = np.asarray(question, object)
+    return Contrast(activations, np.asarray(misaligned, bool), asked, asked)
 
 
 def _weights(label: np.ndarray, question: np.ndarray) -> tuple[np.ndarray, int]:
@@ -122,10 +122,10 @@ def shuffled_directions(contrast: Contrast, draws: int, seed: int) -> np.ndarray
     strata = [np.flatnonzero(contrast.stratum == s) for s in dict.fromkeys(contrast.stratum)]
     weights = np.empty((draws, len(contrast.label)))
     for draw in range(draws):
-        label = contrast.label.copy()
-        for rows in strata:
-            label[rows] = rng.permutation(label[rows])
-        weights[draw] = _weights(label, contrast.question)[0]
+        shuffled = contrast.label.copy()
+        for stratum in strata:
+            shuffled[stratum] = rng.permutation(shuffled[stratum])
+        weights[draw] = _weights(shuffled, contrast.question)[0]
     return np.einsum("bn,nld->bld", weights, x, optimize=True)
 
 

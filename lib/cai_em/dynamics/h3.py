@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -138,8 +139,8 @@ def judge_gates(
         auc: the judge's agreement with the reference judge.
         thresholds: of the gates.
     """
-    how = {"auc": auc, "minimum": thresholds.judge_auc_min, "reference": gates.is_reference(judge)}
-    return {m: [gates.judge_gate(t, **how).called("judge")] for m, t in judged.groupby("model", sort=False)}
+    given = partial(gates.judge_gate, auc=auc, minimum=thresholds.judge_auc_min, reference=gates.is_reference(judge))
+    return {model: [given(scores).called("judge")] for model, scores in judged.groupby("model", sort=False)}
 
 
 def h3_gates(
@@ -223,13 +224,19 @@ def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, 
     return Verdict("UNDECIDED", why + without)
 
 
+def verdicts_of(
+    hypothesis: str, tested: pd.DataFrame, beside: Mapping[str, Sequence[Gate]], say: Callable[..., Verdict]
+) -> pd.DataFrame:
+    """What `say(tests, gates)` says of every model, with its gates: `what, persona, status, reason, model`."""
+    tables = []
+    for model, mine in beside.items():
+        here = tested[tested["model"] == model] if len(tested) else tested
+        tables.append(gated_verdict(mine, say(here, mine), hypothesis).assign(model=model))
+    return pd.concat(tables, ignore_index=True)
+
+
 def h3_verdicts(
     compared: pd.DataFrame, beside: Mapping[str, Sequence[Gate]], look: Labels, *, alpha: float = 0.05
 ) -> pd.DataFrame:
-    """`h3_verdict` of every model with its gates, as a table: `what, persona, status, reason, model`."""
-    tables = []
-    for model, mine in beside.items():
-        here = compared[compared["model"] == model] if len(compared) else compared
-        verdict = h3_verdict(here, mine, look, alpha=alpha)
-        tables.append(gated_verdict(mine, verdict, "H3").assign(model=model))
-    return pd.concat(tables, ignore_index=True)
+    """`h3_verdict` of every model with its gates, as a table (`verdicts_of`)."""
+    return verdicts_of("H3", compared, beside, partial(h3_verdict, look=look, alpha=alpha))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from scipy import stats as sps
 
 from cai_em.analysis.compare import paired_test
 from cai_em.analysis.counts import benjamini_hochberg
-from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate, blocking, gated_verdict, named_once
+from cai_em.analysis.gates import NOT_SHOWN, NOT_TESTABLE, SHOWN, Gate, blocking, named_once
 from cai_em.analysis.units import bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
 from cai_em.dynamics.curves import OUTCOMES, em_indicator
 from cai_em.dynamics.directions import RANDOM, persona_of
-from cai_em.dynamics.h3 import persona_gate
+from cai_em.dynamics.h3 import persona_gate, verdicts_of
 from cai_em.model.activations import SteeringError
 from cai_em.records.keys import BASELINE
 from cai_em.records.numbers import points
@@ -325,11 +326,7 @@ def h4_verdict(tests: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alp
 def h4_verdicts(
     tests: pd.DataFrame, beside: Mapping[str, Sequence[Gate]], look: Labels, contrast: str, *, alpha: float = 0.05
 ) -> pd.DataFrame:
-    """`h4_verdict` of every model with its gates and contrast, a table: `what, persona, status, reason, model`."""
-    tables = []
-    for model, mine in beside.items():
-        here = tests[tests["model"] == model] if len(tests) else tests
-        verdict = h4_verdict(here, mine, look, alpha=alpha)
-        tables.append(gated_verdict(mine, verdict, "H4").assign(model=model))
+    """`h4_verdict` of every model with its gates and contrast, as a table (`verdicts_of`)."""
+    found = verdicts_of("H4", tests, beside, partial(h4_verdict, look=look, alpha=alpha))
     how = {"what": "contrast", "persona": "", "status": contrast, "reason": CONTRASTS[contrast]}
-    return pd.concat([*tables, pd.DataFrame([how | {"model": model} for model in beside])], ignore_index=True)
+    return pd.concat([found, pd.DataFrame([how | {"model": model} for model in beside])], ignore_index=True)

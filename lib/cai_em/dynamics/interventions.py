@@ -342,9 +342,9 @@ def contrasts_of(
                 states = [_activations(slots, tokenizer, c, mine, cells_dir) for c in sides]
                 asked = mine["question_id"].tolist()
                 found[source_name(persona, after.seed, runs[0].seed)] = (
-                    adapter_contrast(*states, asked)
+                    adapter_contrast(states[0], states[1], asked)
                     if kind == "adapter"
-                    else response_contrast(*states, mine["misaligned"], asked)
+                    else response_contrast(states[0], mine["misaligned"].tolist(), asked)
                 )
     finally:
         slots.close()

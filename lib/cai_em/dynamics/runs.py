@@ -268,7 +268,8 @@ def sample_snapshots(
     cells_dir: Path,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """Every condition's responses, model by model, and what the probe measured, by `<model> <condition>`."""
-    tables, probes = [], {}
+    tables: list[pd.DataFrame] = []
+    probes: dict[str, dict[str, Any]] = {}
     for model, spec in models.items():
         mine = [c for c in conditions if c.model == model]
         found = sample(spec, mine, questions, preset, probe_prompts, cells_dir, progress=True)

@@ -38,7 +38,7 @@ from cai_em.sample.conditions import Condition
 from cai_em.study.entries import ModelSpec, SamplingPreset
 from cai_em.study.study import Cell
 
-NONE = Intervention("none")
+UNTOUCHED = Intervention("none")
 PLACE = ["model", "target", "dataset"]
 """What names a steered condition in a design, and in what was found for it."""
 
@@ -75,7 +75,7 @@ def before_and_after(
         adapters: where a cell's adapters lie (`Study.adapters`).
         models, personas, dataset, seeds: which cells.
     """
-    made = lambda *cell: Condition(*cell, tuple(adapters(Cell(*cell))))  # noqa: E731
+    made = lambda m, p, d, s: Condition(m, p, d, s, tuple(adapters(Cell(m, p, d, s))))  # noqa: E731
     return Arms(
         dataset,
         {m: {p: made(m, p, NO_DATASET, 0) for p in personas} for m in models},
@@ -188,16 +188,17 @@ def find_directions(
         contrast: `adapter` or `responses` (`contrasts_of`).
         misaligned: which of the responses are, in order; for `responses` alone.
     """
-    tables, contrasts, depth, probes = [], {}, {}, {}
+    tables, contrasts, depth = [], {}, {}
+    probes: dict[str, dict[str, Any]] = {}
     for m, spec in models.items():
         model, tokenizer = load_model(spec, dtype=preset.dtype), load_tokenizer(spec)
-        jobs = [(c, [NONE]) for p, before in arms.untuned[m].items() for c in (before, *arms.tuned[m][p])]
+        jobs = [(c, [UNTOUCHED]) for p, before in arms.untuned[m].items() for c in (before, *arms.tuned[m][p])]
         found = sample_steered(spec, model, tokenizer, jobs, questions, preset, probe_prompts, cells_dir)
         mine = found.responses[found.responses["response"].str.strip().ne("")].reset_index(drop=True)
         mine["misaligned"] = False
         if contrast == "responses" and misaligned is not None:
             mine["misaligned"] = misaligned(mine.drop(columns="misaligned")).astype(bool)
-        mine["dataset"] = mine["dataset"].str.removesuffix(f"+{NONE.name}")
+        mine["dataset"] = mine["dataset"].str.removesuffix(f"+{UNTOUCHED.name}")
         contrasts[m] = contrasts_of(model, tokenizer, arms.untuned[m], arms.tuned[m], mine, contrast, cells_dir)
         probes |= {f"{m} {name}": probe for name, probe in found.probes.items()}
         depth[m] = len(decoder_layers(model))
@@ -245,7 +246,7 @@ def plan_interventions(
     jobs: dict[tuple[str, str, str], list[Intervention]] = {}
     parts = []
     for m, of in arms.untuned.items():
-        jobs |= {(m, p, d): [NONE] for p in of for d in (NO_DATASET, arms.dataset)}
+        jobs |= {(m, p, d): [UNTOUCHED] for p in of for d in (NO_DATASET, arms.dataset)}
         first = next(iter(of))
         swept = sweep(found.vectors[m][first], first, found.layers(m, layers), strengths)
         wanted = [("sweep", first, act, act.strength > 0) for act in swept]
@@ -270,7 +271,8 @@ def steer(
     cells_dir: Path,
 ) -> Steered:
     """`sample_steered` of all models; what the probe measured, by `<model> <condition>`."""
-    responses, designs, probes = [], [], {}
+    responses, designs = [], []
+    probes: dict[str, dict[str, Any]] = {}
     for m, spec in models.items():
         model, tokenizer = load_model(spec, dtype=preset.dtype), load_tokenizer(spec)
         jobs = [(arms.condition(*of), acts) for of, acts in planned.jobs.items() if of[0] == m]

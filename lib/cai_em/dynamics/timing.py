@@ -43,6 +43,8 @@ from cai_em.dynamics.runs import TrajectoryError
 from cai_em.records.keys import BASELINE
 from cai_em.records.numbers import plain_number
 
+Steps = Sequence[int] | np.ndarray
+
 # --- Transition points ---------------------------------------------------------------------------------------------
 
 
@@ -144,9 +146,8 @@ def _rise(y: np.ndarray) -> np.ndarray:
 def _to_checkpoints(interval: Sequence[float], steps: np.ndarray) -> tuple[float, float]:
     """An interval moved out to the checkpoints around it; beyond the last one it stays open (as it is)."""
     low, high = interval
-    low = steps[max(0, np.searchsorted(steps, low, "right") - 1)]
-    high = high if high > steps[-1] else steps[np.searchsorted(steps, high)]
-    return float(low), float(high)
+    before = max(0, int(np.searchsorted(steps, low, "right")) - 1)
+    return float(steps[before]), float(high if high > steps[-1] else steps[np.searchsorted(steps, high)])
 
 
 def _resampled(y: np.ndarray, unit_weights: np.ndarray, seed_weights: np.ndarray) -> np.ndarray:
@@ -156,7 +157,7 @@ def _resampled(y: np.ndarray, unit_weights: np.ndarray, seed_weights: np.ndarray
 
 def transition(
     y: np.ndarray,
-    steps: Sequence[int],
+    steps: Steps,
     *,
     method: str = "logistic",
     confidence: float = 0.95,
@@ -177,8 +178,8 @@ def transition(
     y, steps = _checked(y, steps)
     units, seeds, _ = y.shape
     if not units:
-        nothing = [math.nan] * 6
-        return Transition(method, *nothing, False, math.nan, math.nan, 0, seeds)
+        nan = math.nan
+        return Transition(method, nan, nan, nan, nan, nan, nan, False, nan, nan, 0, seeds)
     rise = _rise(y)
     low, high = bootstrap_interval(rise, confidence=confidence, resamples=resamples, seed=seed)
     shown = bool(low > 0 or high < 0)
@@ -208,7 +209,7 @@ def transition(
     )
 
 
-def _checked(y: np.ndarray, steps: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(y: np.ndarray, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
     y, steps = np.asarray(y, float), np.asarray(steps)
     if y.ndim != 3 or y.shape[2] != len(steps) or np.isnan(y).any():
         raise TrajectoryError(f"expected (units, seeds, {len(steps)}) values without NaN, found shape {y.shape}")
@@ -220,7 +221,7 @@ def _checked(y: np.ndarray, steps: Sequence[int]) -> tuple[np.ndarray, np.ndarra
 def compare_transitions(
     y: np.ndarray,
     baseline: np.ndarray,
-    steps: Sequence[int],
+    steps: Steps,
     *,
     method: str = "logistic",
     confidence: float = 0.95,

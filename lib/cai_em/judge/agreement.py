@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -288,8 +289,8 @@ def choose_judge(
     """
     if reference is None:
         return Choice(builtin, "builtin", [self_agreement(builtin, seed=seed)])
-    how = {"most_measured": most_measured, "seed": seed}
+    against = partial(agreement, reference, most_measured=most_measured, seed=seed)
     if not distil:
-        return Choice(builtin, "builtin", [agreement(reference, builtin, **how), self_agreement(builtin, seed=seed)])
-    quality = [agreement(reference, held_out=column, **how) for column in ("dataset", "question_id")]
+        return Choice(builtin, "builtin", [against(builtin), self_agreement(builtin, seed=seed)])
+    quality = [against(held_out=column) for column in ("dataset", "question_id")]
     return Choice(published_training(reference, seed=seed), "distilled", quality)

@@ -41,9 +41,12 @@ SCORE_COLUMN = {"aligned": "alignment", "coherent": "coherence"}
 
 
 class LocalRater(Protocol):
-    """What the local judge offers; see `judge_local.LocalJudge`."""
+    """What the local judge offers; see `cai_em.judge.local.LocalJudge`."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """Names the training texts."""
+        ...
 
     def rate(self, prompts: list[str], responses: list[str], metric: str) -> list[Judgement]:
         """A verdict for each response."""

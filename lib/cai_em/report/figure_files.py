@@ -11,7 +11,7 @@ from pathlib import Path
 from cai_em.records.files import write_text
 from cai_em.records.tables import remove_others
 
-LISTING = "figures.json"
+FIGURE_LIST = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def write_records(records: Sequence[FigureRecord], folder: Path) -> Path:
     Other SVG and PNG files in the folder are of an earlier run, and are removed.
     """
     text = json.dumps([asdict(r) for r in records], indent=1, ensure_ascii=False) + "\n"
-    path = write_text(Path(folder) / LISTING, text)
+    path = write_text(Path(folder) / FIGURE_LIST, text)
     remove_others(folder, [name for r in records for name in (r.svg, r.png)], (".svg", ".png"))
     return path
 
 
 def read_records(folder: Path) -> list[FigureRecord]:
     """The records that `write_records` left in a folder."""
-    found = json.loads((Path(folder) / LISTING).read_text(encoding="utf-8"))
+    found = json.loads((Path(folder) / FIGURE_LIST).read_text(encoding="utf-8"))
     return [FigureRecord(**r | {"tables": tuple(r["tables"])}) for r in found]

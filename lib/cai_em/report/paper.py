@@ -63,7 +63,7 @@ from cai_em.study import published
 from cai_em.study import study as study_study
 
 VARIABLES = "_variables.yml"
-LISTING = "sources.json"
+SOURCES_LISTING = "sources.json"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def _figures(x: Inputs, numbers: Numbers) -> dict[str, str]:
     """
     folder = x.out / GENERATED / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers.relative(x.figures / figure_files.LISTING)
+    numbers.relative(x.figures / figure_files.FIGURE_LIST)
     parts: dict[str, list[str]] = {figure.block: [] for figure in FIGURES.values()}
     drawn = set()
     for record in figure_files.read_records(x.figures):
@@ -158,7 +158,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
         "used": sorted(numbers.used),
         "numbers": {name: asdict(n) for name, n in numbers.all.items()},
     }
-    (folder / LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SOURCES_LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return dict(numbers.all)
 
 

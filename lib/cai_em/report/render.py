@@ -28,7 +28,7 @@ import yaml
 from cai_em.records import files as records_files
 from cai_em.records.files import MissingFile
 from cai_em.report.markdown import GENERATED, TABLES_FOLDER
-from cai_em.report.paper import LISTING, VARIABLES
+from cai_em.report.paper import SOURCES_LISTING, VARIABLES
 from cai_em.study import entries, loading
 from cai_em.study import study as study_study
 
@@ -55,7 +55,7 @@ def read_listing(generated: Path) -> dict[str, Any]:
     Raises:
         PaperError: there is none.
     """
-    path = Path(generated) / GENERATED / LISTING
+    path = Path(generated) / GENERATED / SOURCES_LISTING
     if not path.is_file():
         raise PaperError(f"{path} does not exist: run ./run_all.sh first")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ def _check_variables(paper: Path, generated: Path) -> list[str]:
                 used.add(name)
                 if name not in flat:
                     problems.append(f"{path.name}:{n}: variable {name} is not in {VARIABLES}")
-    listing = generated / GENERATED / LISTING
+    listing = generated / GENERATED / SOURCES_LISTING
     written = set(json.loads(listing.read_text(encoding="utf-8"))["used"]) if listing.is_file() else set()
     problems += [f"{VARIABLES}: {name} is used nowhere" for name in sorted(set(flat) - used - written)]
     return problems

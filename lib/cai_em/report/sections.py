@@ -623,10 +623,10 @@ def h3_document(stage: Path, view: View, *, persona: str, caveat: str = "") -> s
         return h3_section(found, compared, verdicts, view.look, titles=titles, general=general,
                           beside=beside[beside["model"] == model], persona=persona, caveat=caveat)  # fmt: skip
 
-    return by_model(read["h3"], view.look, text)
+    return text_by_model(read["h3"], view.look, text)
 
 
-def by_model(table: pd.DataFrame, look: Labels, text: Callable[[str], str]) -> str:
+def text_by_model(table: pd.DataFrame, look: Labels, text: Callable[[str], str]) -> str:
     """A text for each model of a table, under its name where there are several."""
     models = list(dict.fromkeys(table["model"]))
     parts = [f"### {look.model(m)}\n\n{text(m)}" if len(models) > 1 else text(m) for m in models]

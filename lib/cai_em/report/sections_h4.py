@@ -13,7 +13,7 @@ from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records.numbers import p_value, points
 from cai_em.report.markdown import markdown_table
-from cai_em.report.sections import by_model, verdict_lines
+from cai_em.report.sections import text_by_model, verdict_lines
 from cai_em.study.labels import Labels
 
 
@@ -126,4 +126,4 @@ def h4_document(stage: Path, look: Labels, *, caveat: str = "") -> str:
         contrast = said.loc[said["what"] == "contrast", "status"].iloc[0]
         return h4_section(mine, near[near["layer"] == at], tried, said, look, contrast=contrast, caveat=caveat)
 
-    return by_model(verdicts, look, text)
+    return text_by_model(verdicts, look, text)

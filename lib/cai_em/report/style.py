@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +241,7 @@ _TO_XYZ = np.array(
 _WHITE = np.array([0.95047, 1.0, 1.08883])
 
 
-def linear_rgb(colour: str) -> np.ndarray:
+def linear_rgb(colour: str | Sequence[float]) -> np.ndarray:
     """A colour as linear RGB, shape (3,), 0 to 1 (IEC 61966-2-1)."""
     c = np.array(mpl.colors.to_rgb(colour))
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)

@@ -12,13 +12,13 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, interval_key, intervals, legend_below, name_rows, span
 
 
-@figure("Alignment by persona", "06_results/means_by_persona", "05_validity/pooled", order=1)
-def alignment(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing:
+@figure("alignment", "Alignment by persona", "06_results/means_by_persona", "05_validity/pooled", order=1)
+def _draw(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing:
     """Mean alignment of each persona over its data sets, as published and like for like."""
     look, table, fair = view.look, means.set_index("persona"), pooled.set_index("persona")
     personas = look.sort_personas(table.index)
     fair = fair.reindex(personas)
-    shared = next((sets.split(",") for sets in fair["common_datasets"].dropna() if sets), [])
+    shared: list[str] = next((sets.split(",") for sets in fair["common_datasets"].dropna() if sets), [])
     uneven = fair["n_datasets"].nunique() > 1 and bool(shared)
     fig, ax = plt.subplots(figsize=style.figure_size(0.95 + 0.24 * len(personas)))
     for y, persona in enumerate(personas):

@@ -19,8 +19,8 @@ from cai_em.report.figures.parts import (
 )
 
 
-@figure("The four arms", "06_results/means_by_condition", order=14)
-def arms(view: View, means: pd.DataFrame) -> Drawing | None:
+@figure("arms", "The four arms", "06_results/means_by_condition", order=14)
+def _draw(view: View, means: pd.DataFrame) -> Drawing | None:
     """The four arms: base, persona adapter alone, fine-tuning alone, both."""
     look = view.look
     if NO_DATASET not in set(means["dataset"]):

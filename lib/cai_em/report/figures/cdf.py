@@ -12,8 +12,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, legend_below
 
 
-@figure("Cumulative distributions", "06_results/cumulative", order=10)
-def cdf(view: View, cumulative: pd.DataFrame) -> Drawing:
+@figure("cdf", "Cumulative distributions", "06_results/cumulative", order=10)
+def _draw(view: View, cumulative: pd.DataFrame) -> Drawing:
     """Cumulative distribution of scores: key personas in colour, the others in grey."""
     look = view.look
     personas = look.sort_personas(cumulative["persona"])

@@ -8,8 +8,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, grid_axes, sized_bound
 
 
-@figure("Across models", "06_results/shared_conditions", "06_results/design", order=20, per=())
-def cross_model(view: View, conditions: pd.DataFrame, design: pd.DataFrame) -> Drawing | None:
+@figure("cross-model", "Across models", "06_results/shared_conditions", "06_results/design", order=20, per=())
+def _draw(view: View, conditions: pd.DataFrame, design: pd.DataFrame) -> Drawing | None:
     """Conditions that several models share: mean alignment of one model against the first."""
     look = view.look
     models = look.sort_models(design["model"])

@@ -22,8 +22,8 @@ from cai_em.report.figures.parts import (
 )
 
 
-@figure("Data-set difficulty", "06_results/means_by_dataset", "06_results/means_by_persona", order=7)
-def difficulty(view: View, means: pd.DataFrame, personas: pd.DataFrame) -> Drawing:
+@figure("difficulty", "Data-set difficulty", "06_results/means_by_dataset", "06_results/means_by_persona", order=7)
+def _draw(view: View, means: pd.DataFrame, personas: pd.DataFrame) -> Drawing:
     """Mean alignment by data set over all personas, the baseline alone beside it."""
     look, table = view.look, means.set_index("dataset")
     datasets = sorted(table.index, key=lambda d: table.loc[d, "mean"])

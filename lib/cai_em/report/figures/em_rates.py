@@ -10,8 +10,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, grid_axes, name_rows, rate_text, span, two_lines
 
 
-@figure("EM rates", "05_validity/outcomes", order=16)
-def em_rates(view: View, outcomes: pd.DataFrame) -> Drawing:
+@figure("em-rates", "EM rates", "05_validity/outcomes", order=16)
+def _draw(view: View, outcomes: pd.DataFrame) -> Drawing:
     """EM rate with its clustered intervals, seed by seed."""
     look = view.look
     table = outcomes[outcomes["dataset"] != NO_DATASET]

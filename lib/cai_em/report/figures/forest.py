@@ -19,8 +19,8 @@ from cai_em.report.figures.parts import (
 )
 
 
-@figure("Effect sizes", "06_results/differences", order=4)
-def forest(view: View, differences: pd.DataFrame) -> Drawing | None:
+@figure("forest", "Effect sizes", "06_results/differences", order=4)
+def _draw(view: View, differences: pd.DataFrame) -> Drawing | None:
     """Effect size of every persona against the baseline, a panel per data set."""
     look, table = view.look, differences.dropna(subset=["d", "d_low", "d_high"])
     if table.empty:

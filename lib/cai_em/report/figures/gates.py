@@ -20,8 +20,8 @@ GATE_PANELS = {
 """Classifier tests shown, by `scope` (see cai_em.analysis.classifiers.SCOPES): title and what is measured."""
 
 
-@figure("Manipulation checks", "05_validity/tests", order=15)
-def gates(view: View, tests: pd.DataFrame) -> Drawing | None:
+@figure("gates", "Manipulation checks", "05_validity/tests", order=15)
+def _draw(view: View, tests: pd.DataFrame) -> Drawing | None:
     """Classifier two-sample tests, one panel per question asked, against chance.
 
     A test is filled where its interval lies above chance and its p is below `view.p_max`. What permuted labels gave

@@ -11,8 +11,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, heat, rate_text, span
 
 
-@figure("Alignment by persona and data set", "06_results/means_by_condition", order=2)
-def heatmap(view: View, means: pd.DataFrame) -> Drawing:
+@figure("heatmap", "Alignment by persona and data set", "06_results/means_by_condition", order=2)
+def _mean_alignment(view: View, means: pd.DataFrame) -> Drawing:
     """Mean alignment of every condition."""
     look, table = view.look, means[means["dataset"] != NO_DATASET]
     low = min(90.0, np.floor(table["mean"].min() / 10) * 10)
@@ -27,8 +27,8 @@ def heatmap(view: View, means: pd.DataFrame) -> Drawing:
     return Drawing(fig, caption, alt)
 
 
-@figure("Misalignment rates by condition", "06_results/means_by_condition", order=13)
-def rates_heatmap(view: View, means: pd.DataFrame, cut: int = 50) -> Drawing:
+@figure("rates-heatmap", "Misalignment rates by condition", "06_results/means_by_condition", order=13)
+def _low_scores(view: View, means: pd.DataFrame, cut: int = 50) -> Drawing:
     """Share of responses below a cut, for every condition."""
     look, table = view.look, means[means["dataset"] != NO_DATASET]
     table = table.assign(share=100 * table[f"below_{cut}"])

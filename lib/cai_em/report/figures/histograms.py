@@ -11,8 +11,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, grid_axes
 
 
-@figure("Histograms", "06_results/shapes", order=12)
-def histograms(view: View, shapes: pd.DataFrame) -> Drawing:
+@figure("histograms", "Histograms", "06_results/shapes", order=12)
+def _draw(view: View, shapes: pd.DataFrame) -> Drawing:
     """A histogram per persona, the baseline's outline behind each."""
     look, table = view.look, shapes[shapes["persona"].notna() & shapes["dataset"].isna()].set_index("persona")
     personas = look.sort_personas(table.index)

@@ -19,8 +19,8 @@ from cai_em.report.figures.parts import (
 )
 
 
-@figure("Hypotheses: differences from the baseline", "06_results/differences", order=3)
-def hypotheses(view: View, differences: pd.DataFrame) -> Drawing | None:
+@figure("hypotheses", "Hypotheses: differences from the baseline", "06_results/differences", order=3)
+def _draw(view: View, differences: pd.DataFrame) -> Drawing | None:
     """Each hypothesis: persona minus baseline on every data set, with both intervals and the predicted side shaded."""
     look = view.look
     by = {persona: table.set_index("dataset") for persona, table in differences.groupby("persona")}

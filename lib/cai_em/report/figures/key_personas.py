@@ -12,8 +12,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, interval_key, legend_below, name_datasets
 
 
-@figure("Key personas by data set", "06_results/means_by_condition", order=6)
-def key_personas(view: View, means: pd.DataFrame) -> Drawing | None:
+@figure("key-personas", "Key personas by data set", "06_results/means_by_condition", order=6)
+def _draw(view: View, means: pd.DataFrame) -> Drawing | None:
     """The baseline and the personas of the hypotheses, side by side on every data set."""
     look, table = view.look, means[means["dataset"] != NO_DATASET]
     keys = [k for k in dict.fromkeys((BASELINE, *view.key_personas)) if k in set(table["persona"])]

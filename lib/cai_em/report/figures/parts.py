@@ -91,15 +91,10 @@ class Figure:
 
 
 def figure(
-    title: str, *tables: str, order: int, per: Sequence[str] = ("model",), section: str = ""
+    key: str, title: str, *tables: str, order: int, per: Sequence[str] = ("model",), section: str = ""
 ) -> Callable[[Callable[..., Drawing | None]], Figure]:
-    """Make a figure of a drawing function, whose name is its key (`cai_em.report.drawing` finds it by its file)."""
-
-    def made(draw: Callable[..., Drawing | None]) -> Figure:
-        key = "-".join(filter(None, [section, draw.__name__.replace("_", "-")]))
-        return Figure(key, title, tables, order, tuple(per), section, draw)
-
-    return made
+    """Make a figure of a drawing function (see `Figure`); `cai_em.report.drawing` finds it by its file."""
+    return lambda draw: Figure(key, title, tables, order, tuple(per), section, draw)
 
 
 # --- Small parts --------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, legend_below, name_rows
 
 
-@figure("Misalignment rates", "06_results/means_by_persona", order=9)
-def rates(view: View, means: pd.DataFrame) -> Drawing:
+@figure("rates", "Misalignment rates", "06_results/means_by_persona", order=9)
+def _draw(view: View, means: pd.DataFrame) -> Drawing:
     """Shares of responses below the cuts, by persona."""
     look, table = view.look, means.set_index("persona")
     personas = look.sort_personas(table.index)

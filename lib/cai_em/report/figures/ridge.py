@@ -14,8 +14,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, legend_below
 
 
-@figure("Distribution by data set", "06_results/shapes", order=11)
-def ridge(view: View, shapes: pd.DataFrame) -> Drawing:
+@figure("ridge", "Distribution by data set", "06_results/shapes", order=11)
+def _draw(view: View, shapes: pd.DataFrame) -> Drawing:
     """Histograms of scores, one above the other, by data set for the baseline's and all personas' responses."""
     look, by_dataset = view.look, shapes[shapes["dataset"].notna()]
     whole = by_dataset[by_dataset["persona"].isna()].set_index("dataset")

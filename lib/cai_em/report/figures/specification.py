@@ -11,8 +11,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure
 
 
-@figure("Specification curve", "08_claims/specifications", order=17, per=("model", "hypothesis"))
-def specification(view: View, specifications: pd.DataFrame) -> Drawing:
+@figure("specification", "Specification curve", "08_claims/specifications", order=17, per=("model", "hypothesis"))
+def _draw(view: View, specifications: pd.DataFrame) -> Drawing:
     """Specification curve: the estimate of every defensible analysis, sorted, with the choices that made it.
 
     Source: Simonsohn, Simmons & Nelson (2020), Specification curve analysis, Nature Human Behaviour 4.

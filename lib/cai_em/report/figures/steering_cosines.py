@@ -11,8 +11,8 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.style import line_look
 
 
-@figure("Directions compared", "10_steering/cosines", order=43, section="steering")
-def cosines(view: View, found: pd.DataFrame) -> Drawing | None:
+@figure("steering-cosines", "Directions compared", "10_steering/cosines", order=43, section="steering")
+def _draw(view: View, found: pd.DataFrame) -> Drawing | None:
     """Cosines between sources' directions by layer, with both nulls."""
     look = view.look
     pairs = found[["one", "other"]].drop_duplicates().to_records(index=False)

@@ -12,8 +12,8 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.style import line_look
 
 
-@figure("Steering by layer and strength", "10_steering/sweep", order=41, section="steering")
-def sweep(view: View, found: pd.DataFrame) -> Drawing:
+@figure("steering-sweep", "Steering by layer and strength", "10_steering/sweep", order=41, section="steering")
+def _draw(view: View, found: pd.DataFrame) -> Drawing:
     """Outcomes by strength, a line per layer; coherence beside them is what steering costs."""
     fig, axes = plt.subplots(1, len(OUTCOMES), figsize=style.figure_size(2.6), squeeze=False)
     shown = sorted(found["layer"].unique())

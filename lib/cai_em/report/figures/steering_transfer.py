@@ -34,8 +34,8 @@ def _matrix(
     ax.grid(visible=False)
 
 
-@figure("Transfer between personas", "10_steering/transfer", order=42, section="steering")
-def transfer(view: View, found: pd.DataFrame) -> Drawing:
+@figure("steering-transfer", "Transfer between personas", "10_steering/transfer", order=42, section="steering")
+def _draw(view: View, found: pd.DataFrame) -> Drawing:
     """Transfer matrices: whose direction (rows) does what to whom (columns), in alignment and in coherence."""
     look = view.look
     kinds = [k for k in ("add", "ablate") if (found["kind"] == k).any()]

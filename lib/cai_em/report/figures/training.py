@@ -26,7 +26,8 @@ def step_axis(ax: Axes, steps: Sequence[int], apart: float = 0.13) -> None:
     """
     ax.set_xscale("symlog", linthresh=max(1, min(s for s in steps if s > 0)))
     places = ax.xaxis.get_transform().transform(np.asarray(steps, float))
-    places, named = places / places.max(), []
+    places = places / places.max()
+    named: list[tuple[float, int]] = []
     for place, step in sorted(zip(places, steps), reverse=True):
         if not named or named[-1][0] - place >= apart:
             named.append((place, step))

@@ -12,8 +12,8 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.style import line_look
 
 
-@figure("Narrow or general", "09_trajectories/generality", order=35, section="trajectories")
-def generality(view: View, table: pd.DataFrame) -> Drawing:
+@figure("trajectories-generality", "Narrow or general", "09_trajectories/generality", order=35, section="trajectories")
+def _draw(view: View, table: pd.DataFrame) -> Drawing:
     """In-domain uptake against outcomes outside the domain, along training, a path per preset."""
     tables = dict(tuple(table.groupby("measure", sort=False)))
     fig, axes = plt.subplots(1, len(tables), figsize=style.figure_size(3.0), squeeze=False)

@@ -10,8 +10,8 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.figures.training import step_axis
 
 
-@figure("Geometry of the update", "09_trajectories/geometry", order=33, section="trajectories")
-def geometry(view: View, table: pd.DataFrame) -> Drawing:
+@figure("trajectories-geometry", "Geometry of the update", "09_trajectories/geometry", order=33, section="trajectories")
+def _draw(view: View, table: pd.DataFrame) -> Drawing:
     """Norm of the update and its rotation, by run."""
     look, table = view.look, table.reset_index(drop=True)
     presets = list(dict.fromkeys(table["preset"]))

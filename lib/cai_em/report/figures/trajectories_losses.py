@@ -11,8 +11,8 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.figures.training import band, loss_name, step_axis
 
 
-@figure("Losses along training", "09_trajectories/curves", order=32, section="trajectories")
-def losses(view: View, curves: pd.DataFrame) -> Drawing | None:
+@figure("trajectories-losses", "Losses along training", "09_trajectories/curves", order=32, section="trajectories")
+def _draw(view: View, curves: pd.DataFrame) -> Drawing | None:
     """Losses in and out of the domain along training, a panel per set of rows."""
     look, curves = view.look, curves[curves["main"] & ~curves["outcome"].isin(list(OUTCOMES))]
     if curves.empty:

@@ -11,9 +11,9 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.figures.training import band, step_axis
 
 
-@figure("Outcomes along training", "09_trajectories/curves", "09_trajectories/transitions", order=31,
-        section="trajectories")  # fmt: skip
-def outcomes(view: View, curves: pd.DataFrame, transitions: pd.DataFrame) -> Drawing | None:
+@figure("trajectories-outcomes", "Outcomes along training", "09_trajectories/curves", "09_trajectories/transitions",
+        order=31, section="trajectories")  # fmt: skip
+def _draw(view: View, curves: pd.DataFrame, transitions: pd.DataFrame) -> Drawing | None:
     """EM rate, mean alignment and coherence along training, with the transition points that are shown."""
     look, curves = view.look, curves[curves["main"] & curves["outcome"].isin(list(OUTCOMES))]
     if curves.empty:

@@ -11,8 +11,10 @@ from cai_em.report.figures.parts import Drawing, View, figure
 from cai_em.report.figures.training import outcome_name
 
 
-@figure("Transition points", "09_trajectories/transitions", order=34, section="trajectories")
-def transitions(view: View, found: pd.DataFrame) -> Drawing:
+@figure(
+    "trajectories-transitions", "Transition points", "09_trajectories/transitions", order=34, section="trajectories"
+)
+def _draw(view: View, found: pd.DataFrame) -> Drawing:
     """Transition points of every persona and outcome, by both methods; those not shown are named and left empty."""
     look = view.look
     rows = found[["persona", "outcome"]].drop_duplicates().to_records(index=False)

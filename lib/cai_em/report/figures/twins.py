@@ -10,8 +10,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, grid_axes, legend_below, name_rows, span
 
 
-@figure("Harmful and benign twin", "06_results/means_by_condition", "06_results/means_by_persona", order=5)
-def twins(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing | None:
+@figure("twins", "Harmful and benign twin", "06_results/means_by_condition", "06_results/means_by_persona", order=5)
+def _draw(view: View, means: pd.DataFrame, pooled: pd.DataFrame) -> Drawing | None:
     """Harmful against benign twin (`bad_medical` against `good_medical`): same prompts, good and bad answers."""
     look = view.look
     means = means[means["persona"].isin(pooled["persona"])]  # without custom constitutions, as published

@@ -13,8 +13,8 @@ from cai_em.report import style
 from cai_em.report.figures.parts import Drawing, View, figure, legend_below, span
 
 
-@figure("Distribution by persona", "06_results/shapes", order=8)
-def violin(view: View, shapes: pd.DataFrame) -> Drawing:
+@figure("violin", "Distribution by persona", "06_results/shapes", order=8)
+def _draw(view: View, shapes: pd.DataFrame) -> Drawing:
     """Distribution of scores by persona: symmetric histograms, since smoothing would invent scores between the few
     values that a judge gives."""
     look, whole = view.look, shapes[shapes["persona"].isna() & shapes["dataset"].isna()].iloc[0]
