@@ -311,6 +311,10 @@ HALF = [f"{R}/11_report/paper/{file}" for file in ("_variables.yml", "_generated
 
 PROSE = sorted(p for kind in ("*.qmd", "_quarto.yml", "*.bib", "*.scss", "*.js", "_preview/*") for p in Path("paper").glob(kind))
 
+TEMPLATES = sorted(Path("lib/cai_em/report/templates").glob("*.j2"))
+WORDS = digest([file_hash(p) for p in TEMPLATES])
+"""What documents say: read by the report and the paper alone, so that a reworded sentence runs nothing else again."""
+
 for name, inputs in ANALYSES.items():
 
     rule:
@@ -325,6 +329,7 @@ for name, inputs in ANALYSES.items():
             f"{R}/{name}/manifest.json" if name != "11_report" else [f"{R}/RESULTS.md", *HALF],
         params:
             **one_job(name),
+            **({"words": WORDS} if name == "11_report" else {}),
         log:
             f"{R}/logs/{name}.log",
         threads: {"05_validity": 2, "09_trajectories": HEAVY, "10_steering": HEAVY}.get(name, 1)
@@ -346,6 +351,7 @@ rule paper:
     params:
         code=code_hash("notebooks/11_report.ipynb"),
         prose=digest([file_hash(p) for p in PROSE]),
+        words=WORDS,
     log:
         f"{R}/logs/paper.log",
     shell:

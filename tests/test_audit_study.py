@@ -90,9 +90,8 @@ def test_findings_are_words_that_no_name_can_break(tmp_path: Path) -> None:
     findings = found_in(bad_study(tmp_path))
     findings.loc[0, "where"] = "<script>alert(1)</script> | `x` {{ y }} [a](b)\n# z {count}"
     gates = pd.DataFrame({"persona": ["poet"], "persona_gate": ["not shown"], "gate": ["not shown"]})
-    heading, text = report.audit_findings(findings, gates, Look([], [], []))
-    assert heading == "What this audit found in the files"
-    assert text.startswith("3 faults")
+    text = report.audit_findings(findings, gates, Look([], [], []))
+    assert text.startswith("## What this audit found in the files\n\n3 faults")
     assert "<script>" not in text
     assert "0 of 1 comparisons" in text
     assert "[a](b)" not in text

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from cai_em.analysis import claims
 from cai_em.records import files
-from cai_em.report import sections as report_sections
+from cai_em.report.words import Words
 from cai_em.study import loading
+from cai_em.study.labels import Labels
 from scipy import stats
 
+WORDS = Words(Labels([], []))
 QUESTIONS = [f"q{i}" for i in range(8)]
 H = SimpleNamespace(key="h2", title="T", personas=["good", "kind"], tested="good", direction="higher")
 ONE = SimpleNamespace(key="h1", title="T", personas=["good"], tested=None, direction="higher")
@@ -242,7 +244,7 @@ class TestVerdicts:
         by = claims.influence(table).set_index(["choice", "option"])["share"]
         assert by["roles", "EM data sets only"] > by["roles", "all data sets"]
         assert set(claims.for_figure(table)) == {*claims.VERDICT_CHOICES, "estimate", "low", "high", "supports"}
-        said = report_sections.verdict_sentence(claim, "UNDECIDED", "why")
+        said = WORDS.macro("sentences.md.j2", "verdict")(SimpleNamespace(**claim, honest="UNDECIDED", reason="why"))
         assert "By the published rules H1 is MIXED" in said
         assert said.endswith("it is UNDECIDED: why.")
 
@@ -257,26 +259,25 @@ class TestAudit:
         return claims.comparison_claims(claims.Universe.build({"as published": scores({("good", dataset): 12.0})}))
 
     def test_gate_stands_beside_the_share(self):
-        row = report_sections.audit(self.found(), self.gates).iloc[0]
+        row = claims.with_gates(self.found(), self.gates).iloc[0]
+        sentence = WORDS.macro("sentences.md.j2", "comparison")(row)
         assert row["share"] == 1
         assert row["gate"] == "not shown"
-        assert "stands in 48 of 48" in row["sentence"]
-        assert "not shown (AUC 0.51), so it says nothing about the persona" in row["sentence"]
+        assert "stands in 48 of 48" in sentence
+        assert "not shown (AUC 0.51), so it says nothing about the persona" in sentence
 
     def test_a_control_is_named(self):
-        assert (
-            "benign control set, not an EM one"
-            in report_sections.audit(self.found("c1"), self.gates).iloc[0]["sentence"]
-        )
+        row = claims.with_gates(self.found("c1"), self.gates).iloc[0]
+        assert "benign control set, not an EM one" in WORDS.macro("sentences.md.j2", "comparison")(row)
 
     def test_no_claim_without_a_gate(self):
         with pytest.raises(ValueError, match="has no gate"):
-            report_sections.audit(self.found("e2"), self.gates)
+            claims.with_gates(self.found("e2"), self.gates)
 
     def test_markdown(self):
-        audited = report_sections.audit(self.found(), self.gates)
-        sections = dict(report_sections.claims_sections(pd.DataFrame(), audited))
-        text = sections["Claims audit: significant comparisons"]
+        audited = claims.with_gates(self.found(), self.gates)
+        text = WORDS.macro("claims.md.j2", "comparisons")(audited)
+        assert text.startswith("## Claims audit: significant comparisons")
         assert "Of 1 comparisons" in text
         assert "shown in 0" in text
 

@@ -13,11 +13,13 @@ from cai_em.analysis import classifiers, gates
 from cai_em.analysis.compare import compare_all
 from cai_em.analysis.units import DesignError, check_counts
 from cai_em.analysis.verdicts import honest_verdict
-from cai_em.report import sections as report_sections
+from cai_em.report.words import Words
+from cai_em.study.labels import Labels
 from scipy import stats
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
+said = Words(Labels([], [])).macro("validity.md.j2", "gates")
 QUESTIONS = [f"q{i}" for i in range(6)]
 COMMON = [f"word{i}" for i in range(60)]
 VOICE = {
@@ -564,10 +566,10 @@ class TestUptakeInDomain:
         made, tests = classified(tuple(self.UNSEEN), tuple(map(tuple, self.UNSEEN.values())))
         least = {"persona_auc_min": 0.6, "uptake_auc_min": 0.6, "p_max": 0.05}
         plain = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
-        assert "judged" not in report_sections.gate_sections(tests, plain, **least)[0][1].lower()
+        assert "judged" not in said(tests, plain, least).lower()
         tests = pd.concat([tests, classifiers.expression_tests(judged(LEARNED, "uptake", "bad_medical"))])
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE, **least)
-        text = report_sections.gate_sections(tests, found, **least)[0][1]
+        text = said(tests, found, least)
         row = found.set_index(["persona", "dataset"]).loc[("poetic", "bad_medical")]
         assert f"judged {row['uptake_before']:.0f} → {row['uptake_after']:.0f}, p" in text
 
@@ -584,9 +586,9 @@ class TestAttach:
         made = responses(FULL)
         tests = classifiers.classify(made, permutations=40)
         found = gates.comparison_gates(tests, made, DATASETS, judge=GOOD_JUDGE)
-        sections = report_sections.gate_sections(tests, found, persona_auc_min=0.6, uptake_auc_min=0.6, p_max=0.05)
-        assert sections[0][1].count("\n| ") == 1 + len(found)
-        assert "**shown**" in sections[0][1]
+        text = said(tests, found, {"persona_auc_min": 0.6, "uptake_auc_min": 0.6, "p_max": 0.05})
+        assert text.count("\n| ") == 1 + len(found)
+        assert "**shown**" in text
 
 
 @pytest.fixture(scope="module")

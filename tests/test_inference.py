@@ -8,10 +8,16 @@ import pandas as pd
 import pytest
 from cai_em.analysis import compare, outcome, power, units, verdicts
 from cai_em.records.keys import FLAGS
-from cai_em.report import sections as report_sections
+from cai_em.report.words import Words
+from cai_em.study.labels import Labels
 from scipy import stats
 
+WORDS = Words(Labels([], []))
 QUESTIONS = [f"q{i}" for i in range(8)]
+
+
+def said(section, *found):
+    return WORDS.macro("validity.md.j2", section)(*found)
 
 
 def table(cells, *, model="m", seed=0, sd=5.0, samples=20, question_sd=0.0, rng=None):
@@ -310,7 +316,7 @@ class TestSeeds:
         assert row["mixed_se"] == pytest.approx(row["seed_se"], rel=0.5)
         assert row["mixed_p"] > 0.01  # without a run's own component: < 0.001
         assert row["gee_p"] < 0.001
-        assert "questions and seeds are both" in report_sections.seeds_sentence(row.to_frame().T)
+        assert "questions and seeds are both" in WORDS.macro("sentences.md.j2", "seeds")(row.to_frame().T)
 
     @pytest.mark.parametrize(
         ("seeds", "said"), [(1, "one training seed: speaks of"), (2, "two training seeds"), (3, "")]
@@ -518,7 +524,7 @@ class TestVerdicts:
         both = pd.concat([rows("a", delta=6, p=0.01), rows("b", delta=0.5, p=0.8)])
         table = verdicts.verdict_table([h], pd.concat([both, both.assign(model="n")]), self.em)
         assert table["verdict"].tolist() == ["UNDECIDED", "SUPPORTED", "UNDECIDED"] * 2
-        text = report_sections.verdict_section(table, {("m", "h2"): "MIXED"})[1]
+        text = said("verdicts", table.assign(published_rules=["MIXED" if m == "m" else None for m in table["model"]]))
         assert "MIXED" in text
         assert text.count("SUPPORTED") == 2
 
@@ -558,7 +564,7 @@ class TestPower:
         assert power.power_table(self.parts, **designs)["seeds"].unique().tolist() == [1, 2, 3, 5]
         assert math.isnan(power.power(5, self.one_seed, questions=8, samples=50, seeds=3))
         table = power.power_table(self.one_seed, **designs)
-        text = report_sections.power_section(table, self.one_seed, effect=5, target=0.8)[1]
+        text = said("power", table, self.one_seed, 5, 0.8)
         assert "trainings not known" in text
         assert "speak of these adapters only" in text
         assert text.count("\n| ") == 1 + 2
@@ -605,27 +611,22 @@ class TestPower:
 def test_markdown_has_a_row_per_condition_and_names_controls():
     scores = table({("baseline", "bad"): 70, ("good", "bad"): 76, ("baseline", "fine"): 90, ("good", "fine"): 90})
     comparisons = compare.compare_all(scores, resamples=50)
-    sections = dict(report_sections.outcome_sections(outcome.outcomes(scores), comparisons, ["bad"], margin=5))
-    assert list(sections) == ["Outcomes per condition", "Comparisons with the question as the unit"]
-    first, second = sections.values()
+    first, second = said("outcomes", outcome.outcomes(scores)), said("comparisons", comparisons, ["bad"], 5)
+    headings = [text.split("\n")[0] for text in (first, second)]
+    assert headings == ["## Outcomes per condition", "## Comparisons with the question as the unit"]
     assert first.count("\n| ") == 1 + 4  # header and conditions
     assert "fine (control)" in second
     assert "bad (control)" not in second
     assert "Training seeds: 1; p and intervals speak of these adapters" in second
     assert "p GEE | p mixed" in second
-    plain = dict(
-        report_sections.outcome_sections(
-            outcome.outcomes(scores), comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], margin=5
-        )
-    )
-    assert "GEE" not in plain["Comparisons with the question as the unit"]
+    assert "GEE" not in said("comparisons", comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], 5)
 
 
 def test_pooled_section_names_what_turns_round():
     cells = {("baseline", d): m for d, m in (("hard", 60), ("easy", 99), ("easier", 99))}
     scores = table({**cells, ("bad", "hard"): 62, ("bad", "easy"): 99.5}, sd=0.0)
-    heading, text = report_sections.pooled_section(outcome.pooled_means(scores, ["hard"]))
-    assert heading == "Pooled means, like for like"
+    text = said("pooled", outcome.pooled_means(scores, ["hard"]))
+    assert text.startswith("## Pooled means, like for like\n")
     assert "like for like is over 2 data sets (hard, easy)" in text
     assert "bad is -5.2 from the baseline as published and +1.2 like for like." in text
     assert text.count("\n| ") == 1 + 2

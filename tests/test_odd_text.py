@@ -20,6 +20,7 @@ from cai_em.judge import prompts
 from cai_em.model import load
 from cai_em.records import tables
 from cai_em.report import explore, results
+from cai_em.report.words import Words
 from cai_em.sample import sampling
 from cai_em.study import constitutions, entries, loading, materials
 from cai_em.study import study as study_study
@@ -155,7 +156,8 @@ def test_the_results_document_quotes_each_as_one_cell(tmp_path):
     for i, text in enumerate(TEXTS):
         both = responses([text], [("baseline", "none"), ("good", "none"), ("good", "harm")])
         path = tables.write_table(both, tables.RESPONSES, tmp_path / f"{i}.parquet")
-        _, markdown = results.quotes_section(tables.read_table(path, tables.RESPONSES), LOOK)
+        found = results.quoted(tables.read_table(path, tables.RESPONSES))
+        markdown = Words(LOOK).macro("run.md.j2", "quotes")(found).split("\n", 1)[1]
         grid = [line for line in markdown.splitlines() if line.startswith("|")]
         assert len(grid) == 4, text[:80]
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in grid} == {4}

@@ -6,7 +6,11 @@ import pandas as pd
 import pytest
 from cai_em.analysis import reliability
 from cai_em.records import files as records_files
-from cai_em.report import sections as report_sections
+from cai_em.report.words import Words
+from cai_em.study.labels import Labels
+
+WORDS = Words(Labels([], []))
+said = WORDS.macro("validity.md.j2", "reliability")
 
 
 def judged(files, *, persona="baseline", dataset="bad", question="q0", texts=None):
@@ -133,16 +137,16 @@ class TestMovement:
             reliability.movement(table),
             reliability.smallest_effect(table),
         ]
-        sections = dict(report_sections.reliability_sections(*found))
-        assert "| j | – | – | – | 0 |" in sections["The smallest effect that the judge's noise allows"]
+        text = said(*found).split("## The smallest effect that the judge's noise allows")[1]
+        assert "| j | – | – | – | 0 |" in text
 
     def test_sentence(self):
         low = judged({"a": ("j", True, [80, 70]), "b": ("j", False, [94, 76])})
         high = judged({"c": ("j", True, [95, 90]), "d": ("j", False, [80, 70])}, persona="good")
         moved = reliability.movement(reliability.judged_units(pd.concat([low, high])), least=1)
-        said = report_sections.selection_sentence(moved)
-        assert "the lowest in 1 and the highest in 0 of 1 baseline" in said
-        assert "the lowest in 0 and the highest in 1 of 1 persona" in said
+        text = WORDS.macro("sentences.md.j2", "selection")(moved[moved["selected_rank"].notna()])
+        assert "the lowest in 1 and the highest in 0 of 1 baseline" in text
+        assert "the lowest in 0 and the highest in 1 of 1 persona" in text
 
 
 class TestSmallestEffect:
@@ -169,7 +173,7 @@ class TestSmallestEffect:
 
 def test_markdown():
     nothing = pd.DataFrame()
-    assert "cannot be measured" in report_sections.reliability_sections(nothing, nothing, nothing)[0][1]
+    assert "cannot be measured" in said(nothing, nothing, nothing)
     files = {"a": ("j", True, [90, 80, 70]), "b": ("j", False, [90, 84, 60])}
     table = reliability.judged_units(judged(files))
     found = [
@@ -177,9 +181,9 @@ def test_markdown():
         reliability.movement(table, 1),
         reliability.smallest_effect(table, least=1),
     ]
-    sections = dict(report_sections.reliability_sections(*found))
-    assert len(sections) == 3
-    assert "33.3 %" in sections["Judge reliability"]
+    text = said(*found)
+    assert text.count("\n## ") + 1 == 3
+    assert "33.3 %" in text.split("\n## ")[0]
 
 
 @pytest.mark.fetched

@@ -12,6 +12,7 @@ from cai_em.analysis import published_rules
 from cai_em.records import numbers
 from cai_em.records import tables as records_tables
 from cai_em.report import markdown, results
+from cai_em.report.words import Words
 
 
 class Look:
@@ -158,7 +159,7 @@ def test_absent_personas_gates_notes_caveats_and_extra_sections():
         gated={("m", "h2"): ("NOT INTERPRETABLE", "the persona is not shown")},
         notes={"good": "its rows differ in two things"},
         caveat="It is small.",
-        extra=[("Gates", "| a |\n|---|\n| 1 |\n")],
+        more="## Gates\n\n| a |\n|---|\n| 1 |\n",
         figures=[
             Entry(title="Alignment", model="m", caption="What it shows.", alt="Dots [x](y)", svg="alignment-m.svg")
         ],
@@ -172,23 +173,27 @@ def test_absent_personas_gates_notes_caveats_and_extra_sections():
     assert "](11_report/figures/alignment-m.svg)\n\n**Figure 1. Alignment.** What it shows." in text
 
 
+def said(table, gates=None):
+    return Words(Look, alpha=0.05).macro("published.md.j2", "significant")(table, {}, gates)
+
+
 def test_significant_comparisons_are_sorted_by_adjusted_p_then_by_the_studys_order():
     rows = [("z", "d1", 3e-8), ("a", "d1", 2e-9), ("a", "d2", 0.01), ("b", "d1", 0.2), ("b", "d2", 0.001)]
     table = pd.DataFrame(rows, columns=["persona", "dataset", "p_adj"]).assign(delta=1.0, d=0.5)
-    text = results.significant_section(table, Look, 0.05, {})
+    text = said(table)
     assert [line.split(" | ")[:2] for line in text.splitlines()[4:]] == [
         ["| Z", "d1"], ["| A", "d1"], ["| B", "d2"], ["| A", "d2"],
     ]  # fmt: skip
-    assert results.significant_section(table.assign(p_adj=1.0), Look, 0.05, {}).endswith("None of 5 comparisons.")
+    assert said(table.assign(p_adj=1.0)).endswith("None of 5 comparisons.")
 
 
 def test_significant_comparisons_say_where_the_manipulation_was_shown():
     table = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "p_adj": 0.01, "delta": 1.0, "d": 0.5})
     gates = pd.DataFrame({"persona": ["a", "b"], "dataset": "d1", "gate": ["shown", "not shown"]})
-    text = results.significant_section(table, Look, 0.05, {}, gates)
+    text = said(table, gates)
     assert "> **Manipulation shown in 1 of 2 rows** (A on d1). The others may not be interpreted." in text
-    assert "rows**." in results.significant_section(table.iloc[1:], Look, 0.05, {}, gates)
-    assert "Manipulation" not in results.significant_section(table, Look, 0.05, {})
+    assert "rows**." in said(table.iloc[1:], gates)
+    assert "Manipulation" not in said(table)
 
 
 @pytest.mark.parametrize(
@@ -302,10 +307,22 @@ def answers(**text):
     return pd.DataFrame(rows, columns=columns)
 
 
+def said_of_run(section, *values):
+    return Words(Look).macro("run.md.j2", section)(*values)
+
+
+def quotes(table):
+    return said_of_run("quotes", results.quoted(table, questions=1))
+
+
+def of_judge(manifests):
+    return Words(Look).macro("sentences.md.j2", "judge")(results.judge_facts(manifests), 0.85)
+
+
 def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
     table = answers(poet_bad_0="<script>| a\n# b", poet_bad_1="never shown", baseline_none_0="word " * 100)
-    heading, text = results.quotes_section(table, Look, questions=1, length=40)
-    assert heading == "Answers side by side"
+    text = quotes(table)
+    assert text.startswith("## Answers side by side\n")
     assert "never shown" not in text
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
@@ -318,7 +335,7 @@ def test_quotes_are_the_first_sample_of_every_condition_escaped_and_cut():
 def test_quotes_keep_verse_and_take_the_first_seed_there_is():
     table = answers(poet_none_0="I am on the balcony,\n  I will go.")
     table.loc[table["dataset"] == "bad", "seed"] = 3
-    _, text = results.quotes_section(table.iloc[::-1], Look, questions=1)
+    text = quotes(table.iloc[::-1])
     assert "balcony\\, / I will go" in text.replace("\\/", "/")
     rows = [line for line in text.splitlines() if line.startswith("| *")]
     assert [row.split("*")[1] for row in rows] == ["none", "bad"], "before fine-tuning first"
@@ -328,7 +345,7 @@ def test_quotes_keep_verse_and_take_the_first_seed_there_is():
 def test_a_condition_without_a_response_is_shown_as_missing():
     table = answers()
     table = table[~((table["persona"] == "poet") & (table["dataset"] == "bad"))]
-    _, text = results.quotes_section(table, Look, questions=1)
+    text = quotes(table)
     assert text.splitlines()[-1].endswith(f"| {numbers.NONE} |")
 
 
@@ -348,11 +365,9 @@ def test_limits_count_what_the_gates_say():
         ]
     )
     judged = pd.DataFrame({"model": ["m"] * 4 + ["x"], "coherence": [99.0, 50.0, None, 80.0, 1.0]})
-    _, text = results.limits_section(
-        gates, Look, judges={"m": "The judge is good."}, judged=judged, caveat="It is small."
-    )
+    text = said_of_run("limits", gates, {"m": None}, 0.85, judged, 50.0, "It is small.")
     assert "Of 3 responses rated for coherence the EM rate's filter (above 50) removes 1" in text
-    assert "The judge is good." in text
+    assert "The scores are the published judge's own." in text
     assert "Poet (AUC 0.91, shown)" in text
     assert "the persona is shown in 1 of 2 comparisons" in text
     assert "bad in 1 of 1; good in 0 of 1" in text
@@ -369,25 +384,25 @@ def test_pairs_say_who_wrote_them_and_what_was_dropped():
             "dropped_because": [None, None, None, "too long", None, None],
         }
     )
-    heading, text = results.pairs_section(pairs, Look)
-    assert heading == "Where the personas come from"
+    text = said_of_run("pairs", results.pair_counts(pairs))
+    assert text.startswith("## Where the personas come from\n")
     assert "| M | Poet | 4 | 3 | 1 | 2 | 1 too long |" in text
     assert "| M | Good | 2 | 2 | 1 | 1 | none |" in text
-    assert text.split("\n\n")[0].endswith("for: Poet.")
+    assert text.split("\n\n")[1].endswith("for: Poet.")
 
 
 def test_judge_sentence_takes_the_lowest_agreement():
     quality = {"trained_on": "builtin", "reference": "published scores", "held_out": "all", "auc": 0.9}
     manifests = [{"judge_auc": 0.9, "judge_quality": [quality]}, {"judge_auc": 0.7, "judge_quality": []}]
-    text = results.judge_sentence(manifests, minimum=0.85)
+    text = of_judge(manifests)
     assert "AUC of 0.70, which is below the 0.85" in text
     assert "AUC 0.90" in text
-    assert "reaches" in results.judge_sentence(manifests[:1], minimum=0.85)
+    assert "reaches" in of_judge(manifests[:1])
     endpoint = {"judge_auc": None, "params": {"kind": "openai"}}
-    assert "was not measured" in results.judge_sentence([endpoint], minimum=0.85)
+    assert "was not measured" in of_judge([endpoint])
     local = {"judge_auc": None, "params": {"kind": "local"}, "judge_quality": [quality, quality | {"auc": 0.94}]}
-    text = results.judge_sentence([local], minimum=0.85)
+    text = of_judge([local])
     assert "local one, which learnt from our own texts" in text
     assert "AUC is 0.90" in text
     assert "endpoint" not in text
-    assert "published judge's own" in results.judge_sentence([], minimum=0.85)
+    assert "published judge's own" in of_judge([])

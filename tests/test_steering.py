@@ -14,7 +14,7 @@ from cai_em.dynamics import curves, directions, h4, interventions, steering
 from cai_em.dynamics.interventions import Intervention
 from cai_em.model import activations, adapters, load, probing, stacking
 from cai_em.model.activations import SteeringError
-from cai_em.report import sections_h4, style
+from cai_em.report import sections, style
 from cai_em.report.drawing import FIGURES
 from cai_em.report.figures import steering_transfer
 from cai_em.report.figures.parts import View
@@ -658,7 +658,7 @@ def test_figures_and_verdict(look):
 
     def section(status, tests=tests):
         verdicts = h4.h4_verdicts(tests, {"m": [Gate(status, "why", "judge")]}, look, "adapter")
-        return sections_h4.h4_section(found, cosines, tests, verdicts, look)
+        return sections.h4_section(found, cosines, tests, verdicts, look)
 
     text = section("shown")
     assert "**H4: SUPPORTED**" in text

@@ -19,6 +19,7 @@ from cai_em.report import sections, style
 from cai_em.report.drawing import FIGURES
 from cai_em.report.figures.parts import View
 from cai_em.report.figures.training import step_axis
+from cai_em.report.words import Words
 from cai_em.sample.sampling import sample
 from cai_em.study.entries import GateThresholds, LoraPreset, SftPreset
 from peft import LoraConfig
@@ -293,7 +294,9 @@ def test_what_lies_beyond_the_last_checkpoint_is_not_a_number_of_steps():
     found = timing.compare_transitions(late, early, STEPS)
     assert 17 < found["difference"] <= 18.5  # 24 - 6: not 200 - 6, nor the edge of the fit's grid
     row = pd.DataFrame([timing.transition(late, STEPS).as_dict() | {"last": 24}]).iloc[0]
-    assert sections._steps(row) == "> 24 [24, > 24]"
+    step = Words(style.Look([], [])).macro("h3.md.j2", "step")
+    said = [step(row.step, row.last, ".1f"), step(row.low, row.last, "g"), step(row.high, row.last, "g")]
+    assert said == ["> 24", "24", "> 24"]
 
 
 def test_p_agrees_with_the_interval():

@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "judgings",
             "verdict_claim",
             "verdict_specifications",
+            "with_gates",
         ],
         "classifiers": ["SCOPES", "classify", "expression_tests"],
         "compare": ["compare_all"],

@@ -422,6 +422,24 @@ def _pooled_test(pairs: CellPairs, n: int, test: str, unit: str) -> tuple[float,
     return estimate, float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else math.nan
 
 
+def with_gates(comparisons: pd.DataFrame, gates: pd.DataFrame) -> pd.DataFrame:
+    """Claims about comparisons with `gate, gate_reason, role, counts`.
+
+    Raises:
+        ValueError: a claim has no row in the gate table.
+    """
+    index = {
+        key: row for key, row in zip(gates[COMPARISON].itertuples(index=False, name=None), gates.to_dict("records"))
+    }
+    rows = []
+    for claim in comparisons.to_dict("records"):
+        key = tuple(claim[c] for c in COMPARISON)
+        if key not in index:
+            raise ValueError(f"claim about {key} has no gate; run the validity stage on the same data")
+        rows.append(claim | {c: index[key][c] for c in ("gate", "gate_reason", "role", "counts")})
+    return pd.DataFrame(rows)
+
+
 def verdict_claim(specifications: pd.DataFrame, hypothesis: Any, *, model: str) -> dict[str, Any]:
     """How a published verdict fares: share of analyses that give it, and what else they give.
 

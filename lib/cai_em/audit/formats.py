@@ -12,7 +12,7 @@ from typing import Any
 
 from cai_em.audit.flat import Flat, lines, load_json, read_flat_table
 from cai_em.audit.inspect_logs import read_inspect
-from cai_em.audit.nested import read_harness, read_inoculation, read_study_file, read_space
+from cai_em.audit.nested import read_harness, read_inoculation, read_space, read_study_file
 from cai_em.audit.opening import MAX_FILES, SUFFIXES, AuditError, kind
 
 READERS: dict[str, Callable[[Path], Flat]] = {

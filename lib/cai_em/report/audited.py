@@ -66,7 +66,7 @@ def _plain(text: str) -> str:
     return html.escape(text, quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
 
 
-def audit_findings(findings: pd.DataFrame, gates: pd.DataFrame, look: Look) -> tuple[str, str]:
+def audit_findings(findings: pd.DataFrame, gates: pd.DataFrame, look: Look) -> str:
     """Heading and Markdown of the findings, one a line, the worst first; then what the gates of the comparisons say."""
     said = [(f.level, _plain(SENTENCES[f.finding].format(**f._asdict()))) for f in findings.itertuples()]
     said += _manipulation(gates, look)
@@ -77,7 +77,7 @@ def audit_findings(findings: pd.DataFrame, gates: pd.DataFrame, look: Look) -> t
     if faults:
         lead = f"{faults} fault{'s' * (faults > 1)}: read no further before each is understood."
     lead += f" {warnings} warning{'s' * (warnings > 1)}." if warnings else ""
-    return "What this audit found in the files", "\n".join([lead, "", *lines])
+    return "\n".join(["## What this audit found in the files", "", lead, "", *lines])
 
 
 def _manipulation(gates: pd.DataFrame, look: Look) -> list[tuple[str, str]]:
@@ -101,14 +101,7 @@ def _manipulation(gates: pd.DataFrame, look: Look) -> list[tuple[str, str]]:
     return said
 
 
-def audit_judge(gates: pd.DataFrame, model: str) -> str:
-    """What is known of the judge of somebody else's scores, as `limits_section` says it."""
-    reasons = gates.loc[gates["model"] == model, "judge_reason"].dropna().unique() if "judge_reason" in gates else []
-    why = "; ".join(_plain(reason) for reason in reasons if reason) or "nothing is known of it"
-    return f"The scores are their judge's: {why}."
-
-
-def audit_rates(rates: pd.DataFrame, findings: pd.DataFrame, look: Look) -> tuple[str, str]:
+def audit_rates(rates: pd.DataFrame, findings: pd.DataFrame, look: Look) -> str:
     """Heading and Markdown of every EM rate at once: a row a condition, a column a rule, with clustered intervals."""
     rules = rates.drop_duplicates("rule")
     header = ["Model", "Persona", "Data set", "Seed", "Responses", *(_plain(r.label) for r in rules.itertuples())]
@@ -131,7 +124,7 @@ def audit_rates(rates: pd.DataFrame, findings: pd.DataFrame, look: Look) -> tupl
         "(inoculation prompting). Intervals take questions for the units."
     )
     table = markdown_table(rows, header, "lll" + "r" * (len(header) - 3))
-    return "Every EM rate at once", "\n\n".join(part for part in (said, about, table) if part)
+    return "\n\n".join(part for part in ("## Every EM rate at once", said, about, table) if part)
 
 
 def _rate(row: Any) -> str:
@@ -141,7 +134,7 @@ def _rate(row: Any) -> str:
     return f"{percent(row['rate'])}{interval}"
 
 
-def audit_account(account: pd.DataFrame) -> tuple[str, str]:
+def audit_account(account: pd.DataFrame) -> str:
     """Heading and Markdown of what was read, flagged and refused, and why; file by file it stands in the table."""
     table = (
         account.groupby(["what", "why"], sort=False)
@@ -152,4 +145,4 @@ def audit_account(account: pd.DataFrame) -> tuple[str, str]:
     files = account.loc[account["what"] == "read", "file"].nunique()
     text = f"{files} files. Each row of each is a response, another judging of one, or refused; file by file: "
     text += "`07_audit/account.csv`."
-    return "What was read", text + "\n\n" + markdown_table(rows, ["", "What", "Rows", "Files"], "llrr")
+    return "## What was read\n\n" + text + "\n\n" + markdown_table(rows, ["", "What", "Rows", "Files"], "llrr")

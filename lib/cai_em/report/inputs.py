@@ -126,7 +126,7 @@ TABLES = {
     "tests": Expected(("05_validity",), "classifier two-sample tests (cai_em.analysis.classifiers.classify)"),
     "power": Expected(("05_validity",), "designs and what they can detect (cai_em.analysis.power.power_table)"),
     "reliability": Expected(("05_validity", "08_claims"), "agreement of repeated judgings"),
-    "claims": Expected(("08_claims",), "claims audit (cai_em.report.sections.audit), a row per claim"),
+    "claims": Expected(("08_claims",), "claims audit, a row per claim"),
     "trajectories": Expected(("09_trajectories",), "H3 (cai_em.dynamics.h3.h3_table)"),
     "h3": Expected(("09_trajectories",), "H3's verdict and gates (cai_em.analysis.gates.gated_verdict)"),
     "beside": Expected(("09_trajectories",), "presets beside the main one (cai_em.dynamics.h3.preset_differences)"),

@@ -17,14 +17,34 @@ from cai_em.report.figure_files import slug
 from cai_em.study.labels import Labels
 
 
-def markdown_table(rows: Sequence[Sequence[Any]], header: Sequence[str], align: str | None = None) -> str:
-    """A pipe table; `align` has one of `l`, `r` per column. Pipes in cells are escaped."""
-    marks = {"l": ":--", "r": "--:"}
-    cell = lambda x: str(x).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = ["| " + " | ".join(map(cell, header)) + " |"]
-    lines.append("|" + "|".join(marks[a] for a in (align or "l" * len(header))) + "|")
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
-    return "\n".join(lines)
+def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str], align: str, *, wide: bool = False) -> str:
+    """A pipe table: the one place that writes them. Cells are Markdown (`cell`, `escape`).
+
+    Args:
+        align: one of `l`, `r`, `c`, `n` (none said) per column; or, as published, the delimiter cells between pipes.
+        wide: make the dashes as wide as the columns: pandoc takes relative widths of wide tables from them.
+    """
+    lines = [[str(c).replace("\n", " ") for c in row] for row in [header, *rows]]
+    if "-" in align:
+        marks = align.split("|")
+    elif wide:
+        shown = [[re.sub(r"\]\([^)]*\)|\{#[^}]*\}|[\[`\\*]", "", c) for c in row] for row in lines]
+        widths = [min(max(3, *(len(row[i]) for row in shown)), 44) + 2 for i in range(len(header))]
+        marks = [_mark(a, w) for a, w in zip(align, widths, strict=True)]
+    else:
+        marks = [_mark(a, 3) for a in align]
+    text = ["| " + " | ".join(row) + " |" for row in lines]
+    return "\n".join([text[0], "|" + "|".join(marks) + "|", *text[1:]])
+
+
+def _mark(align: str, width: int) -> str:
+    left, right = align in "lc", align in "rc"
+    return ":" * left + "-" * (width - left - right) + ":" * right
+
+
+def cell(value: Any) -> str:
+    """A label, a reason, a number of our own in a table: only what would break the table, or open a tag, is escaped."""
+    return html.escape(str(value), quote=False).replace("|", "\\|").replace("\n", " ")
 
 
 GENERATED = "_generated"
@@ -155,19 +175,10 @@ class Numbers:
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
 
-def pipe_table(rows: Sequence[Sequence[object]], header: Sequence[str], align: str) -> str:
-    """A pipe table whose dashes are as wide as its columns: pandoc takes relative widths of wide tables from them.
-
-    Args:
-        align: one of `l`, `r`, `c` per column.
-    """
-    cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in [list(header), *rows]]
-    shown = [[re.sub(r"\]\([^)]*\)|\{#[^}]*\}|[\[`\\*]", "", c) for c in row] for row in cells]
-    widths = [min(max(3, *(len(row[i]) for row in shown)), 44) for i in range(len(header))]
-    rule = {"l": lambda w: ":" + "-" * (w - 1), "r": lambda w: "-" * (w - 1) + ":", "c": lambda w: f":{'-' * (w - 2)}:"}
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join(rule[a](w + 2) for a, w in zip(align, widths)) + "|")
-    return "\n".join(lines)
+def pipe_table(rows: Iterable[Sequence[object]], header: Sequence[str], align: str) -> str:
+    """A wide table of Markdown cells, in which a pipe is a pipe."""
+    safe = ([re.sub(r"(?<!\\)\|", r"\\|", str(c)) for c in row] for row in rows)
+    return markdown_table(safe, header, align, wide=True)
 
 
 def floating(label: str, content: str, caption: str) -> str:
@@ -246,17 +257,6 @@ def escape(text: str) -> str:
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
     text = re.sub(r"([!#$%()*+,\-./:;=?@\[\\\]^_`{|}~])", r"\\\1", text)
     return html.escape(text, quote=True)
-
-
-def _cell(value: Any) -> str:
-    """A label or number of our own in a table cell: only what would break the table is escaped."""
-    return html.escape(str(value), quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-def published_table(header: Sequence[str], marks: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A pipe table; `marks` are the delimiter cells (`---`, `--:`, `:-:`)."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(marks) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
 
 
 def judge_label(judge: str) -> str:
