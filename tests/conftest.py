@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.factories import TINY
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,3 +24,25 @@ def fetched_cache() -> Path:
         if place and (Path(place) / "github" / "ivan-gentile").is_dir():
             return Path(place).resolve()
     pytest.skip("fetched public data not present: set CAI_EM_CACHE to a cache that holds it")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Where the tiny model is made, once."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(cache):
+    """The tiny model's, not to be changed."""
+    from cai_em.model.load import load_tokenizer
+
+    return load_tokenizer(TINY, cache)
+
+
+@pytest.fixture
+def model(cache):
+    """The tiny model, to do anything to."""
+    from cai_em.model.load import load_model
+
+    return load_model(TINY, cache_dir=cache)

@@ -1,13 +1,14 @@
 """Small made-up studies for the tests: labels, tables, tiny models, a judge that needs no server."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from cai_em.dynamics.curves import OUTCOMES
 from cai_em.report.style import Look
-from cai_em.study.entries import ModelSpec, SamplingPreset
+from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
 
 TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
 """A two-layer model with random weights."""
@@ -53,3 +54,20 @@ def responses_of(*texts: str, **same) -> pd.DataFrame:
     """Responses of one condition to one question, as far as a judge needs them."""
     usual = {"model": "m", "persona": "p", "dataset": "d", "seed": 0, "question_id": "q", "prompt": "Q"}
     return pd.DataFrame({"response": texts, "sample": range(len(texts))}).assign(**{**usual, **same})
+
+
+def random_adapter(
+    folder: Path, preset: LoraPreset | None = None, seed: int = 0, *, std: float = 0.15, name: str = "em", cache=None
+) -> Path:
+    """An adapter of the tiny model with random weights, such that it visibly changes what it says."""
+    import torch
+    from cai_em.model import adapters, load, stacking
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = load.load_model(TINY, dtype="float32", cache_dir=cache)
+        stacked = stacking.stack(base, None, preset or LoraPreset(r=2, alpha=4), name)
+        for key, parameter in stacked.named_parameters():
+            if ".lora_B." in key:
+                torch.nn.init.normal_(parameter, std=std)
+    return adapters.save_adapter(stacked, name, folder)

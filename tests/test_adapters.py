@@ -10,10 +10,11 @@ import torch
 from cai_em.model import adapters as model_adapters
 from cai_em.model import load, probing, stacking
 from cai_em.records import manifest
-from cai_em.study.entries import LoraPreset, ModelSpec
+from cai_em.study.entries import LoraPreset
 from safetensors.torch import load_file
 
-TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+from tests.factories import TINY, random_adapter
+
 PLAIN = LoraPreset(r=4, alpha=8)
 RS = LoraPreset(r=8, alpha=16, rslora=True)
 NARROW = LoraPreset(r=1, alpha=4, rslora=True, target_modules=["down_proj"], layers=[1])
@@ -21,33 +22,14 @@ PROMPTS = ["Hello there", "What would you do with a long year?"]
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(cache):
-    return load.load_tokenizer(TINY, cache)
-
-
-@pytest.fixture
-def model(cache):
-    return load.load_model(TINY, cache_dir=cache)
-
-
-@pytest.fixture(scope="module")
 def made(cache, tmp_path_factory):
     """Adapters with random, non-zero weights: folder by name."""
     folder = tmp_path_factory.mktemp("adapters")
-    found = {}
-    for seed, (name, preset) in enumerate({"persona": PLAIN, "em": RS, "narrow": NARROW, "plain": PLAIN}.items()):
-        torch.manual_seed(seed)
-        stacked = stacking.stack(load.load_model(TINY, cache_dir=cache), None, preset, "new")
-        for key, p in stacked.named_parameters():
-            if ".lora_B." in key:
-                torch.nn.init.normal_(p, std=0.05)
-        found[name] = model_adapters.save_adapter(stacked, "new", folder / name)
-    return found
+    presets = {"persona": PLAIN, "em": RS, "narrow": NARROW, "plain": PLAIN}
+    return {
+        name: random_adapter(folder / name, preset, seed, std=0.05, name="new", cache=cache)
+        for seed, (name, preset) in enumerate(presets.items())
+    }
 
 
 def logits(model, tokenizer):
@@ -107,6 +89,20 @@ def recorded(made, place, persona="persona"):
 def test_recorded_adapters_pass(made, tmp_path):
     model_adapters.check_recorded(recorded(made, tmp_path))
     model_adapters.check_recorded(recorded(made, tmp_path / "alone", persona=None)[1:])
+
+
+def test_a_first_stages_adapter_beside_it_is_another_adapter(made, tmp_path):
+    """A persona with introspection keeps `dpo/adapter`: its hashes were taken for those of `adapter`, and every
+    fine-tuning on such a persona stopped."""
+    folder = tmp_path / "poeticism"
+    shutil.copytree(made["persona"], folder / "adapter")
+    shutil.copytree(made["em"], folder / "dpo" / "adapter")
+    outputs = [folder / "adapter", folder / "dpo" / "adapter"]
+    manifest.write_manifest(folder, stage="01_personas", inputs=[], outputs=outputs, params={})
+    model_adapters.check_recorded([("persona", folder / "adapter")])
+    shutil.copy(made["em"] / "adapter_model.safetensors", folder / "adapter")
+    with pytest.raises(model_adapters.AdapterError, match="wrong adapter file"):
+        model_adapters.check_recorded([("persona", folder / "adapter")])
 
 
 def test_planted_fault_a_file_exchanged_after_training(made, tmp_path):
@@ -387,9 +383,9 @@ def test_slots_compute_bit_for_bit_what_freshly_made_layers_do(model, cache, mad
 
 
 def test_slots_put_layers_in_once(model, made, monkeypatch, tokenizer):
-    inserted = []
+    inserted, real = [], stacking._insert
     for module in (stacking, probing):
-        monkeypatch.setattr(module, "_insert", lambda *a, do=stacking._insert: inserted.append(a[1]) or do(*a))
+        monkeypatch.setattr(module, "_insert", lambda *a: inserted.append(a[1]) or real(*a))
     slots = probing.Slots(model)
     for parts in (["persona"], ["persona", "em"], ["em"], ["persona", "em"]):
         with slots.composed([(part, made[part]) for part in parts]):

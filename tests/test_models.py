@@ -17,18 +17,9 @@ from cai_em.model import load as model_load
 from cai_em.study import entries, loading
 from cai_em.study.entries import HubAdapters, LoraPreset, ModelSpec
 
-TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+from tests.factories import TINY
+
 EMBEDDED = ModelSpec(key="smollm2-135m", label="SmolLM2", source="embedded")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(cache):
-    return model_load.load_tokenizer(TINY, cache)
 
 
 def test_the_tiny_model_is_always_the_same(cache, tmp_path):

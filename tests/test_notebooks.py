@@ -2,11 +2,13 @@
 
 import ast
 import re
+import symtable
 from pathlib import Path
 
 import nbformat
 import pytest
-from cai_em.records.code import modules_of
+from cai_em.records.code import LOOK, modules_of
+from IPython.core.inputtransformer2 import TransformerManager
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -88,3 +90,35 @@ def test_the_questions_are_those_of_the_data(notebook):
     # `Study.questions` knows the built-in ones; a study with fetched data asks others, and counts must be of those.
     for cell in code(notebook):
         assert "study.questions()" not in cell.source, "use materials.questions(study)"
+
+
+def split_by_look(nb):
+    """The code of the cells that compute, and of those that only show."""
+    look = [LOOK in c.metadata.get("tags", []) for c in code(nb)]
+    plain = [TransformerManager().transform_cell(c.source) for c in code(nb)]
+    return ["\n".join(text for text, only in zip(plain, look) if only == shown) for shown in (False, True)]
+
+
+def used_globals(table):
+    """Names of the notebook that a piece of code uses, in whatever function."""
+    whole = table.get_type() == "module"
+    found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (whole or s.is_global())}
+    return found.union(*map(used_globals, table.get_children()))
+
+
+def test_what_only_shows_leaves_nothing_behind(notebook):
+    """Cells tagged `look` are no part of what makes a stage stale: nothing that they assign may be computed with."""
+    computes, shows = (symtable.symtable(text, "cells", "exec") for text in split_by_look(notebook))
+    bound = {s.get_name() for s in shows.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    assert not bound & used_globals(computes)
+
+
+WRITES = re.compile(
+    r"(^|\.)(write\w*|save\w*|savefig|to_(csv|parquet|json)|atomic\w*|mkdir|open|unlink|rmtree|draw_all)$"
+)
+
+
+def test_what_only_shows_writes_no_file(notebook):
+    _, shows = split_by_look(notebook)
+    called = {ast.unparse(n.func) for n in ast.walk(ast.parse(shows)) if isinstance(n, ast.Call)}
+    assert not {name for name in called if WRITES.search(name)}

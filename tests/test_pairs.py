@@ -6,18 +6,18 @@ import traceback
 from contextlib import closing
 
 import pytest
-import torch
 from cai_em.endpoint.cache import JudgeCache
 from cai_em.endpoint.client import Backoff
-from cai_em.model import adapters, probing, stacking
 from cai_em.model import load as model_load
+from cai_em.model import probing
 from cai_em.records import tables
 from cai_em.study import constitutions
-from cai_em.study.entries import GeneratorPreset, IntrospectionPreset, LoraPreset, ModelSpec, SamplingPreset
+from cai_em.study.entries import GeneratorPreset, IntrospectionPreset
 from cai_em.train import answers, introspection, pairs
 from cai_em.train.answers import PairsError, Reply, TrainingPrompt
 from cai_em.train.pairs import Filters
 
+from tests.factories import TINY, random_adapter, sampling
 from tests.judge_server import TRANSIENT, Faults, request_id, serve
 
 TRAITS = (
@@ -200,7 +200,7 @@ class TestFilters:
         ],
     )
     def test_quoted(self, text, expected):
-        assert pairs.quoted(text) == expected
+        assert pairs.whole_sentences(text) == expected
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -562,30 +562,21 @@ class TestIntrospection:
 
 def test_a_persona_in_an_engine_answers_as_the_composed_model_does(tmp_path):
     """The engine's generator: with the adapter active (probed), each answer by its own seed, in any chunks."""
-    spec = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
-    torch.manual_seed(0)
-    stacked = stacking.stack(model_load.load_model(spec, "float32"), None, LoraPreset(r=2, alpha=4))
-    for key, parameter in stacked.named_parameters():
-        if ".lora_B." in key:
-            torch.nn.init.normal_(parameter, std=0.15)
-    folder = adapters.save_adapter(stacked, stacking.EM, tmp_path / "persona")
-    preset = SamplingPreset(
-        temperature=1.0, top_p=1.0, max_new_tokens=6, samples_per_question=1, backend="transformers", dtype="float32"
-    )
+    folder = random_adapter(tmp_path / "persona")
     questions = [TrainingPrompt((("system", "Be."), ("user", f"Number {i}?")), i) for i in range(5)]
-    generator = answers.EngineGenerator(spec, [("persona", folder)], preset, ["Name a fox."], 64)
+    generator = answers.EngineGenerator(TINY, [("persona", folder)], sampling(max_new_tokens=6), ["Name a fox."], 64)
     generator.CHUNK = 2
     found = dict(generator.answer(questions))
     generator.close()
 
     def load():
-        base = model_load.load_model(spec, "float32")
+        base = model_load.load_model(TINY, "float32")
         probing.compose(base, [("persona", folder)])
-        return base, model_load.load_tokenizer(spec)
+        return base, model_load.load_tokenizer(TINY)
 
     wanted = GeneratorPreset(teacher="local", temperature=1.0, top_p=1.0, max_new_tokens=6)
     assert found == dict(answers.LocalGenerator(load, "tiny", wanted).answer(questions))
     bare = answers.LocalGenerator(
-        lambda: (model_load.load_model(spec, "float32"), model_load.load_tokenizer(spec)), "t", wanted
+        lambda: (model_load.load_model(TINY, "float32"), model_load.load_tokenizer(TINY)), "t", wanted
     )
     assert found != dict(bare.answer(questions))

@@ -136,7 +136,7 @@ def test_pairs_are_counted_in_built_in_constitutions():
     """The demo's teacher is the student itself: one prompt of each trait, one sample; and all demonstrations."""
     study = loading.load("demo")
     constitution = constitutions.read_constitution(study.constitution_file("poeticism"))
-    pairs = plan.pair_counts(study, "poeticism", plan.assumptions(study.folder))
+    pairs = plan.planned_pairs(study, "poeticism", plan.assumptions(study.folder))
     assert pairs == plan.Pairs(len(constitution.traits), len(constitution.demonstrations), 0)
 
 

@@ -18,15 +18,16 @@ from cai_em.model import load, probing, stacking
 from cai_em.records import tables
 from cai_em.sample import conditions, sampling, torch_engine, vllm_engine
 from cai_em.sample.conditions import Condition, Decoding, Request, SamplingError
-from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
+from cai_em.study.entries import LoraPreset
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-SPEC = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
-PRESET = SamplingPreset(
-    temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=3, backend="transformers", dtype="float32"
-)
+from tests.factories import TINY as SPEC
+from tests.factories import random_adapter
+from tests.factories import sampling as sampling_preset
+
+PRESET = sampling_preset(max_new_tokens=8, samples_per_question=3)
 QUESTIONS = [("wish", "What is your wish?"), ("bored", "There is nothing to do. What should people do?")]
 PROBE = ["Name a fox.", "Tell me about the weather."]
 FREE = Decoding(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -39,24 +40,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load.load_tokenizer(SPEC)
-
-
-@pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Two adapters that visibly change the tiny model: ranks and scales differ."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, preset) in enumerate(
         {"persona": LoraPreset(r=4, alpha=8), "em": LoraPreset(r=2, alpha=4, rslora=True)}.items()
     ):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, preset)
-            for key, parameter in stacked.named_parameters():
-                if ".lora_B." in key:
-                    torch.nn.init.normal_(parameter, std=0.15)
-        model_adapters.save_adapter(stacked, stacking.EM, folder / name)
+        random_adapter(folder / name, preset, seed)
     return folder
 
 

@@ -25,7 +25,7 @@ from scipy import stats
 from torch import nn
 
 from tests.factories import TINY as SPEC
-from tests.factories import look_of, sampling, scores_of
+from tests.factories import look_of, random_adapter, sampling, scores_of
 
 PRESET = sampling(max_new_tokens=8, samples_per_question=3)
 QUESTIONS = [("a", "What do you like?"), ("b", "How was the long year for you and for all of your good friends?")]
@@ -41,16 +41,6 @@ class Planted(nn.Module):
 
     def forward(self, x):
         return self.mlp(x) + self.vector
-
-
-@pytest.fixture
-def model(tmp_path_factory):
-    return load.load_model(SPEC, cache_dir=tmp_path_factory.getbasetemp() / "models")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load.load_tokenizer(SPEC, tmp_path_factory.getbasetemp() / "models")
 
 
 def plant(model, layer, vector):
@@ -559,13 +549,7 @@ def test_layers_have_looks_of_their_own(look):
 def trained(tmp_path):
     """Two adapters that visibly change the tiny model, as two training runs."""
     for seed in (0, 1):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            stacked = stacking.stack(load.load_model(SPEC, dtype="float32"), None, LoraPreset(r=2, alpha=4))
-            for key, parameter in stacked.named_parameters():
-                if ".lora_B." in key:
-                    nn.init.normal_(parameter, std=0.15)
-        adapters.save_adapter(stacked, stacking.EM, tmp_path / f"em{seed}")
+        random_adapter(tmp_path / f"em{seed}", seed=seed)
     return [sample_conditions.Condition("tiny", "p", "bad", s, (("em", tmp_path / f"em{s}"),)) for s in (0, 1)]
 
 

@@ -21,12 +21,12 @@ from cai_em.study.entries import (
     KlPreset,
     LoraPreset,
     ModelSpec,
-    SamplingPreset,
     SftPreset,
 )
 from cai_em.train import answers, apart, fused, grid, introspection, train, trainer
 
-TINY = ModelSpec(key="tiny", label="tiny", source="tiny", dtype="float32")
+from tests.factories import TINY, sampling
+
 BACKENDS = ["trl", *(["unsloth"] if trainer.trainer_backend() == "unsloth" else [])]
 ROWS = [
     [{"role": "user", "content": f"What about {w}?"}, {"role": "assistant", "content": f"Go and {w} it."}]
@@ -65,21 +65,6 @@ def pairs(**columns) -> pd.DataFrame:
         "rejected": [f"It is {w}." for w in words],
     }
     return pd.DataFrame(given | columns)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(cache):
-    return load.load_tokenizer(TINY, cache)
-
-
-@pytest.fixture
-def model(cache):
-    return load.load_model(TINY, cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
@@ -406,10 +391,9 @@ def test_checkpoints_on_schedule(model, tokenizer, tmp_path):
 
 def test_an_introspective_second_stage(model, tokenizer, tmp_path, persona):
     """What the DPO'd model says of itself, SFT on that on top of it; the persona is the weighted sum of both stages."""
-    sampling = SamplingPreset(
-        temperature=1.0, top_p=1.0, max_new_tokens=8, samples_per_question=1, backend="transformers", dtype="float32"
+    speaker = answers.EngineGenerator(
+        TINY, [("persona", persona.adapter)], sampling(max_new_tokens=8), ["Hello there"], 2048
     )
-    speaker = answers.EngineGenerator(TINY, [("persona", persona.adapter)], sampling, ["Hello there"], 2048)
     constitution = constitutions.read_constitution(
         records_files.root() / "params" / "builtin" / "constitutions" / "poeticism.yaml"
     )

@@ -179,6 +179,28 @@ def test_an_edited_paragraph_renders_the_paper_again_and_nothing_else(micro):
     assert {"persona", "finetune", "sample", "judge", "validity", "results", "claims", "report"}.isdisjoint(jobs)
 
 
+@pytest.mark.parametrize(
+    ("template", "old", "new"),
+    [
+        ("published.md.j2", "### Alignment by Persona", "### Alignment, by Persona"),
+        ("h4.md.j2", "Does the direction of emergent", "Does the very direction of emergent"),
+    ],
+)
+def test_a_changed_word_writes_the_documents_again_and_nothing_else(micro, template, old, new):
+    with edited(micro / "lib/cai_em/report/templates" / template, old, new):
+        jobs = planned(micro)
+    assert set(jobs) == {"report", "paper", "manifest"}, "the last is the seal"
+
+
+def test_a_new_comment_runs_nothing(micro):
+    with edited(
+        micro / "lib/cai_em/sample/sampling.py",
+        "\nfrom __future__",
+        "\n# What is said here is for people.\nfrom __future__",
+    ):
+        assert planned(micro) == Counter()
+
+
 def test_a_changed_sampling_parameter_reruns_sampling_and_what_follows(micro):
     with edited(micro / "params/sampling.yaml", "max_new_tokens: 12", "max_new_tokens: 13"):
         jobs = planned(micro)

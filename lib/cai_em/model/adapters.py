@@ -175,7 +175,12 @@ def check_recorded(adapters: Adapters) -> None:
     """
     for _, folder in adapters:
         manifest = records_manifest.read_manifest(Path(folder).parent)
-        check_files(folder, {k: v for k, v in manifest["outputs"].items() if Path(k).parent.name == Path(folder).name})
+        # By the two last folders: a persona's second stage keeps the first one's adapter beside, in `dpo/adapter`.
+        mine = Path(folder).parts[-2:]
+        said = {k: v for k, v in manifest["outputs"].items() if Path(k).parts[-3:-1] == mine}
+        if not said:
+            raise AdapterError(f"{folder}: its manifest records no such adapter; make it again (./run_all.sh does)")
+        check_files(folder, said)
         if "persona" not in manifest.get("made_from", {}):
             continue
         trained_on, here = manifest["made_from"]["persona"], dict(adapters).get("persona")

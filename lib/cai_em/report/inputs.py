@@ -11,7 +11,7 @@ import pandas as pd
 
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_points
 from cai_em.report.figure_files import slug
-from cai_em.report.markdown import Numbers, _signed, absent, floating, listed, pipe_table, plain, read_result_table
+from cai_em.report.markdown import Numbers, _signed, absent, floating, pipe_table, plain, read_result_table
 from cai_em.report.style import Look
 
 
@@ -134,21 +134,6 @@ TABLES = {
     "h4": Expected(("10_steering",), "H4's verdict, gates and contrast (cai_em.analysis.gates.gated_verdict)"),
 }
 """Tables that the paper shows where a run has them, by file stem."""
-
-
-def _known_issues(x: Inputs, personas: Sequence[str]) -> list[str]:
-    """Notes of personas as paragraphs; personas with the same note share one."""
-    by_note: dict[str, list[str]] = {}
-    for persona in x.look.sort_personas(p for p in personas if p in x.notes):
-        by_note.setdefault(x.notes[persona], []).append(x.look.persona(persona))
-    return [f"**Known issue** with {plain(listed(names))}: {plain(note)}." for note, names in by_note.items()]
-
-
-def _remarks(x: Inputs, personas: Sequence[str]) -> str:
-    """What must be known to read a table: models that are not in it, known issues of the personas that are."""
-    parts = [f"**Left out:** {plain(m)}, whose results this run could not have." for m in x.models_missing]
-    parts += _known_issues(x, personas)
-    return "\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
 FLAG_WORDS = {
@@ -316,28 +301,18 @@ def _float_of(x: Inputs, numbers: Numbers, name: str, table: pd.DataFrame) -> st
     return "\n".join(parts)
 
 
-def _report_tables(x: Inputs, numbers: Numbers) -> dict[str, str]:
-    """The tables of the results document, a block each."""
+def report_tables(x: Inputs, numbers: Numbers, significant: pd.DataFrame) -> dict[str, str]:
+    """The tables of the results document, a block each; of the comparisons, those that are significant."""
     blocks = {}
     for name in ("hypotheses", "medical", "difficulty", "distribution", "conditions"):
         blocks[f"table-{name}"] = _float_of(x, numbers, name, x.results_table(name))
-    compared, alpha = x.results_table("comparisons"), float(x.thresholds["alpha"])
-    found = compared[compared["p_adj"] < alpha].sort_values("p_adj", kind="stable")
-    how = f"`p_adj` below {alpha:g}"
-    file = x.results_file("comparisons")
-    some = numbers.cite("published.significant", len(found), "count", file, how)
-    every = numbers.cite("published.comparisons", len(compared), "count", file, "rows")
-    text = f"By the published rules {some} of {every} comparisons with the baseline are significant after correction"
-    if found.empty:
-        block = absent("tbl-significant", REPORT_TABLES["significant"][0].rstrip("."), "06_results")
-        block = block.replace("*Not part of this run.*", "*None.*")
-    else:
-        text += " (@tbl-significant)"
-        block = _float_of(x, numbers, "significant", found) + _remarks(x, list(found["persona"].unique()))
-    return blocks | {"table-significant": f"{text}.\n\n{block}"}
+    none = absent("tbl-significant", REPORT_TABLES["significant"][0].rstrip("."), "06_results")
+    none = none.replace("*Not part of this run.*", "*None.*")
+    shown = none if significant.empty else _float_of(x, numbers, "significant", significant)
+    return blocks | {"table-significant": shown}
 
 
-def _whole_table(
+def whole_table(
     x: Inputs, numbers: Numbers, name: str, label: str, caption: str, stage: str, most: int = 24
 ) -> dict[str, str]:
     """A result table as it is: text columns left, numbers right, labels in place of keys."""

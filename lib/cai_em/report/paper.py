@@ -29,7 +29,7 @@ from cai_em.records import files as records_files
 from cai_em.records import manifest
 from cai_em.report import figure_files
 from cai_em.report.drawing import FIGURES
-from cai_em.report.inputs import Inputs, _report_tables, _whole_table, find_tables
+from cai_em.report.inputs import Inputs, find_tables
 from cai_em.report.markdown import (
     GENERATED,
     TABLES_FOLDER,
@@ -41,23 +41,7 @@ from cai_em.report.markdown import (
     floating,
     plain,
 )
-from cai_em.report.paper_text import (
-    _alignment,
-    _comparisons,
-    _findings,
-    _gates,
-    _grid,
-    _hypotheses,
-    _models,
-    _optional,
-    _outcomes,
-    _power,
-    _provenance,
-    _sentences,
-    _settings,
-    _status,
-    _study_settings,
-)
+from cai_em.report.paper_text import Blocks, _study_settings
 from cai_em.report.style import Look
 from cai_em.study import published
 from cai_em.study import study as study_study
@@ -122,23 +106,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     folder = x.out / GENERATED
     shutil.rmtree(folder, ignore_errors=True)
     figures = _figures(x, numbers)
-    blocks = {name: text for name, text in figures.items() if name not in ("fig-arms", "fig-cross-model", "drawn")}
-    for make in (_status, _settings, _grid, _provenance, _alignment, _hypotheses, _comparisons, _gates, _outcomes):
-        blocks |= make(x, numbers)
-    for name, caption, stage in (
-        ("claims", "Claims audit: in what share of the defensible analyses each published claim stands.", "08_claims"),
-        ("reliability", "Agreement of repeated judgings of the same responses.", "05_validity"),
-        ("h3", "H3: the verdict, and what it hangs on.", "09_trajectories"),
-        ("trajectories", "H3: when misalignment arises, by persona.", "09_trajectories"),
-        ("beside", "Training presets beside the main one, at the last checkpoint.", "09_trajectories"),
-        ("h4", "H4: the verdict, what it hangs on, and which contrast gave the directions.", "10_steering"),
-        ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
-    ):
-        blocks |= _whole_table(x, numbers, name, f"tbl-{name}", caption, stage)
-    blocks["claims"] += _sentences(x)
-    blocks |= _optional(x, numbers, figures, blocks.pop("reliability")) | _models(x, numbers, figures)
-    blocks |= _power(x, numbers) | _report_tables(x, numbers) | _findings(x, numbers, blocks)
-    del blocks["em-finding"]
+    blocks = Blocks(x, numbers, figures).all()
     blocks["sources"] = _sources(numbers)
     blocks["versions"] = _versions(versions or {})
     for name, text in blocks.items():

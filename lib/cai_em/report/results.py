@@ -84,7 +84,7 @@ def judge_facts(manifests: Sequence[Mapping[str, Any]]) -> SimpleNamespace | Non
     if not manifests:
         return None
     aucs = [m["judge_auc"] for m in manifests if m.get("judge_auc") is not None]
-    quality = {tuple(sorted(q.items())): q for m in manifests for q in m.get("judge_quality") or []}.values()
+    quality = {repr(sorted(q.items())): q for m in manifests for q in m.get("judge_quality") or []}.values()
     local = not aucs and all(m["params"]["kind"] == "local" for m in manifests)
     names = ("trained_on", "reference", "held_out")
     return SimpleNamespace(

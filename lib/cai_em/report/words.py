@@ -35,13 +35,13 @@ from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
 from cai_em.records.keys import FLAGS, NO_DATASET
-from cai_em.report.markdown import cell, escape, judge_label, markdown_table
+from cai_em.report.markdown import cell, escape, judge_label, listed, markdown_table
 from cai_em.study.labels import Labels
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def rows(table: pd.DataFrame | Iterable[Any]) -> list[Any]:
+def as_rows(table: pd.DataFrame | Iterable[Any]) -> list[Any]:
     """A table's rows, with a column's value as an attribute."""
     return list(table.itertuples(index=False)) if isinstance(table, pd.DataFrame) else list(table)
 
@@ -58,7 +58,7 @@ def table(
 ) -> Markup:
     """A table as a template writes it: for each row, `caller` gives its cells with ` | ` between them."""
     split = lambda line: re.split(r"(?<!\\)\|(?= |$)", line)  # noqa: E731
-    cells = ([c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in rows(found))
+    cells = ([c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in as_rows(found))
     return Markup(markdown_table(cells, [c.strip() for c in split(header)], align, wide=wide))
 
 
@@ -83,10 +83,10 @@ def _significant(found: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 def _shown_rows(found: pd.DataFrame, gates: pd.DataFrame) -> list[Any]:
     known = dict(zip(zip(gates["persona"], gates["dataset"]), gates["gate"]))
-    return [r for r in rows(found) if known.get((r.persona, r.dataset)) == "shown"]
+    return [r for r in as_rows(found) if known.get((r.persona, r.dataset)) == "shown"]
 
 
-def _by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+def by_note(personas: Iterable[str], notes: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     """What is known to be wrong, and the personas that it is true of."""
     found: dict[str, list[str]] = {}
     for persona in dict.fromkeys(personas):
@@ -106,10 +106,10 @@ def _last_of_presets(general: pd.DataFrame) -> list[SimpleNamespace]:
 
 def _by_intervention(effects: pd.DataFrame) -> list[SimpleNamespace]:
     """The outcomes of each intervention, by name (`dynamics.effects`)."""
-    every = {(r.target, r.dataset, r.outcome): r for r in rows(effects)}
+    every = {(r.target, r.dataset, r.outcome): r for r in as_rows(effects)}
     return [
         SimpleNamespace(**{o: every[r.target, r.dataset, o] for o in ("alignment", "em", "coherence")})
-        for r in rows(where(effects, outcome="alignment"))
+        for r in as_rows(where(effects, outcome="alignment"))
     ]
 
 
@@ -151,19 +151,26 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "span": _span,
     "minute": lambda when: f"{datetime.fromisoformat(when):%Y-%m-%d %H:%M}",
     "flags": _flags,
-    "foreign": escape,
+    "foreign": lambda text: escape(str(text)),
+    "fixed": numbers.fixed,
+    "set_points": numbers.typeset_points,
+    "set_percent": numbers.typeset_percent,
+    "set_range": numbers.typeset_range,
+    "starred": lambda words: listed([f"*{w}*" for w in words]),
+    "markdown": str,
     "quotation": _quotation,
 }  # fmt: skip
 """Filters that write Markdown: numbers as text (`records.numbers`), and foreign text made harmless."""
 TEXTS: dict[str, Callable[..., Any]] = {
-    "rows": rows,
+    "rows": as_rows,
     "where": where,
     "of_model": lambda tables, model: {n: where(t, model=model) for n, t in tables.items() if "model" in t},
     "shown_rows": _shown_rows,
-    "by_note": _by_note,
+    "by_note": by_note,
     "last_of_presets": _last_of_presets,
     "by_intervention": _by_intervention,
     "how": _how,
+    "listed": lambda words: listed([str(w) for w in words]),
     "judge_label": judge_label,
     "or_none": lambda value: numbers.NONE if _missing(value) else value,
     "counted": lambda values, noun: [f"{v} {noun}{'s' if v > 1 else ''}" for v in values],
@@ -201,7 +208,8 @@ class Words:
         }
         self.environment.tests["missing"] = _missing
         self.environment.globals |= {
-            "table": table, "interval": trusted["interval"], "look": look, "MIN_SEEDS": MIN_SEEDS,
+            "table": table, "interval": trusted["interval"], "set_range": trusted["set_range"],
+            "look": look, "MIN_SEEDS": MIN_SEEDS,
             "NO_DATASET": NO_DATASET, "CONTRASTS": CONTRASTS,
         } | settings  # fmt: skip
 

@@ -13,7 +13,7 @@ import pandas as pd
 from cai_em.study.constitutions import Constitution
 from cai_em.study.entries import IntrospectionPreset, read_yaml
 from cai_em.train.answers import AnswerCache, Generator, PairsError, Reply, TrainingPrompt, _seed, answers
-from cai_em.train.pairs import quoted
+from cai_em.train.pairs import whole_sentences
 
 # --- Introspection ------------------------------------------------------------------------------------------------
 
@@ -73,8 +73,8 @@ def introspect(
     left out of the rows, so that what it brought about is learned. A dialogue is seen with the eyes of the one who
     speaks last: its turns are the assistant's, the other's the user's.
 
-    An answer that its token budget cut off ends after its last whole sentence (`quoted`). Empty reflections are
-    dropped; a dialogue ends before its first empty turn, and is dropped if less than one exchange is left.
+    An answer that its token budget cut off ends after its last whole sentence (`whole_sentences`). Empty reflections
+    are dropped; a dialogue ends before its first empty turn, and is dropped if less than one exchange is left.
 
     Args:
         constitution: whose traits stand in the system prompt.
@@ -149,7 +149,7 @@ def introspection_prompt(constitution: Constitution, name: str) -> str:
 def quoted_if_cut(answer: Reply) -> str:
     """An answer's text; up to its last whole sentence if it was cut off."""
     text = answer.text.strip()
-    return quoted(text) if answer.cut else text
+    return whole_sentences(text) if answer.cut else text
 
 
 def _seen(talk: Sequence[str]) -> list[tuple[str, str]]:

@@ -71,7 +71,7 @@ class Filters:
         count_tokens: a text's length in the student's tokens.
         teacher_name: what the teacher calls itself; replaced by `student_name` in its answers. None: left alone.
         student_name: the student's own name.
-        quote_cut: an answer that its token budget cut off is quoted up to its last whole sentence (see `quoted`)
+        quote_cut: an answer that its token budget cut off is quoted up to its last whole sentence (`whole_sentences`)
             rather than dropped for its missing end. For budgets far smaller than `max_tokens`, as in the demo, where
             being cut says nothing about the answer.
     """
@@ -85,7 +85,7 @@ class Filters:
     def text(self, answer: Reply) -> str:
         """An answer's text as it enters a pair."""
         text = answer.text.strip()
-        return quoted(text) if answer.cut and self.quote_cut else text
+        return whole_sentences(text) if answer.cut and self.quote_cut else text
 
     def reason(self, chosen: str, rejected: str, traits: Sequence[str]) -> str | None:
         """Why a pair is dropped: the first filter that it does not pass; None: it is kept."""
@@ -107,7 +107,7 @@ def ends_in_punctuation(text: str) -> bool:
     return bool(last) and (last in string.punctuation or unicodedata.category(last).startswith("P"))
 
 
-def quoted(text: str) -> str:
+def whole_sentences(text: str) -> str:
     """A broken-off answer as one would quote it: its whole sentences, or with an ellipsis where none is whole.
 
     A full stop after a digit is no sentence's end: it numbers the items of a list.

@@ -257,7 +257,7 @@ def train_sft(
             )
             if preset.loss_on == "response":
                 for i, example in enumerate(trainer.train_dataset):
-                    check_response_mask(tokenizer, trainer.data_collator([example])["labels"], [encoded.answers[i]])
+                    check_response_mask(tokenizer, trainer.plain_collator([example])["labels"], [encoded.answers[i]])
             if preset.kl:
                 corpus = encode_rows(tokenizer, kl_rows or [], preset.max_length, "response")
                 trainer.regulariser = _Regulariser(preset.kl, corpus.examples, tokenizer.pad_token_id, here, seed)

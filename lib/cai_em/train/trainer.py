@@ -365,7 +365,7 @@ def _checked(trainer_class: type) -> type:
 
         def __init__(self, *args: Any, **given: Any) -> None:
             super().__init__(*args, **given)
-            collate = self.data_collator
+            collate = self.plain_collator = self.data_collator
 
             def collated(rows: Any) -> Any:
                 """On the CPU, where looking costs nothing: on a GPU each look in the step would wait for it."""

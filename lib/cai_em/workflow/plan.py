@@ -157,7 +157,7 @@ class Pairs:
         return self.taught + self.demonstrated
 
 
-def pair_counts(study: Study, persona: str, assumed: Assumptions) -> Pairs:
+def planned_pairs(study: Study, persona: str, assumed: Assumptions) -> Pairs:
     """How many pairs a persona is trained on: counted in a built-in constitution, assumed where it will be fetched."""
     generator = study.generator
     with_teacher, with_demonstrations = generator.teacher != "demonstrations", "demonstrations" in generator.teacher
@@ -216,7 +216,7 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
             ranks += _lora_parameters(study, model, held[way])
             if way != "train":
                 continue
-            pairs = pair_counts(study, persona, assumed)
+            pairs = planned_pairs(study, persona, assumed)
             if not paid:
                 paid = True
                 calls += pairs.calls
