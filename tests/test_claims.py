@@ -155,10 +155,13 @@ class TestComparisonClaims:
         assert claims.comparison_claims(universe).empty
         assert len(claims.comparison_claims(universe, only_significant=False)) == 1
 
-    def test_judgings_count_only_where_there_are_several(self):
+    def test_judgings_count_only_where_there_are_several_that_differ(self):
         table = scores({("good", "e1"): 12.0, ("good", "e2"): 12.0})
-        made = claims.judgings(table, repeats(table[table["dataset"] == "e1"], -4))
-        found = claims.comparison_claims(claims.Universe.build(made)).set_index("dataset")
+        twice = repeats(table[table["dataset"] == "e1"], 0)
+        found = claims.comparison_claims(claims.Universe.build(claims.judgings(table, twice))).set_index("dataset")
+        assert found["analyses"].to_dict() == {"e1": 16, "e2": 16}, "copies do not count"
+        twice.loc[~twice["selected"] & (twice["persona"] == "good"), "alignment"] -= 2
+        found = claims.comparison_claims(claims.Universe.build(claims.judgings(table, twice))).set_index("dataset")
         assert found["analyses"].to_dict() == {"e1": 3 * 16, "e2": 16}  # the last judging is the published one
 
     def test_the_judging_can_carry_a_claim(self):
