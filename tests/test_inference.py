@@ -507,7 +507,9 @@ def test_what_must_be_seen_in_the_published_data(fetched_cache):
     judge = {"qwen2.5-7b": judge_quality.judge_trust(None, ["goodness", "loving", "humor"])}
     table = gates.gate_table(cube, found, used, judge=judge, design=design)
     shown = table[table["persona_gate"] == gates.PRESENT]
-    assert set(zip(shown["persona"], shown["dataset"])) == {("goodness", "misalignment_kl")}
+    # Loving was sampled without its adapter there, and is still told apart (AUC 0.58): the registry is what closes it.
+    assert set(zip(shown["persona"], shown["dataset"])) == {(p, "misalignment_kl") for p in ("goodness", "loving")}
+    assert (table.loc[table["persona"] == "loving", "design_gate"] == gates.ABSENT).all()
     assert (table.loc[table["persona"] == "goodness", "design_gate"] == gates.ABSENT).all()
     made = contrasts.contrast_table(cube, used, closed={k: g.reason for k, g in design.items()})
     verdict = verdicts.verdict_table(study.hypotheses, made, table, cube, used).set_index(["hypothesis", "persona"])
