@@ -61,6 +61,17 @@ def document(table=None, **how):
     return results.results_document(made, **({"look": Look, "hypotheses": [LOST, UP], "judge": "gpt-x"} | how))
 
 
+def test_the_first_line_says_if_a_control_fails():
+    row = {"model": "m", "control": "A/A", "about": "baseline", "status": "failed", "reason": "the halves differ"}
+    checks = pd.DataFrame([row])
+    first = document(controls=checks).splitlines()[0]
+    assert first.startswith("**A control fails")
+    assert "A/A of baseline (m): the halves differ" in first
+    for other in (checks.assign(status="passed"), checks.assign(status="not run"), checks[:0], pd.DataFrame(), None):
+        assert document(controls=other) == document()
+    assert document().startswith("# ")
+
+
 def test_headings_stand_in_the_published_order():
     headings = [line for line in document().splitlines() if line.startswith("#")]
     assert headings == [

@@ -63,13 +63,6 @@ def _after() -> None:
     finally:
         os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in ("unsloth", "unsloth_zoo"):  # which else loads float16 where bfloat16 is asked for
-            if hasattr(module, "SUPPORTS_BFLOAT16"):
-                module.SUPPORTS_BFLOAT16 = True
-            if hasattr(module, "is_bfloat16_supported"):
-                module.is_bfloat16_supported = lambda *_: True
-
     def build(self, index):
         size = self.current_rope_size
         self._set_cos_sin_cache(

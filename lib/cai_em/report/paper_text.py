@@ -142,7 +142,7 @@ class Blocks:
             "What was analysed. A response without a score is kept with its reason; personas include the baseline."
         )
         table = floating("tbl-grid", pipe_table(rows, header, "lrrrrrl"), caption + numbers.trace(source))
-        sets = [(role, *names, [look.dataset(d) for d, r in roles.items() if r == role]) for role, *names in ROLE_NOUNS]
+        sets = [(role, *names, [look.dataset(d) for d, r in roles.items() if r == role]) for role, *names in ROLE_NAMES]
         found = [part for part in sets if part[-1] or part[0] == "em"]
         return {
             "design": self.say("design", grid, source),
@@ -422,7 +422,7 @@ WHOLE_TABLES = (
     ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
 )
 """Tables that are shown as they are: name, caption, stage."""
-ROLE_NOUNS = (
+ROLE_NAMES = (
     ("em", "em_datasets", "EM data set", "EM data sets"),
     ("benign_control", "controls", "benign control", "benign controls"),
     ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),

@@ -21,7 +21,7 @@ from cai_em.study.labels import Labels
 
 def read_stage(folder: Path) -> Mapping[str, pd.DataFrame]:
     """The tables in a stage's folder, by name; one that it had no reason to write is empty."""
-    found: Mapping[str, pd.DataFrame] = defaultdict(pd.DataFrame)
+    found: defaultdict[str, pd.DataFrame] = defaultdict(pd.DataFrame)
     return found | {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
 
 

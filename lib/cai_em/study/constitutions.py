@@ -105,6 +105,8 @@ def read_constitution(path: str | Path) -> Constitution:
         raise ConstitutionError(f"{path}{line}: not valid YAML: {error.problem}") from error
     except RecursionError as error:
         raise ConstitutionError(f"{path}: not valid YAML: brackets or blocks are nested too deep") from error
+    except yaml.YAMLError as error:  # a character that YAML does not know has a position, and no mark
+        raise ConstitutionError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         raise ConstitutionError(f"{path}: must be a mapping with the keys {', '.join(Constitution.model_fields)}")
     lines, repeated_keys = _lines(node)
