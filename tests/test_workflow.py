@@ -97,7 +97,8 @@ def test_every_stage_leaves_its_artefacts(micro):
         assert set(expression["metric"]) == {"uptake", "persona_expression"} - (
             {"persona_expression"} if shard == "random_sycophancy" else set()
         ), "the judge was asked whether training and persona show"
-    assert "uptake" in set(pd.read_parquet(results / "05_validity" / "tests.parquet")["scope"])
+    learned = pd.read_parquet(results / "05_validity" / "gates.parquet")["learned_reason"]
+    assert learned.str.contains("likeness to the rows").any(), "and what it said of training reached the gates"
     text = (results / "RESULTS.md").read_text()
     assert "### Alignment by Persona" in text
     assert "**Gated verdict: NOT TESTABLE**" in text, "two questions cannot carry a verdict, and the document says so"
