@@ -155,6 +155,15 @@ OUTCOMES = pd.DataFrame(
     {"model": "m1", "persona": ["baseline", "good", "bad"], "dataset": "harm", "seed": 0,
      "em_rate": [0.1, 0.0, 0.2], "em_low": [0.03, 0.0, 0.11], "em_high": [0.21, 0.12, 0.31]}
 )  # fmt: skip
+ARMS = pd.DataFrame(
+    {"model": "m1", "estimand": "susceptibility", "reference": "none", "persona": "good", "dataset": "harm",
+     "arm": ["good harm", "good none", "baseline harm", "baseline none"], "mean": [61.5, 90.2, 40.7, 91.9],
+     "low": [55.1, 88.3, 33.2, 89.8], "high": [67.9, 92.1, 48.2, 94.0]}
+)  # fmt: skip
+CONTRASTS = pd.DataFrame(
+    {"model": "m1", "estimand": "susceptibility", "reference": "none", "persona": "good", "dataset": ["harm", "pooled"],
+     "outcome": "points", "estimate": 22.5, "low": 12.1, "high": 32.9}
+)  # fmt: skip
 SPECIFICATIONS = pd.DataFrame(
     {"model": "m1", "hypothesis": "h1", "estimate": [1.5, -1.5, 2.5], "low": [0.2, -3.0, 1.2], "high": [2.1, 0.4, 3.3],
      "supports": [True, False, True], "unit": ["a", "b", "a"]}
@@ -209,7 +218,8 @@ def of_training(folder) -> None:
 def whole_run(tmp_path_factory):
     """A run that has all tables that any figure draws, two models in them."""
     folder = tmp_path_factory.mktemp("run")
-    stored(folder, score_table(("m1", "m2"), ("harm", "help", "none")), tests=TESTS, outcomes=OUTCOMES)
+    stored(folder, score_table(("m1", "m2"), ("harm", "help", "none")), tests=TESTS, outcomes=OUTCOMES,
+           arms=ARMS, contrasts=CONTRASTS)  # fmt: skip
     write_tables({"specifications": SPECIFICATIONS}, folder / "08_claims")
     of_training(folder)
     return folder

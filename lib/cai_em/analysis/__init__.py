@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "claims": [
             "COHERENCE",
             "CORRECTIONS",
+            "ESTIMAND_CHOICES",
             "MISSING_CHOICES",
             "PERSONAS",
             "ROLES",

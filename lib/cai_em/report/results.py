@@ -108,6 +108,7 @@ def results_document(
     resamples: int = 10_000,
     gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
     gates: pd.DataFrame | None = None,
+    controls: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
     caveat: str = "",
     missing: Mapping[str, str] | None = None,
@@ -129,6 +130,7 @@ def results_document(
         resamples: of the bootstrap, for the methodology.
         gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
         gates: the gate of every comparison (`analysis.gate_table`), named under the published tables.
+        controls: the run's controls (`analysis.controls`): the first line says if one fails.
         notes: persona -> what is known to be wrong with its rows.
         caveat: what this run cannot show; stands at the top.
         missing: model, or whatever else is left out -> why; stands at the top too.
@@ -147,6 +149,7 @@ def results_document(
         resamples=resamples,
         gated=gated or {},
         gates=gates,
+        controls=controls,
         notes=notes or {},
         caveat=caveat,
         missing=missing or {},
