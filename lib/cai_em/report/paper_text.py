@@ -142,7 +142,7 @@ class Blocks:
             "What was analysed. A response without a score is kept with its reason; personas include the baseline."
         )
         table = floating("tbl-grid", pipe_table(rows, header, "lrrrrrl"), caption + numbers.trace(source))
-        sets = [(role, *names, [look.dataset(d) for d, r in roles.items() if r == role]) for role, *names in ROLES]
+        sets = [(role, *names, [look.dataset(d) for d, r in roles.items() if r == role]) for role, *names in ROLE_NAMES]
         found = [part for part in sets if part[-1] or part[0] == "em"]
         return {
             "design": self.say("design", grid, source),
@@ -422,19 +422,19 @@ WHOLE_TABLES = (
     ("steering", "H4: transfer of the misalignment direction between personas.", "10_steering"),
 )
 """Tables that are shown as they are: name, caption, stage."""
-ROLES = (
+ROLE_NAMES = (
     ("em", "em_datasets", "EM data set", "EM data sets"),
     ("benign_control", "controls", "benign control", "benign controls"),
     ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),
 )
-ARMS = ("base", "persona alone", "fine-tuning alone", "both")
+DESIGN_ARMS = ("base", "persona alone", "fine-tuning alone", "both")
 
 
 def _arms(conditions: pd.DataFrame) -> list[str]:
     """The arms of the design that a run has."""
     baseline, tuned = conditions["persona"] == BASELINE, conditions["dataset"] != NO_DATASET
     masks = (baseline & ~tuned, ~baseline & ~tuned, baseline & tuned, ~baseline & tuned)
-    return [arm for arm, mask in zip(ARMS, masks) if mask.any()]
+    return [arm for arm, mask in zip(DESIGN_ARMS, masks) if mask.any()]
 
 
 def _as_markdown(write: Callable[..., str]) -> Callable[..., Markup]:
