@@ -57,7 +57,7 @@ def test_without_a_reference_susceptibility_is_not_identified_and_says_why():
     found = identification(cube, "susceptibility", "m", "p", DATASETS)
     assert found[0] is None
     assert "p has no untuned arm" in found[1]
-    assert "p was not fine-tuned on good1" in found[1]
+    assert "no EM data set with a benign twin that p was fine-tuned on" in found[1]
     table = contrast_table(cube, DATASETS)
     assert set(table["estimand"]) == {"after"}
     assert identification(cube, "after", "m", "p", DATASETS) == ("", "")

@@ -644,16 +644,16 @@ def test_figures_and_verdict(look):
         verdicts = h4.h4_verdicts(tests, {"m": [Gate(status, "why", "judge")]}, look, "adapter")
         return sections.h4_section(found, cosines, tests, verdicts, look)
 
-    text = section("shown")
+    text = section("present")
     assert "**H4: SUPPORTED**" in text
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
     assert re.search(r"\(-1[45]\.\d\d\) \| \+\d+\.\d % .*\(\+\d+\.\d\d %\) .*\(\+0\.00\) \| 8 \(0\) \|$", own), own
-    assert "**H4: NOT INTERPRETABLE**" in section("not shown")
+    assert "**H4: NOT INTERPRETABLE**" in section("inconclusive")
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in section("shown", level)
-    assert "**H4: UNDECIDED**" in section("shown", level.assign(p_equivalence=0.5))
+    assert "**H4: EQUIVALENT**" in section("present", level)
+    assert "**H4: UNDECIDED**" in section("present", level.assign(p_equivalence=0.5))
 
 
 # --- From end to end ---
@@ -703,9 +703,9 @@ def test_gates_of_h4_stand_model_by_model_persona_by_persona(look):
     found = h4.h4_gates(pd.concat([table, after]), table, pd.concat([design[design["kind"] == "add"], tuned]),
                         {"m": [Gate("present", "yes", "judge")]}, look, None)  # fmt: skip
     assert [(g.name, g.persona, g.status) for g in found["m"]] == [
-        ("judge", "", "shown"),
-        ("misalignment, P", "p", "shown"),
-        ("direction acts, P", "p", "shown"),
-        ("misalignment, Q", "q", "shown"),
-        ("direction acts, Q", "q", "not shown"),
+        ("judge", "", "present"),
+        ("misalignment, P", "p", "present"),
+        ("direction acts, P", "p", "present"),
+        ("misalignment, Q", "q", "present"),
+        ("direction acts, Q", "q", "inconclusive"),
     ]

@@ -128,14 +128,13 @@ def persona_gate(responses: pd.DataFrame, persona: str, thresholds: GateThreshol
         thresholds: of the gates.
     """
     some = responses[responses["persona"].isin([persona, BASELINE])]
-    # All checkpoints of a training are one condition here: the voice, not the step, is asked for.
-    some = some.assign(dataset="(all steps)").reset_index(drop=True)
-    bag = Bag.of(some)
-    mine, base = ([k for k in bag.rows if k[1] == p] for p in (persona, BASELINE))
-    fewest = min(sum(len(bag.rows[k]) for k in side) for side in (mine, base))
-    if fewest < thresholds.min_responses or bag.n_questions < 2:
+    fewest = min((some["persona"] == p).sum() for p in (persona, BASELINE))
+    if fewest < thresholds.min_responses or some["question_id"].nunique() < 2:
         why = f"{persona}: {fewest} responses; {thresholds.min_responses} and 2 questions needed"
         return Gate(INCONCLUSIVE, why)
+    # All checkpoints of a training are one condition here: the voice, not the step, is asked for.
+    bag = Bag.of(some.assign(dataset="(all steps)").reset_index(drop=True))
+    mine, base = ([k for k in bag.rows if k[1] == p] for p in (persona, BASELINE))
     return voice(told(bag, mine, base)[0], f"{persona} against baseline", matters=thresholds.auc_matters)
 
 
