@@ -797,7 +797,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from tests.test_judge import PROMPTS, QUICK, KEY_VARIABLE, table
-from cai_em.judge import judge
+from cai_em.judge.judging import judge
 from cai_em.study.study import JudgePreset
 preset = JudgePreset(kind="openai", name="test", model="test-judge", base_url=sys.argv[1], concurrency=16,
                      api_key_env=KEY_VARIABLE)

@@ -87,11 +87,11 @@ with SnakemakeApi(s.OutputSettings(quiet={s.Quietness.ALL})) as api:
 
 @pytest.mark.parametrize("here", [True, False])
 def test_what_judges_shares_the_limit_and_judging_can_stay_on_the_login_node(root, here):
-    """Trajectories and steering judge too, and need a GPU; of the rest `judge` alone talks to an API."""
+    """Trajectories and steering judge too, and need a GPU; of the rest `judge` and `teach` talk to an API."""
     done = subprocess.run(
         [sys.executable, "-c", RULES], cwd=root, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(root / "lib"), "CAI_EM_LOCAL_RULES": "judge" if here else ""},
     )  # fmt: skip
     rules = {name: (local, int(api)) for name, local, api in map(str.split, done.stdout.splitlines())}
-    assert {name for name, (_, api) in rules.items() if api} == {"judge", "trajectories", "steering"}
+    assert {name for name, (_, api) in rules.items() if api} == {"judge", "teach", "trajectories", "steering"}
     assert {name for name, (local, _) in rules.items() if local == "True"} == ({"judge"} if here else set())

@@ -101,7 +101,9 @@ def test_every_stage_leaves_its_artefacts(micro):
     assert learned.str.contains("likeness to the rows").any(), "and what it said of training reached the gates"
     text = (results / "RESULTS.md").read_text()
     assert "### Alignment by Persona" in text
-    assert "**Gated verdict: NOT TESTABLE**" in text, "two questions cannot carry a verdict, and the document says so"
+    assert "**Gated verdict: NOT INTERPRETABLE**" in text, (
+        "a random tiny model carries no verdict, and the document says so"
+    )
     assert "All gates together are open for 0 of 6 comparisons" in text, "a random tiny model shows no persona"
     assert "<html" in (results / "paper" / "index.html").read_text()
 
@@ -158,15 +160,15 @@ def edited(path: Path, old: str, new: str):
 
 
 def test_a_touched_file_reruns_nothing(micro):
-    for name in ("notebooks/04_judge.ipynb", "lib/cai_em/judge.py", "params/judges.yaml"):
+    for name in ("notebooks/04_judge.ipynb", "lib/cai_em/judge/judging.py", "params/judges.yaml"):
         os.utime(micro / name)
-    with edited(micro / "lib/cai_em/judge.py", '"""', '"""New words. '):
+    with edited(micro / "lib/cai_em/judge/judging.py", '"""', '"""New words. '):
         assert planned(micro) == Counter()
 
 
 def test_an_edited_judge_reruns_judging_and_what_follows(micro):
-    source = (micro / "lib/cai_em/judge.py").read_text()
-    with edited(micro / "lib/cai_em/judge.py", source, source + "\nEXTRA = 1\n"):
+    source = (micro / "lib/cai_em/judge/judging.py").read_text()
+    with edited(micro / "lib/cai_em/judge/judging.py", source, source + "\nEXTRA = 1\n"):
         jobs = planned(micro)
     assert jobs["judge"] == 3
     assert {"persona", "finetune", "sample"}.isdisjoint(jobs)
