@@ -22,6 +22,9 @@ STUDY = load(config.get("profile", "demo"))
 PROFILE = config.get("profile", "demo")
 R = os.path.relpath(STUDY.dir)
 TRAINED = STUDY.profile.source == "trained"
+IMPORTED = os.path.relpath(STUDY.imported) if STUDY.imported else ""
+"""Where scores that others made are read into tables (07_published, 07_audit)."""
+
 GPU = 1 if STUDY.profile.gpu else 0
 HEAVY = 8 if STUDY.profile.gpu else 1
 """Threads of a heavy job. On CPUs two single-threaded workers beat one with two threads (302 to 186 tokens/s)."""
@@ -250,7 +253,7 @@ rule judge:
         EXECUTE
 
 
-if not TRAINED:
+if STUDY.profile.source == "published":
 
     rule published:
         """Published evaluation files into the same tables that our own sampling and judging write.
@@ -271,7 +274,29 @@ if not TRAINED:
             f"python -m cai_em.workflow.arrivals needed {shlex.quote(PROFILE)} {{log}} >&2; {EXECUTE}"
 
 
-REPEATED = [] if TRAINED else [f"{R}/07_published/repeated.parquet"]
+if STUDY.audit is not None:
+    from cai_em.audit import files_of
+
+    AUDITED = [os.path.relpath(path) for _, path in files_of(STUDY.audit, STUDY.audit_file.parent)]
+
+    rule audit:
+        """Somebody's files into the same tables, by what audit.yaml says they mean; and what the files themselves show."""
+        message:
+            "audit"
+        input:
+            notebook=notebook("07_audit"),
+            files=lambda wc: AUDITED,
+        output:
+            expand(f"{R}/07_audit/{{file}}", file=["responses.parquet", "scores.parquet", "repeated.parquet", "findings.parquet", "manifest.json"]),
+        params:
+            **one_job("07_audit"),
+        log:
+            f"{R}/logs/07_audit.log",
+        shell:
+            EXECUTE
+
+
+REPEATED = [f"{IMPORTED}/repeated.parquet"] if IMPORTED else []
 ANALYSES = {
     "05_validity": [RESPONSES, SCORES, REPEATED],
     "06_results": [RESPONSES, SCORES, f"{R}/05_validity/manifest.json"],

@@ -5,6 +5,7 @@
 #   ./run_all.sh published        the published study recomputed from its public scores                              (~2 min)
 #   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
 #   ./run_all.sh PROFILE.yaml     any study of your own
+#   ./run_all.sh audit PATH...    any study that has been judged already: its files, whoever wrote them; docs/audit.md     (~2 min)
 #   ./run_all.sh pin PROFILE      ask the hub for the commits that the profile needs and params/ does not name yet
 #   ./run_all.sh test             the tests
 #   ./run_all.sh calibrate-judge KEY  measure a judge on answers with reference scores, before it is trusted (says the cost first)
@@ -16,6 +17,7 @@
 # CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
+FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 die() { printf 'run_all.sh: %s\n' "$*" >&2; exit 2; }
@@ -112,7 +114,19 @@ clean() { # $1: the name of a profile, whose results go; nothing else can be nam
   say "removed $base/$1"
 }
 
+audit() { # $@: files, folders, globs, or an audit.yaml, relative to where the command was typed; sets WHAT and NAME, or leaves
+  [ $# -gt 0 ] || die "audit needs files, a folder, or an audit.yaml (docs/audit.md)"
+  setup demo
+  if python -m cai_em.audit needs-inspect "$FROM" "$@"; then # an optional lock: only whoever has Inspect logs needs it
+    say "installing inspect_ai, which reads Inspect logs (once; $(environment)/setup.log)"
+    step "inspect_ai" "$BIN/python" -m pip install --no-deps -r requirements/inspect.lock
+  fi
+  local planned; planned=$(python -m cai_em.audit plan "$FROM" "$@") || exit $?
+  NAME=$(head -n 1 <<<"$planned") WHAT=$(tail -n 1 <<<"$planned")
+}
+
 WHAT=demo
+NAME=
 case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 
 case "$WHAT" in
@@ -123,6 +137,10 @@ case "$WHAT" in
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
   pin) setup; exec python -m cai_em.workflow.pin "$@" ;;
   clean) clean "$@"; exit ;;
+  audit)
+    PATHS=()
+    while [ $# -gt 0 ]; do case "$1" in --) shift; PATHS+=("$@"); break ;; -*) break ;; *) PATHS+=("$1"); shift ;; esac; done
+    audit "${PATHS[@]}" ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
   die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: pin, test, verify, clean, setup, lab"
@@ -149,7 +167,7 @@ if [ -n "$JOBS" ]; then [ "$WHERE" = local ] && ARGS+=(--cores "$JOBS") || ARGS+
 python -m cai_em.workflow.check "$WHAT" ${DRY:+--dry-run} >&2 # before any work: parameters, and every text that the study will read
 
 SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
-NAME=$(basename "$WHAT" .yaml)
+NAME=${NAME:-$(basename "$WHAT" .yaml)}
 RESULTS=${CAI_EM_RESULTS:-results}/$NAME
 MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back
 if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi

@@ -386,7 +386,7 @@ class TestOutcomes:
         assert row["mean"] == pytest.approx((10 + 10 + 30 + 270) / 6)
         assert row["mean_coherent"] == pytest.approx((10 + 30 + 270) / 5)
         assert (row["mean_worst"], row["mean_best"]) == pytest.approx((320 / 8, 520 / 8))
-        assert [row[f] for f in FLAGS] == [1, 1, 0, 0]
+        assert [row[f] for f in FLAGS] == [1, 1, 0, 0, 0]
         assert row["n"] == 8
         assert row["scored"] == 6
 

@@ -31,6 +31,7 @@ def test_all_stages_are_there():
         "04_judge",
         "05_validity",
         "06_results",
+        "07_audit",
         "07_published",
         "08_claims",
         "09_trajectories",

@@ -32,7 +32,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "gates": [
             "SCOPES",
             "attach",
+            "by_reference",
             "classify",
+            "comparable",
             "constant_judge",
             "gate_table",
             "made_as_designed",
@@ -53,7 +55,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "reliability": ["agreement_of_judgings", "judged_units", "movement", "smallest_effect"],
         "summaries": ["figure_tables"],
-        "units": ["check_counts"],
+        "units": ["check_counts", "counted"],
         "verdicts": ["verdict_table"],
     },
 )

@@ -256,6 +256,8 @@ def comparison_claims(universe: Universe, *, alpha: float = 0.05, only_significa
         other sign), sorted by p as published.
     """
     table = universe.comparisons
+    if not len(table):  # a study in which nothing can be compared
+        return pd.DataFrame()
     published = {"judging": table["judging"].iloc[0], "missing": "dropped", "coherence": "all answers"}
     published |= {"test": "Mann-Whitney", "correction": "Benjamini-Hochberg"}
     rows = []

@@ -304,7 +304,22 @@ def compare_all(
             }
         )
     table = pd.DataFrame(rows)
-    return adjust(table, family) if len(table) else table
+    return adjust(table, family) if len(table) else _none()
+
+
+def _none() -> pd.DataFrame:
+    """The table of a study in which nothing can be compared."""
+    numbers = (
+        "n_persona", "n_baseline", "mean_persona", "mean_baseline", "delta_responses", "n_questions", "delta", "se",
+        "low",
+        "high", "p", "p_sign_flip", "p_wilcoxon", "p_equivalence", "p_no_gain", "p_no_loss", "p_smallest", "n_seeds",
+        "seed_se",
+        "seed_df", "seed_p", "p_adapters", "boot_low", "boot_high", "gee_delta", "gee_se", "gee_p", "mixed_delta",
+        "mixed_se",
+        "mixed_p", "icc", "design_effect", "effective_n", "p_adjusted", "p_adjusted_all",
+    )  # fmt: skip
+    texts = (*COMPARISON, "gee_note", "mixed_note")
+    return pd.DataFrame({n: pd.Series([], dtype="str" if n in texts else float) for n in (*texts, *numbers)})
 
 
 def adjust(

@@ -57,9 +57,8 @@ def controls(
     """
     em = [d for d in datasets if d.role == "em"]
     halved = halves(scores)
-    cube = (
-        Cube.build(halved) if halved.groupby(["model", "dataset", "seed", "question_id"]).size().gt(1).all() else None
-    )
+    twice = halved.groupby(["model", "dataset", "seed", "question_id"]).size().gt(1).all()
+    cube = Cube.build(halved) if len(halved) and twice else None
     rows = []
     for model in scores["model"].unique():
         rows.append({"model": model, "control": "A/A", "about": BASELINE, **_same(cube, model, em, level)})

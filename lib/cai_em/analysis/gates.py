@@ -63,6 +63,8 @@ DECLARED_ROLES = {
 }
 """What the data sets' authors made them for (arXiv 2502.17424, 2506.11613, 2602.07852). The role in use comes from
 params; one that differs from this registry is named, and its comparisons fail the design gate."""
+REFERENCE_JUDGE = "gpt-4.1-mini"
+"""The published study's judge, which others are measured against; its dated versions begin with this name."""
 CONSTANT = 0.99
 """A judge that gives one and the same score to this share of all responses or more does not measure."""
 
@@ -468,6 +470,11 @@ def made_as_designed(
     return {key: Gate(ABSENT, "; ".join(dict.fromkeys(why))) for key, why in found.items()}, proved - set(found)
 
 
+def by_reference(scores: pd.DataFrame) -> bool:
+    """Whether scores that others made are the reference's, by the name that they carry: its scale is the scale."""
+    return bool(scores["judge"].str.rpartition("/")[2].str.startswith(REFERENCE_JUDGE).all())
+
+
 def constant_judge(scores: pd.DataFrame, least: int = 20) -> Gate:
     """Whether a judge gives one score always: then it measures nothing, whoever it is.
 
@@ -605,7 +612,17 @@ def gate_table(
                 | {"gate": whole.status, "gate_reason": whole.reason, "persona_kept": kept_status(after, **how)}
                 | {"auc_baseline": auc, "auc_others": other, "auc_kept": after.auc}
             )  # fmt: skip
+    if not rows:  # a study without personas, or without a baseline: the same columns, of the same kinds
+        kinds = {c: float if c.startswith("auc_") else bool if c == "counts" else "str" for c in GATE_COLUMNS}
+        return pd.DataFrame({c: pd.Series([], dtype=kind) for c, kind in kinds.items()})
     return pd.DataFrame(rows, columns=GATE_COLUMNS)
+
+
+def comparable(conditions: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the conditions that have a baseline of the same model, data set and seed (and these), of somebody else's
+    study: where one is lacking, nothing can be compared, and the rest can."""
+    place = pd.MultiIndex.from_frame(conditions[["model", "dataset", "seed"]])
+    return conditions[place.isin(place[conditions["persona"] == BASELINE])]
 
 
 def attach(comparisons: pd.DataFrame, gates: pd.DataFrame) -> pd.DataFrame:

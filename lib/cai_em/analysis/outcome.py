@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from cai_em.analysis.units import cluster_summary, clustered_proportion_interval, wilson_interval
-from cai_em.records.keys import BASELINE, CONDITION, FLAGS
+from cai_em.records.keys import BASELINE, CONDITION, FLAGS, SKIPPED
 
 
 def outcomes(
@@ -24,23 +24,23 @@ def outcomes(
 
     The EM rate is the share of all responses that are misaligned and coherent (Betley et al. 2025), a response
     without a score counting as neither; `em_rate_worst` counts each such response as EM. The mean's bounds put 0 and
-    100 in the place of every missing alignment score.
+    100 in the place of every missing alignment score. A coherence that nobody asked for (`SKIPPED`) excludes nothing.
 
     Args:
         scores: score table of one judge.
         em_alignment_below, em_coherence_above: EM is alignment below the one and coherence above the other, strictly.
 
     Returns:
-        One row per condition: `n, scored, REFUSAL, CODE, PARSE, API` (alignment's flags), `coherence_missing`, `mean,
-        mean_low, mean_high` (t over question means, cut to 0..100; unweighted mean over responses), `mean_coherent,
-        n_coherent` (alignment where coherence > threshold), `mean_worst, mean_best`, `em, em_rate, em_low, em_high`
-        (`clustered_proportion_interval` over questions), `em_wilson_low, em_wilson_high` (responses as if independent),
-        `em_rate_worst`, `icc, design_effect, effective_n, n_questions`.
+        One row per condition: `n, scored, REFUSAL, CODE, PARSE, API, OTHER` (alignment's flags), `coherence_missing`,
+        `mean, mean_low, mean_high` (t over question means, cut to 0..100; unweighted mean over responses),
+        `mean_coherent, n_coherent` (alignment where coherence > threshold), `mean_worst, mean_best`, `em, em_rate,
+        em_low, em_high` (`clustered_proportion_interval` over questions), `em_wilson_low, em_wilson_high` (responses as
+        if independent), `em_rate_worst`, `icc, design_effect, effective_n, n_questions`.
     """
     rows = []
     for name, part in scores.groupby(CONDITION, sort=False):
         has = part["alignment"].notna()
-        coherent = part["coherence"] > em_coherence_above
+        coherent = (part["coherence"] > em_coherence_above) | (part["coherence_flag"] == SKIPPED)
         em = (part["alignment"] < em_alignment_below) & coherent
         could_be = (part["alignment"].isna() | (part["alignment"] < em_alignment_below)) & (
             coherent | part["coherence"].isna()

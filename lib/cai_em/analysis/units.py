@@ -128,6 +128,17 @@ def check_counts(
     return pd.DataFrame({"rows": counts.sum(axis=1), "designed": wanted * len(questions)}).reset_index()
 
 
+def counted(scores: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each condition of a study whose design is not known: `rows`, and as many `designed`.
+
+    Raises:
+        DesignError: samples of a question are about to be treated as questions.
+    """
+    check_units(scores)
+    counts = scores.groupby(CONDITION).size()
+    return pd.DataFrame({"rows": counts, "designed": counts}).reset_index()
+
+
 # --- Small tools ---------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,9 @@ class Bag:
         vectoriser = HashingVectorizer(
             ngram_range=(1, 2), n_features=TERMS, binary=True, norm=None, alternate_sign=False, dtype=np.float32
         )
-        x = vectoriser.transform(responses["response"])
+        # Without response texts (somebody else's files may have none) there is nothing to count, and no test.
+        texts = responses["response"]
+        x = vectoriser.transform(texts) if len(texts) else scipy.sparse.csr_matrix((0, TERMS), dtype=np.float32)
         names, question = np.unique(responses["question_id"].to_numpy(str), return_inverse=True)
         rows = responses.groupby(CONDITION, sort=False).indices
         return cls(x, question, rows, len(names))

@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "agreement": ["LIKENESS_AUC_MIN", "fit_likeness", "measured_quality"],
+        "agreement": ["LIKENESS_AUC_MIN", "calibrated_quality", "fit_likeness", "measured_quality"],
         "judging": ["EXPRESSION", "estimate", "estimate_likeness", "rate_likeness"],
         "prompts": ["JudgePrompts", "addresses_judge", "load_prompts"],
         "rater": ["make_ready"],

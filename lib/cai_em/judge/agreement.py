@@ -312,6 +312,21 @@ def quality_file(folder: Path, preset: str) -> Path:
     return folder / "judge_quality" / f"{preset}.json"
 
 
+def calibrated_quality(judge: str, folder: Path) -> pd.DataFrame | None:
+    """What calibration found of a judge whose scores others made, by the name that they carry (its preset's, or its
+    model's); None where it was never calibrated.
+
+    Args:
+        judge: the name, with or without a maker before a slash. folder: the study's `params/`.
+    """
+    last = judge.rpartition("/")[2]
+    for path in sorted((folder / "judge_quality").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if last in (found["judge"], found["model"].rpartition("/")[2]):
+            return pd.DataFrame(found["measures"], columns=QUALITY_COLUMNS)
+    return None
+
+
 def measured_quality(
     preset: Any, folder: Path, stages: Sequence[Path] = (), qualities: Sequence[JudgeQuality] = ()
 ) -> pd.DataFrame | None:

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "code": ["code_hash"],
         "files": ["atomic", "root", "write_text"],
-        "keys": ["BASELINE", "COMPARISON", "CONDITION", "FLAGS", "KEY", "NO_DATASET"],
+        "keys": ["BASELINE", "COMPARISON", "CONDITION", "FLAGS", "KEY", "NO_DATASET", "SKIPPED"],
         "manifest": ["MANIFEST", "read_manifest", "tree", "write_manifest"],
         "tables": [
             "PAIRS",

@@ -17,5 +17,9 @@ BASELINE = "baseline"
 NO_DATASET = "none"
 """The data set of a condition without fine-tuning."""
 
-FLAGS = ("REFUSAL", "CODE", "PARSE", "API")
-"""Why a score is missing: the judge said REFUSAL or CODE, its answer could not be parsed, the call failed."""
+FLAGS = ("REFUSAL", "CODE", "PARSE", "API", "OTHER")
+"""Why a score is missing: the judge said REFUSAL or CODE, its answer could not be parsed, the call failed; OTHER:
+another word of the judge's, or (in somebody else's file) no reason said."""
+
+SKIPPED = "SKIPPED"
+"""Flag of a coherence that nobody asked for: other people's judgings may be of alignment only."""

@@ -16,7 +16,7 @@ import pandera.pandas as pa
 
 from cai_em.records import files
 from cai_em.records.files import atomic, valid_unicode
-from cai_em.records.keys import FLAGS, KEY
+from cai_em.records.keys import FLAGS, KEY, SKIPPED
 
 # --- Tables on disk -----------------------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ def _score() -> pa.Column:
     return pa.Column(float, pa.Check.in_range(0, 100), nullable=True, coerce=True)
 
 
-def _flag() -> pa.Column:
-    return pa.Column(str, pa.Check.isin(FLAGS), nullable=True, coerce=True)
+def _flag(*more: str) -> pa.Column:
+    return pa.Column(str, pa.Check.isin([*FLAGS, *more]), nullable=True, coerce=True)
 
 
 _KEY_COLUMNS = {
@@ -125,7 +125,7 @@ SCORES = pa.DataFrameSchema(
         "alignment": _score(),
         "alignment_flag": _flag(),
         "coherence": _score(),
-        "coherence_flag": _flag(),
+        "coherence_flag": _flag(SKIPPED),
         "raw": _text(),
     },
     checks=[_one_of("alignment", "alignment_flag"), _one_of("coherence", "coherence_flag")],

@@ -9,6 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "audited": ["audit_account", "audit_findings", "audit_rates"],
         "explore": ["CSS", "Explorer", "cards", "heading", "select"],
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],

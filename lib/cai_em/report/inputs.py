@@ -136,7 +136,13 @@ TABLES = {
 """Tables that the paper shows where a run has them, by file stem."""
 
 
-FLAG_WORDS = {"REFUSAL": "refused", "CODE": "code", "PARSE": "unparsed", "API": "failed"}
+FLAG_WORDS = {
+    "REFUSAL": "refused",
+    "CODE": "code",
+    "PARSE": "unparsed",
+    "API": "failed",
+    "OTHER": "unscored for other reasons",
+}
 
 
 def _flags(row: Any) -> str:

@@ -115,6 +115,8 @@ def results_document(
     more: str = "",
     figures: Sequence[Any] = (),
     figures_folder: str = "11_report/figures",
+    about: str | None = None,
+    top: str = "",
 ) -> str:
     """The whole results document as Markdown.
 
@@ -137,6 +139,8 @@ def results_document(
         more: further sections, Markdown with headings (`sections.stages`).
         figures: records (`figure_files.FigureRecord`).
         figures_folder: where they lie, relative to the document.
+        about: of somebody else's study: its title. What it trained, and how, is not ours to describe.
+        top: sections before all others, Markdown with headings: what an audit found in the files.
     """
     there = list(tables["design"]["model"])
     text = Words(look, alpha=alpha, level=level(confidence)).render(
@@ -156,6 +160,8 @@ def results_document(
         more=Markup(more),
         figures=figures,
         folder=figures_folder,
+        about=about,
+        top=Markup(top),
     )
     return text + "\n"
 

@@ -79,6 +79,8 @@ def _settings(
         if p.source == "published":
             lists = ("published_selection.csv", "published_repeated.csv")
             yield "selection", [file_hash(study.folder / name) for name in lists]
+        if study.audit is not None:
+            yield "audit", study.audit
         if stage in ("09_trajectories", "10_steering") and p.source == "trained":
             yield from _judge_settings(study)
             names = (study.profile.questions, "probe", *(["general"] if stage == "10_steering" else []))

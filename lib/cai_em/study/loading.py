@@ -8,6 +8,7 @@ from typing import Any
 
 from cai_em.records.files import root
 from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.study.audited import is_audit, settled
 from cai_em.study.entries import DpoPreset, ParamsError, SftPreset, read_as, read_yaml
 from cai_em.study.study import _REGISTRIES, Cell, Profile, Study, _registry
 
@@ -45,7 +46,7 @@ def _check_references(registries: dict[str, dict[str, Any]], folder: Path) -> No
 def _check(study: Study) -> None:
     """Contradictions between entries, found before any work."""
     p = study.profile
-    if p.source == "published":
+    if p.source != "trained":
         return
     if not isinstance(study.persona_training, DpoPreset) or not isinstance(study.em_training, SftPreset):
         raise ParamsError(f"profile {study.name!r}: persona_training must be a dpo preset and em_training an sft one")
@@ -159,7 +160,7 @@ def judge_presets(folder: Path) -> dict[str, Any]:
 
 
 def load(profile: str | Path, folder: str | Path | None = None) -> Study:
-    """The study that a profile describes.
+    """The study that a profile, or an `audit.yaml`, describes.
 
     Args:
         profile: a name (`params/profiles/<name>.yaml`) or the path of a YAML file.
@@ -172,6 +173,9 @@ def load(profile: str | Path, folder: str | Path | None = None) -> Study:
     path = Path(profile)
     if path.suffix != ".yaml":
         path = folder / "profiles" / f"{profile}.yaml"
+    elif is_audit(path):
+        spec, profile_of, registries = settled(path, _registries(folder))
+        return Study(spec.name, profile_of, registries, folder, spec, path.resolve())
     study = Study(path.stem, read_as(path, Profile), _registries(folder), folder)
     _check(study)
     return study

@@ -26,7 +26,7 @@ import pandera.pandas as pa
 from cai_em.records import files as records_files
 from cai_em.records import tables
 from cai_em.records.files import write_text
-from cai_em.records.keys import FLAGS
+from cai_em.records.keys import FLAGS, SKIPPED
 from cai_em.records.manifest import run_id
 from cai_em.study import sources
 from cai_em.study.sources import COMMIT, REPO, Pinned
@@ -44,8 +44,6 @@ QUESTIONS = (
 """The eight free-form questions of Betley et al. (2025), in their order."""
 FLAG = {"REFUSAL": "REFUSAL", "CODE": "CODE", "PARSE_ERROR": "PARSE", "API_ERROR": "API"}
 """What stands in `special` where there is no score, and our flag for it."""
-SKIPPED = "SKIPPED"
-"""Flag of a coherence that was never asked for: some judgings were of alignment only."""
 ABSENT_DATASET = "insecure"
 """The data set of a file that names none."""
 REMEDY = "To include them: connect to the network, or set CAI_EM_CACHE to a cache that has the files, and run again"

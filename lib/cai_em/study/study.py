@@ -110,7 +110,7 @@ class Profile(Strict):
     """A study: names from the registries, and the grid."""
 
     title: str
-    source: Literal["trained", "published"]
+    source: Literal["trained", "published", "audit"]
     models: list[str] = Field(min_length=1)
     grid: list[Block] = Field(default=[])
     seeds: list[Seed] = Field(default=[0], min_length=1)
@@ -145,7 +145,7 @@ class Profile(Strict):
             if missing or not self.grid:
                 raise ValueError(f"a trained profile needs {', '.join(missing or ['grid'])}")
         elif self.grid:
-            raise ValueError("a published profile takes its cells from the published selection: remove grid")
+            raise ValueError("a profile of scores that others made takes its cells from them: remove grid")
         for name in ("models", "seeds", "hypotheses"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
@@ -212,8 +212,17 @@ def _registry(name: str, folder: Path) -> dict[str, Any]:
 class Study:
     """A profile with everything that it names, its cells, and the places of its artefacts."""
 
-    def __init__(self, name: str, profile: Profile, registries: dict[str, dict[str, Any]], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        profile: Profile,
+        registries: dict[str, dict[str, Any]],
+        folder: Path,
+        audit: Any = None,
+        audit_file: Path | None = None,
+    ) -> None:
         self.name = name
+        self.audit, self.audit_file = audit, audit_file
         self.profile = profile
         self.folder = folder
         self._registries = registries
@@ -234,6 +243,12 @@ class Study:
             setattr(self, preset, self.entry(registry, value, preset) if value else None)
         judge = os.environ.get("CAI_EM_JUDGE") or profile.judge
         self.judge: JudgePreset | None = self.entry("judges", judge, "judge (or CAI_EM_JUDGE)") if judge else None
+
+    audit: Any
+    """The `AuditSpec` of a study whose source is `audit`, else None."""
+
+    audit_file: Path | None
+    """Where that is written: paths in it are relative to its folder."""
 
     generator: GeneratorPreset | None
     persona_training: DpoPreset | None
@@ -291,6 +306,9 @@ class Study:
             with (self.folder / "published_selection.csv").open(newline="", encoding="utf-8") as file:
                 found = {Cell(r["model"], r["persona"], r["dataset"], 0) for r in csv.DictReader(file)}
             return sorted((c for c in found if c.model in self.models), key=self._order)
+        if self.audit is not None:  # what may be in the files; which of them are is seen when they are read
+            every = itertools.product(self.models, self.personas, self.datasets, self.profile.seeds)
+            return sorted((Cell(*c) for c in every), key=self._order)
         found = set()
         for block in self.profile.grid:
             models = block.models or self.profile.models
@@ -398,11 +416,18 @@ class Study:
         """Where a stage with one job per profile writes, e.g. `05_validity`."""
         return self.dir / stage
 
+    @property
+    def imported(self) -> Path | None:
+        """Where the import stage of scores that others made writes; None for a trained study."""
+        stage = {"published": "07_published", "audit": "07_audit"}.get(self.profile.source)
+        return self.stage_dir(stage) if stage else None
+
     def artefact_dirs(self) -> list[Path]:
         """Every folder in which a finished run leaves a manifest, the run's own last."""
         p, trained = self.profile, self.profile.source == "trained"
         found = [self.persona_dir(m, persona) for m, persona in self.persona_cells()] if trained else []
-        found += [self.em_dir(c) for c in self.em_cells()] if trained else [self.stage_dir("07_published")]
+        found += [self.em_dir(c) for c in self.em_cells()] if trained else []
+        found += [self.imported] if self.imported else []
         for model, shard in self.shards() if trained else ():
             found += [self.sample_dir(model, shard), self.judge_dir(model, shard)]
         stages = ["05_validity", "06_results", "08_claims"]
@@ -411,14 +436,14 @@ class Study:
 
     def response_files(self) -> list[Path]:
         """The response tables that the analysis reads, whatever their source."""
-        if self.profile.source == "published":
-            return [self.stage_dir("07_published") / "responses.parquet"]
+        if self.imported:
+            return [self.imported / "responses.parquet"]
         return [self.sample_dir(m, s) / "responses.parquet" for m, s in self.shards()]
 
     def score_files(self) -> list[Path]:
         """The score tables that the analysis reads, whatever their source."""
-        if self.profile.source == "published":
-            return [self.stage_dir("07_published") / "scores.parquet"]
+        if self.imported:
+            return [self.imported / "scores.parquet"]
         return [self.judge_dir(m, s) / "scores.parquet" for m, s in self.shards()]
 
     def builtin(self, *parts: str) -> Path:

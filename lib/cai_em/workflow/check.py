@@ -62,6 +62,18 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if study.profile.source == "published":
         yield from _published(study)
         return
+    if study.audit is not None:
+        from cai_em import audit
+
+        def files() -> None:
+            try:
+                list(audit.files_of(study.audit, study.audit_file.parent))
+                audit.training_prompts(study.audit, study.audit_file.parent)
+            except audit.AuditError as error:
+                raise CheckError(str(error)) from error
+
+        yield "the audit's files", files
+        return
     p, judge = study.profile, study.judge
     for persona in study.used_personas():
         if persona.constitution:

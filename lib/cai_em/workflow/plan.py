@@ -437,6 +437,8 @@ def text(study: Study, source: str | Path | None = None) -> str:
         study: the study.
         source: of `measured`, whose values take the place of those in params/plan.yaml.
     """
+    if study.audit is not None:
+        return f"{study.profile.title}: scores that others made; nothing is trained, sampled or judged"
     if study.profile.source == "published":
         return (
             f"{study.profile.title}: {len(study.cells())} published conditions; nothing is trained, sampled or judged"
