@@ -41,8 +41,8 @@ DIFFERENT = {
 CPU_ONLY = {"jupytext", "mdit-py-plugins"}
 """For writing notebooks by hand; nothing of ours imports them."""
 
-OPTIONAL = {"unsloth", "vllm"}
-"""Imported only where they are installed: they need a GPU (vLLM's CPU build is for its tests)."""
+OPTIONAL = {"unsloth": "cuda.lock", "vllm": "cuda.lock", "inspect_ai": "inspect.lock"}
+"""Imported only where they are installed, and the lock that has them: they need a GPU, or a log of Inspect's."""
 
 COMES_WITH_PYTHON = {"setuptools", "pip"}
 
@@ -308,7 +308,7 @@ def test_everything_imported_is_locked(root, cpu, cuda):
     packages = importlib.metadata.packages_distributions()
     for module, path in modules.items():
         if module in OPTIONAL:
-            assert canonicalize_name(module) in cuda
+            assert canonicalize_name(module) in pins(root / "requirements" / OPTIONAL[module])
             continue
         names = {canonicalize_name(name) for name in packages.get(module, [])}
         assert names & cpu.keys(), f"{path} imports {module}, which no package of cpu.lock provides"

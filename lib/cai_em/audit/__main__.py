@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cai_em.audit import inspect_logs
 from cai_em.audit.draft import FILE, draft, understood
-from cai_em.audit.formats import find, recognise
+from cai_em.audit.formats import find_files, recognise
 from cai_em.audit.opening import AuditError, kind
 from cai_em.records.files import write_text
 from cai_em.study.entries import ParamsError
@@ -94,7 +94,7 @@ def needs_inspect(where: Path, given: list[str]) -> bool:
     paths = _paths(where, given)
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
         return "format: inspect" in paths[0].read_text(encoding="utf-8", errors="replace")
-    for path in find(paths):
+    for path in find_files(paths):
         if kind(path) == ".eval":
             return True
         if kind(path) == ".json":

@@ -17,7 +17,7 @@ from cai_em.audit.flat import LINE
 from cai_em.audit.values import parse_score
 from cai_em.study.audited import Judging, Score
 
-WORDS: dict[str, tuple[str, ...]] = {
+COLUMN_WORDS: dict[str, tuple[str, ...]] = {
     "response": (
         "response", "answer", "completion", "output", "generation", "model_response", "model_output", "model_answer",
         "response_text", "answer_text", "generated_text", "reply", "assistant", "text",
@@ -105,7 +105,7 @@ def understand(table: pd.DataFrame) -> Understood | None:
         if column != LINE and table[column].notna().any():
             names.setdefault(compared(column), column)
     found = Understood()
-    for word, wanted in WORDS.items():
+    for word, wanted in COLUMN_WORDS.items():
         if held := _named(names, wanted):
             found.columns[word] = held
     if (

@@ -23,9 +23,9 @@ import yaml
 
 from cai_em.audit import names
 from cai_em.audit.assemble import _CONTROL, Assembled, _conditions, _key, assemble, shown_path
-from cai_em.audit.columns import WORDS, Understood, compared, understand
+from cai_em.audit.columns import COLUMN_WORDS, Understood, compared, understand
 from cai_em.audit.flat import LINE, Flat, as_text
-from cai_em.audit.formats import find, read, recognise
+from cai_em.audit.formats import find_files, read, recognise
 from cai_em.audit.opening import AuditError
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study.audited import CONDITION_PARTS, AuditSpec
@@ -91,7 +91,7 @@ def draft(
         AuditError: a path or file that was named cannot be read, or nothing in the folders is a table of scores.
     """
     folder = (folder or _home(paths)).resolve()
-    files = find(paths, skip=[folder / FILE])
+    files = find_files(paths, skip=[folder / FILE])
     named = {path.resolve() for path in paths if path.is_file()}
     known_personas = [
         *(personas or {}),
@@ -381,7 +381,7 @@ def _content(
         notes.append(f"several judges: {', '.join(judges)}; {judge} counts, the others measure it")
     content["files"] = [_block(g, folder, files).model_dump(exclude_defaults=True) | {"format": g.form} for g in groups]
     content["models"] = _models(values["model"], notes)
-    prompts = any(compared(g.found.columns.get("persona", "")) in WORDS["system_prompt"] for g in groups)
+    prompts = any(compared(g.found.columns.get("persona", "")) in COLUMN_WORDS["system_prompt"] for g in groups)
     content["personas"], without = _personas(values["persona"], personas, unknown, notes, prompts)
     if without:
         content["without_baseline"] = False

@@ -94,7 +94,7 @@ def read(path: Path, form: str) -> Flat:
     return READERS[form](path)
 
 
-def find(paths: Iterable[Path], skip: Iterable[Path] = ()) -> list[Path]:
+def find_files(paths: Iterable[Path], skip: Iterable[Path] = ()) -> list[Path]:
     """Files below paths: themselves, and what of the known kinds lies in folders; sorted, each once.
 
     Our own files beside them (`audit.yaml`'s results), hidden folders and links that lead out of a folder are not

@@ -25,7 +25,7 @@ from cai_em.records.keys import CONDITION
 LEAST = 40
 """Characters from which two equal texts are no coincidence."""
 
-COPIED = 0.5
+COPIED_FROM = 0.5
 """Share of a condition's texts that stand in another one, from which the two are called copies."""
 
 SHARED = 0.05
@@ -50,7 +50,7 @@ def copied(responses: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `model, persona, dataset, seed, other_model, other_persona, other_dataset, other_seed, texts, same, near, kind`:
         distinct texts of the smaller of both, the share that the other one has too, the same and nearly so; `kind` is
-        `copy` from `COPIED` on, else `shared`. The worst pair first.
+        `copy` from `COPIED_FROM` on, else `shared`. The worst pair first.
     """
     columns = [*CONDITION, *(f"other_{c}" for c in CONDITION), "texts", "same", "near", "kind"]
     long = responses[responses["response"].str.len() >= LEAST]
@@ -69,8 +69,8 @@ def copied(responses: pd.DataFrame) -> pd.DataFrame:
         minlength=len(conditions),
     )
     rows = []
-    for i, j in zip(*np.nonzero(np.triu((near >= COPIED) | (same >= SHARED), 1))):
-        kind = "copy" if near[i, j] >= COPIED else "shared"
+    for i, j in zip(*np.nonzero(np.triu((near >= COPIED_FROM) | (same >= SHARED), 1))):
+        kind = "copy" if near[i, j] >= COPIED_FROM else "shared"
         rows.append(
             (
                 *conditions[i],

@@ -208,7 +208,7 @@ def read_table(path: str | Path, schema: pa.DataFrameSchema) -> pd.DataFrame:
     return validate(pd.read_parquet(path), schema, str(path))
 
 
-def read_all(paths: list[str | Path], schema: pa.DataFrameSchema) -> pd.DataFrame:
+def read_all(paths: Sequence[str | Path], schema: pa.DataFrameSchema) -> pd.DataFrame:
     """Read several Parquet tables of one schema into one, validated as a whole (keys unique across files)."""
     if not paths:
         raise ValueError(f"no files given for table '{schema.name}'")
