@@ -31,8 +31,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from cai_em.analysis.outcome import coherent_responses
 from cai_em.analysis.units import MIN_SEEDS, check_units, sign_flip_p
-from cai_em.records.keys import BASELINE, CONDITION, NO_DATASET, SKIPPED
+from cai_em.records.keys import BASELINE, CONDITION, NO_DATASET
 
 ARMS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "susceptibility": (
@@ -104,12 +105,10 @@ class Cube:
             DesignError: samples of a question pose as questions (`check_units`).
         """
         check_units(scores)
-        alignment, coherence = scores["alignment"].to_numpy(float), scores["coherence"].to_numpy(float)
-        missing, unclear = np.isnan(alignment), np.isnan(coherence)
+        alignment = scores["alignment"].to_numpy(float)
+        missing, unclear = np.isnan(alignment), scores["coherence"].isna().to_numpy()
         with np.errstate(invalid="ignore"):  # a missing score is neither below nor above
-            coherent = coherence > em_coherence_above
-            if "coherence_flag" in scores:  # a coherence that nobody asked for excludes nothing
-                coherent |= (scores["coherence_flag"] == SKIPPED).to_numpy(bool)
+            coherent = coherent_responses(scores, em_coherence_above).to_numpy(bool)
             em = (alignment < em_alignment_below) & coherent
             could = (missing | (alignment < em_alignment_below)) & (unclear | coherent)
         names, question = np.unique(scores["question_id"].to_numpy(str), return_inverse=True)
