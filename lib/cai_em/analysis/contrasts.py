@@ -263,6 +263,14 @@ def find(
     return ArmContrast(estimand, model, persona, dataset, label, arms, seeds)
 
 
+def find_all(
+    cube: Cube, estimand: str, model: str, persona: str, datasets: Iterable[Any], reference: str
+) -> list[ArmContrast]:
+    """A persona's contrasts on each of some data sets (entries with `key` and `twin`), where the data identify them."""
+    sought = (find(cube, estimand, model, persona, d.key, reference, getattr(d, "twin", None) or "") for d in datasets)
+    return [c for c in sought if isinstance(c, ArmContrast)]
+
+
 # --- One estimate --------------------------------------------------------------------------------------------------
 
 
@@ -459,8 +467,8 @@ def contrast_table(
         for estimand in estimands:
             for reference in REFERENCES if estimand in ("susceptibility", "uptake") else ("none",):
                 where = [NO_DATASET] if estimand == "persona" else tuned
-                found = [find(cube, estimand, model, persona, d, reference, twins.get(d, "")) for d in where]
-                found = [c for c in found if isinstance(c, ArmContrast)]
+                sought = (find(cube, estimand, model, persona, d, reference, twins.get(d, "")) for d in where)
+                found = [c for c in sought if isinstance(c, ArmContrast)]
                 pooled = [c for c in found if c.dataset in em and not any(key in closed for key, _ in c.arms)]
                 shut = [] if pooled else [c for c in found if c.dataset in em]
                 sets = [(c.dataset, [c]) for c in found]
@@ -485,8 +493,8 @@ def _row(
     row |= {"p": found.p(), "p_no_gain": no_gain, "p_no_loss": no_loss, "p_equivalence": max(no_gain, no_loss)}
     row |= {"p_sign_flip": sign_flip_p(flips)}
     if outcome == "ranks":  # a missing score has no rank
-        ends = ("lower", "upper", "p_lower", "p_upper", "p_no_gain_upper", "p_no_loss_lower")
-        row |= dict.fromkeys(ends, math.nan)
+        bounds = ("lower", "upper", "p_lower", "p_upper", "p_no_gain_upper", "p_no_loss_lower")
+        row |= dict.fromkeys(bounds, math.nan)
     else:
         ends = [estimate_mean([c.values(cube, outcome, bound) for c in group], drift=drift) for bound in (-1, 1)]
         row |= {"lower": ends[0].mean, "upper": ends[1].mean}
@@ -571,13 +579,12 @@ def question_contrasts(cube: Cube, contrasts: Iterable[ArmContrast], outcome: st
 
 def all_contrasts(cube: Cube, datasets: Iterable[Any], estimand: str = "susceptibility") -> list[ArmContrast]:
     """The contrasts of an estimand that the data identify, each with the reference that decides."""
-    datasets, found = list(datasets), []
+    datasets = list(datasets)
+    found: list[ArmContrast] = []
     for model, persona in dict.fromkeys((m, p) for m, p, _ in cube.conditions if p != BASELINE):
         reference, _ = identification(cube, estimand, model, persona, datasets)
         if reference is None:
             continue
-        for d in datasets:
-            if d.role == "em":
-                c = find(cube, estimand, model, persona, d.key, reference or "none", getattr(d, "twin", None) or "")
-                found += [c] if isinstance(c, ArmContrast) else []
+        em = [d for d in datasets if d.role == "em"]
+        found += find_all(cube, estimand, model, persona, em, reference or "none")
     return found

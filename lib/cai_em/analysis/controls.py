@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cai_em.analysis.contrasts import POOLED, ArmContrast, Cube, estimate_mean, find
+from cai_em.analysis.contrasts import POOLED, Cube, estimate_mean, find_all
 from cai_em.analysis.gates import ABSENT, PRESENT, learned_gate
 from cai_em.records.keys import BASELINE
 
@@ -75,10 +75,9 @@ def controls(
 def _same(cube: Cube | None, model: str, em: list[Any], level: float) -> dict[str, Any]:
     for estimand in ("susceptibility", "after") if cube is not None else ():
         for reference in ("none", "twin"):
-            found = [find(cube, estimand, model, "A/A", d.key, reference, getattr(d, "twin", None) or "") for d in em]
-            found = [c for c in found if isinstance(c, ArmContrast)]
+            found = [c.values(cube) for c in find_all(cube, estimand, model, "A/A", em, reference)]
             if found:
-                e = estimate_mean([c.values(cube) for c in found])
+                e = estimate_mean(found)
                 low, high = e.interval()
                 return _nothing({"estimate": e.mean, "low": low, "high": high, "p": e.p()}, level)
     return {"status": NOT_RUN, "reason": "fewer than two responses to a question, or no EM data set"}

@@ -173,11 +173,11 @@ def benjamini_hochberg(p: Sequence[float]) -> np.ndarray:
     Returns:
         Adjusted p values in the order given, shape (tests,).
     """
-    p = np.asarray(p, float)
-    adjusted = np.full(p.shape, np.nan)
-    made = np.flatnonzero(~np.isnan(p))
-    order = made[np.argsort(p[made], kind="stable")]
-    scaled = p[order] * len(order) / np.arange(1, len(order) + 1)
+    raw = np.asarray(p, float)
+    adjusted = np.full(raw.shape, np.nan)
+    made = np.flatnonzero(~np.isnan(raw))
+    order = made[np.argsort(raw[made], kind="stable")]
+    scaled = raw[order] * len(order) / np.arange(1, len(order) + 1)
     adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return adjusted
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cai_em.analysis.contrasts import POOLED, ArmContrast, Cube, MeanEstimate, estimate_mean, find
+from cai_em.analysis.contrasts import POOLED, Cube, MeanEstimate, estimate_mean, find_all
 from cai_em.analysis.units import MIN_SEEDS, DesignError
 from cai_em.analysis.voices import NOT_TOLD, Bag, Told, kept_voice, named, pooled_voice, told
 from cai_em.records.keys import BASELINE, COMPARISON, CONDITION, NO_DATASET
@@ -190,7 +190,7 @@ def classify(
                     found[scope, model, persona, dataset] = told(bag, mine, at(BASELINE), side)[1]
             untuned = [seeds.get((model, p, NO_DATASET), []) for p in (persona, BASELINE)]
             if dataset != NO_DATASET and all(untuned):
-                test = kept_voice(bag, [u[0] for u in untuned], (mine, at(BASELINE)))
+                test = kept_voice(bag, [u[0] for u in untuned], [mine, at(BASELINE)])
                 found["persona_kept", model, persona, dataset] = test
         if dataset != NO_DATASET:
             before = seeds.get((model, persona, NO_DATASET), [])
@@ -208,8 +208,9 @@ def classify(
     for model, persona in dict.fromkeys((m, p) for m, p, _ in seeds):
         sides = {d: k for (m, p, d), k in seeds.items() if (m, p) == (model, persona) and d != NO_DATASET}
         if len(sides) > 1:
-            whole = ("datasets", model, persona, None)
-            rows.append(_test(whole, named(bag, sides), len(sides), "accuracy", 1 / len(sides)))
+            rows.append(
+                _test(("datasets", model, persona, None), named(bag, sides), len(sides), "accuracy", 1 / len(sides))
+            )
     return pd.DataFrame(rows, columns=TEST_COLUMNS), found
 
 
@@ -291,10 +292,7 @@ def em_gate(
         The gate, and the estimate on points (after minus before).
     """
     for reference in ("none", "twin"):
-        found = [
-            find(cube, "uptake", model, BASELINE, d.key, reference, getattr(d, "twin", None) or "") for d in datasets
-        ]
-        found = [c for c in found if isinstance(c, ArmContrast)]
+        found = find_all(cube, "uptake", model, BASELINE, datasets, reference)
         if found:
             break
     else:
@@ -347,7 +345,7 @@ def copied_seeds(responses: pd.DataFrame, share: float = COPIED) -> dict[tuple[s
     table = responses.loc[
         several & (responses["dataset"] != NO_DATASET), [*CONDITION, "question_id", "sample", "response"]
     ]
-    found = {}
+    found: dict[tuple[str, str, str], str] = {}
     for key, part in table.groupby(CONDITION[:3], sort=False):
         codes = part.assign(text=pd.factorize(part["response"])[0])
         grid = codes.pivot(index=["question_id", "sample"], columns="seed", values="text")

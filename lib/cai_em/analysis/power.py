@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cai_em.analysis.contrasts import ArmContrast, Cube, find, identification, trainings
+from cai_em.analysis.contrasts import ArmContrast, Cube, find_all, identification, trainings
 from cai_em.analysis.units import MIN_SEEDS, DesignError
 from cai_em.records.keys import NO_DATASET
 
@@ -90,20 +90,8 @@ def claimed_groups(cube: Cube, hypotheses: Iterable[Any], datasets: Iterable[Any
                 for estimand in (h.estimand, "after"):
                     reference, _ = identification(cube, estimand, model, persona, datasets)
                     if reference is not None:
-                        found = [
-                            find(
-                                cube,
-                                estimand,
-                                model,
-                                persona,
-                                d.key,
-                                reference or "none",
-                                getattr(d, "twin", None) or "",
-                            )
-                            for d in datasets
-                            if d.role == "em"
-                        ]
-                        groups.append([c for c in found if isinstance(c, ArmContrast)])
+                        em = [d for d in datasets if d.role == "em"]
+                        groups.append(find_all(cube, estimand, model, persona, em, reference or "none"))
                         break
     return [g for g in groups if g]
 
@@ -243,7 +231,7 @@ def power_table(
     for q in questions:
         for n in samples:
             for s in seeds:
-                row = {"questions": q, "samples": n, "seeds": s}
+                row: dict[str, float] = {"questions": q, "samples": n, "seeds": s}
                 for suffix, adapters in (("", False), ("_adapters", True)):
                     made = _made(c, q, n, s, alpha, adapters, draws)
                     row[f"power{suffix}"] = made.power(effect) if made else math.nan

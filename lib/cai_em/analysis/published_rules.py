@@ -215,8 +215,8 @@ def design(scores: pd.DataFrame, models: Sequence[str] | None = None) -> pd.Data
         part = scores[scores["model"] == model]
         n = len(part.drop_duplicates(CONDITION))
         samples = int(part.groupby([*CONDITION, "question_id"], observed=True)["sample"].nunique().max())
-        rows.append((model, n, len(part), int(part["alignment"].notna().sum()), part["question_id"].nunique(), samples))
-        rows[-1] += (part["seed"].nunique(),)
+        scored, questions = int(part["alignment"].notna().sum()), part["question_id"].nunique()
+        rows.append((model, n, len(part), scored, questions, samples, part["seed"].nunique()))
     return pd.DataFrame(rows, columns=["model", "conditions", "responses", "scored", "questions", "samples", "seeds"])
 
 

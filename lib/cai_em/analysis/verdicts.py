@@ -85,14 +85,14 @@ def holm(p: Sequence[float], size: int | None = None) -> np.ndarray:
     Returns:
         (tests,) what each p is to be multiplied by so that it can be compared with alpha.
     """
-    p = np.asarray(p, float)
-    size = max(len(p), size or 0)
-    order = np.argsort(np.where(np.isnan(p), np.inf, p), kind="stable")
-    result, largest = np.full(len(p), float(size)), 0.0
+    raw = np.asarray(p, float)
+    size = max(len(raw), size or 0)
+    order = np.argsort(np.where(np.isnan(raw), np.inf, raw), kind="stable")
+    result, largest = np.full(len(raw), float(size)), 0.0
     for place, i in enumerate(order):
-        if np.isnan(p[i]):
+        if np.isnan(raw[i]):
             continue
-        largest = max(largest, min(1.0, (size - place) * p[i]))
+        largest = max(largest, min(1.0, (size - place) * raw[i]))
         result[i] = largest / p[i] if p[i] > 0 else size - place
     return result
 

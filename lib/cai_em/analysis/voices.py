@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -102,7 +102,7 @@ class Told:
     folds: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.empty(0, int))
 
 
-NOT_TOLD = Told(*[math.nan] * 6, 0, 0, 0)
+NOT_TOLD = Told(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0, 0)
 """What can be said where a side has no responses, or a single question."""
 
 
@@ -120,7 +120,8 @@ def summarise_cells(cells: np.ndarray, folds: np.ndarray, n: int, level: float =
     by_fold = np.array([by_question[folds == f].mean() for f in np.unique(folds)])
     mean, k, s = float(by_question.mean()), len(by_fold), cells.shape[1]
     if k < 2:
-        return Told(mean, *[math.nan] * 5, n, int(questions.sum()), s, *whole)
+        units = {"n": n, "n_questions": int(questions.sum()), "n_seeds": s}
+        return replace(NOT_TOLD, auc=mean, cells=whole[0], folds=whole[1], **units)
     variance, df = float(by_fold.var(ddof=1)) * (1 / k + 1 / (k - 1)), float(k - 1)
     if s >= MIN_SEEDS:
         runs = np.nanmean(cells, axis=0)
@@ -246,7 +247,7 @@ def told(bag: Bag, one: Sequence[tuple], other: Sequence[tuple], *rest: Sequence
     return result
 
 
-def kept_voice(bag: Bag, before: Sequence[tuple], after: Sequence[tuple]) -> Told:
+def kept_voice(bag: Bag, before: Sequence[tuple], after: Sequence[Sequence[tuple]]) -> Told:
     """Does what told two sides apart before fine-tuning tell them apart after it?
 
     Args:

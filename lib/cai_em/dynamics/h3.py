@@ -149,7 +149,7 @@ def judge_gates(
         thresholds: of the gates.
         look: labels.
     """
-    bounds = {"auc_min": thresholds.judge_auc_min, "slope_min": thresholds.judge_slope_min}
+    bounds: dict[str, Any] = {"auc_min": thresholds.judge_auc_min, "slope_min": thresholds.judge_slope_min}
     bounds["bias_max"] = thresholds.judge_bias_max
     found = {}
     for model, scores in judged.groupby("model", sort=False):

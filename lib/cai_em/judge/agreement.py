@@ -213,7 +213,7 @@ def self_agreement(training: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> 
     )
 
 
-def _quality(scores: np.ndarray, reference_scores: np.ndarray, groups: np.ndarray, **words: str) -> JudgeQuality:
+def _quality(scores: np.ndarray, reference_scores: np.ndarray, groups: np.ndarray, **words: Any) -> JudgeQuality:
     scores = np.where(np.isnan(scores), 50.0, scores)  # the judge knew no word: it cannot tell
     good, bad = reference_scores >= ALIGNED_FROM, reference_scores < MISALIGNED_BELOW
     if not good.any() or not bad.any():

@@ -252,7 +252,7 @@ def rate_likeness(
         if preset.kind == "local":
             found = rate(part, metric, preset, local=targets[target], **options)
         else:
-            asked = prompts.with_values(metric, **{DESCRIBED_BY[metric]: targets[target]})
+            asked = prompts.with_values(metric, **{DESCRIBED_BY[metric]: str(targets[target])})
             found = rate(part, metric, preset, asked, cache_path, **options)
         parts.append(found.assign(metric=metric, target=target, judge=preset.name))
     columns = list(EXPRESSION.columns)

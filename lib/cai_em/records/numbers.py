@@ -94,8 +94,8 @@ def typeset_interval(low: float, high: float, digits: int = 1, signed: bool = Fa
     """An interval whose brackets make no Markdown link, and which never breaks."""
     if pd.isna(low):
         return NONE
-    low, high = (typeset_points(v, signed) if digits == 1 else fixed(v, digits, signed) for v in (low, high))
-    return f"\\[{low},\u00a0{high}\\]"
+    ends = (typeset_points(v, signed) if digits == 1 else fixed(v, digits, signed) for v in (low, high))
+    return "\\[" + ",\u00a0".join(ends) + "\\]"
 
 
 def typeset_range(low: float, high: float, digits: int = 1) -> str:

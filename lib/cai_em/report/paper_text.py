@@ -335,7 +335,7 @@ class Blocks:
                     first = base.iloc[0]
                     low_high = typeset_range(100 * first["em_low"], 100 * first["em_high"])
                     own = [f"{typeset_percent(first['em_rate'])} \\[{low_high}\\]", fixed(first["icc"], 2),
-                           fixed(first["effective_n"], 0), int(first["n"])]  # fmt: skip
+                           fixed(first["effective_n"], 0), str(int(first["n"]))]  # fmt: skip
                 span = typeset_range(100 * other.min(), 100 * other.max()) if len(other) else "–"
                 unscored = f"{int(part['n'].sum() - part['scored'].sum()):,}"
                 rows.append((model, [_signed(look, dataset), own[0], span, unscored, *own[1:]]))

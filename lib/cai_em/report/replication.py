@@ -18,6 +18,7 @@ import pandas as pd
 
 from cai_em.analysis import published_rules
 from cai_em.report import results
+from cai_em.study.labels import Labels
 from cai_em.study.published import EvaluationError
 
 # --- Replication --------------------------------------------------------------------------------------------------
@@ -126,12 +127,6 @@ def _row(header: list[str], cells: list[str]) -> list[tuple[str, str, str]]:
     return result
 
 
-class _Keys:
-    """Labels of a document that is to be compared: the keys, so that a label may be changed."""
-
-    persona = dataset = model = staticmethod(str)
-
-
 def as_published(scores: pd.DataFrame, personas: Sequence[Any]) -> pd.DataFrame:
     """The published document recomputed from scores: its hypotheses, levels and layout, rows named by keys.
 
@@ -146,7 +141,8 @@ def as_published(scores: pd.DataFrame, personas: Sequence[Any]) -> pd.DataFrame:
     made = published_rules.analyse(
         scores, hypotheses=HYPOTHESES, personas=personas, datasets=datasets, thresholds=SETTINGS
     )
-    return read_results_document(results.results_document(made, look=_Keys, hypotheses=HYPOTHESES, judge="published"))
+    document = results.results_document(made, look=Labels((), ()), hypotheses=HYPOTHESES, judge="published")
+    return read_results_document(document)
 
 
 def read_golden(path: str | Path) -> pd.DataFrame:

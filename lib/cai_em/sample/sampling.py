@@ -212,19 +212,19 @@ def sample_all(
         engine = open_with(spec, preset, jobs)
         try:
             with tqdm(total=len(jobs), desc="conditions", disable=not progress) as bar:
-                for found in engine.run(jobs, decoding, probe_prompts):
+                for finished in engine.run(jobs, decoding, probe_prompts):
                     bar.update()
-                    condition = found.job.condition
-                    if found.refused:
-                        refused.append(found.refused)
+                    condition = finished.job.condition
+                    if finished.refused:
+                        refused.append(finished.refused)
                         continue
-                    completions = iter(found.completions)
+                    completions = iter(finished.completions)
                     for i, part in zip(missing[condition], parts[condition]):
                         some, key = list(islice(completions, len(part))), keys[i, condition]
                         table = _table(
                             condition, some, asked[i].questions, asked[i].preset, engine.tokenizer, name, key
                         )
-                        done[i, condition] = write_cell(cells_dir, condition, key, table, found.probe)
+                        done[i, condition] = write_cell(cells_dir, condition, key, table, finished.probe)
             timings |= engine.timings
         finally:
             engine.close()

@@ -87,7 +87,7 @@ def _settings(
             files = [study.builtin("questions", f"{name}.yaml") for name in names]
             yield "sampling", [study.sampling, [file_hash(file) for file in files]]
         if stage == "09_trajectories" and (t := p.trajectory):
-            presets = [study.training_preset(name) for name in (t.preset, *t.beside)]
+            presets = [study.sft_preset(name) for name in (t.preset, *t.beside)]
             rows = [t.dataset, *t.out_of_domain, *(preset.kl.corpus for preset in presets if preset.kl)]
             yield "presets", [*presets, *(study.datasets[d] for d in rows)]
             yield "rows", [file_hash(study.dataset_file(d)) for d in rows if study.datasets[d].builtin]

@@ -117,7 +117,7 @@ def _check_dynamics(study: Study, cells: set[Cell]) -> None:
                 study.entry("datasets", preset.kl.corpus, f"{name}.kl.corpus")
         if t.preset in t.beside:
             refuse(f"trajectory.beside names the main preset {t.preset!r} again")
-        if not getattr(study.training_preset(t.preset), "held_out", 0):
+        if not study.sft_preset(t.preset).held_out:
             refuse(f"trajectory.preset {t.preset!r} has held_out 0: uptake is measured on rows held out")
         for dataset in t.out_of_domain:
             study.entry("datasets", dataset, "trajectory.out_of_domain")

@@ -200,8 +200,8 @@ def read_rows(content: bytes, where: str) -> list[Messages]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise MaterialError(f"{where}:{line}: not UTF-8 (byte {error.start})") from error
+        number = content[: error.start].count(b"\n") + 1
+        raise MaterialError(f"{where}:{number}: not UTF-8 (byte {error.start})") from error
     found = []
     # Not splitlines(): it also breaks at characters that JSON allows inside a string, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):

@@ -312,7 +312,10 @@ def fetch_all(files: Iterable[Pinned], *, workers: int = 8, progress: bool = Tru
         ) as bar,
     ):
         for file, result in zip(files, pool.map(one, files)):
-            (missing if isinstance(result, str) else found)[file] = result
+            if isinstance(result, str):
+                missing[file] = result
+            else:
+                found[file] = result
             bar.update()
     return Fetched(found, missing)
 

@@ -199,7 +199,7 @@ def _registry(name: str, folder: Path) -> dict[str, Any]:
     if kind is JudgePreset:
         data = {key: {"name": key, **entry} if isinstance(entry, dict) else entry for key, entry in data.items()}
 
-    registry = create_model("Registry", entries=(dict[str, kind], ...))
+    registry: Any = create_model("Registry", entries=(dict[str, kind], ...))  # type: ignore[valid-type]
     try:
         return registry(entries=data).entries
     except ValidationError as error:
@@ -276,8 +276,8 @@ class Study:
         """Hypotheses of other stages that this study's documents claim too: they count in the family."""
         return [key for key, part in (("h3", self.profile.trajectory), ("h4", self.profile.steering)) if part]
 
-    def training_preset(self, name: str) -> DpoPreset | SftPreset:
-        """A preset of params/training.yaml by name (for stages that name one of their own)."""
+    def sft_preset(self, name: str) -> SftPreset:
+        """A preset of params/training.yaml by name, for stages that name their own; loading refuses another kind."""
         return self.entry("training", name, "a training preset")
 
     @property

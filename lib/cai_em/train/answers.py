@@ -83,7 +83,8 @@ class LocalGenerator:
     def __init__(
         self, load: Callable[[], Sequence[Any]], name: str, preset: GeneratorPreset, batch_size: int = 32
     ) -> None:
-        self._load, self._loaded, self.batch_size = load, None, batch_size
+        self._load, self.batch_size = load, batch_size
+        self._loaded: Sequence[Any] | None = None
         # No longer than what the filters keep: a budget above that is a teacher's, for its thinking.
         longest = min(preset.max_new_tokens, preset.max_tokens)
         self.decoding = Decoding(preset.temperature, preset.top_p, 0, 1.0, longest)
@@ -213,7 +214,7 @@ class EndpointGenerator:
             raise PairsError(str(error)) from None
         self.preset, self.cache_path, self._backoff = preset, Path(cache_path), backoff
         self.usage = endpoint_calls.Usage()
-        self.identity = {
+        self.identity: Mapping[str, Any] = {
             "endpoint": preset.base_url,
             **preset.model_dump(include={"model", "temperature", "top_p", "max_new_tokens", "extra_body"}),
         }

@@ -320,7 +320,7 @@ def _stated(state: dict[str, Any], here: str, name: str, folded: dict[str, Any])
 
     `in_base`: what was folded into the base's weights and proved there (`folding.Folded`); `active` names both.
     """
-    said = {key: [name if x == here else x for x in state[key]] for key in ("active", "trainable")}
+    said: dict[str, Any] = {k: [name if x == here else x for x in state[k]] for k in ("active", "trainable")}
     said["adapters"] = {name if x == here else x: values for x, values in state["adapters"].items()}
     return state | said | {"in_base": folded, "active": [*folded, *said["active"]]}
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import restored
-from cai_em.study.entries import KlPreset, ModelSpec, SftPreset, TrainingPreset
+from cai_em.study.entries import DpoPreset, KlPreset, ModelSpec, SftPreset, TrainingPreset
 from cai_em.train import fused, lean
 
 Row = Sequence[dict[str, str]]
@@ -362,6 +362,7 @@ def _checked(trainer_class: type) -> type:
     class Checked(trainer_class):
         regulariser: _Regulariser | None = None
         lean = False
+        data_collator: Callable[[Any], Any]
 
         def __init__(self, *args: Any, **given: Any) -> None:
             super().__init__(*args, **given)
@@ -427,13 +428,13 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _arguments(preset: TrainingPreset, rows: int, seed: int, out: Path) -> dict[str, Any]:
+def _arguments(preset: DpoPreset | SftPreset, rows: int, seed: int, out: Path) -> dict[str, Any]:
     """Training arguments, each set explicitly where a default of a library could change results."""
     if preset.optimiser == "adamw_8bit" and not torch.cuda.is_available():
         raise TrainingError("optimiser 'adamw_8bit' needs a CUDA device (bitsandbytes): use 'adamw_torch'")
     batches = math.ceil(rows / preset.batch_size)
     steps = preset.max_steps or math.ceil(preset.epochs * math.ceil(batches / preset.gradient_accumulation))
-    warmup = preset.warmup_steps if isinstance(preset, SftPreset) else math.ceil(preset.warmup_ratio * steps)
+    warmup = math.ceil(preset.warmup_ratio * steps) if isinstance(preset, DpoPreset) else preset.warmup_steps
     return {
         "output_dir": str(out.parent),
         "per_device_train_batch_size": preset.batch_size,

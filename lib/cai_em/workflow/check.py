@@ -16,6 +16,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
             own = not p.manipulation and all(study.persona_way(m, persona.key) == "hub" for m in study.models)
             read = constitutions.read_constitution if own else materials.constitution
             given = (study.constitution_file(persona.key),) if own else (study, persona.key)
-            yield f"constitution of {persona.key}", lambda read=read, given=given: read(*given)
+            yield f"constitution of {persona.key}", partial(read, *given)
     for dataset in _datasets(study):
-        yield f"rows of {dataset}", lambda d=dataset: materials.rows(study, d)
-        yield f"prompts in the domain of {dataset}", lambda d=dataset: materials.in_domain_questions(study, d)
+        yield f"rows of {dataset}", partial(materials.rows, study, dataset)
+        yield f"prompts in the domain of {dataset}", partial(materials.in_domain_questions, study, dataset)
     yield "questions", lambda: materials.questions(study)
     yield "probe prompts", lambda: materials.probe_prompts(study)
     if p.steering:
@@ -103,7 +104,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if keys and taught and study.generator.teacher == "openai":
         yield "teacher", lambda: _addressed(study.generator.endpoint(), "teacher")
     for model in study.models.values():
-        yield f"model {model.key}", lambda m=model: _model(m, access=keys)
+        yield f"model {model.key}", partial(_model, model, access=keys)
 
 
 def _published(study: Study) -> Iterator[Part]:
@@ -128,7 +129,7 @@ def _datasets(study: Study) -> list[str]:
     presets = [study.em_training]
     if p.trajectory:
         named += [p.trajectory.dataset, *p.trajectory.out_of_domain]
-        presets += [study.training_preset(name) for name in (p.trajectory.preset, *p.trajectory.beside)]
+        presets += [study.sft_preset(name) for name in (p.trajectory.preset, *p.trajectory.beside)]
     if p.steering:
         named.append(p.steering.dataset)
     named += [preset.kl.corpus for preset in presets if isinstance(preset, SftPreset) and preset.kl]

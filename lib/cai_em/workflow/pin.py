@@ -58,7 +58,7 @@ def unpinned(profile: str, folder: Path) -> list[Unpinned]:
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: no such profile") from error
     models = _mapping(_nodes(folder / "models.yaml"))
-    found = []
+    found: list[Unpinned] = []
     for name in wanted.get("models", []):
         if name not in models:
             raise ParamsError(f"{path}: models names {name!r}, which params/models.yaml does not have")

@@ -22,7 +22,7 @@ from cai_em.records.files import MissingFile
 from cai_em.records.keys import BASELINE
 from cai_em.records.manifest import read_manifest
 from cai_em.study import constitutions, materials
-from cai_em.study.entries import EndpointPreset, ParamsError, SftPreset, Strict, TrainingPreset, read_as
+from cai_em.study.entries import GeneratorPreset, JudgePreset, ParamsError, SftPreset, Strict, TrainingPreset, read_as
 from cai_em.study.loading import load
 from cai_em.study.study import Study
 
@@ -67,7 +67,7 @@ def _rows(study: Study, dataset: str, preset: SftPreset, assumed: Assumptions) -
     """Training rows of a data set: counted where they are built in, assumed where they will be fetched."""
     if study.profile.data == "builtin":
         with study.dataset_file(dataset).open(encoding="utf-8") as file:
-            rows = sum(1 for line in file if line.strip())
+            rows: float = sum(1 for line in file if line.strip())
     else:
         rows = assumed.published_rows
     return min(rows, preset.max_rows or rows) * (1 - preset.held_out)
@@ -96,7 +96,7 @@ def _introspection_seconds(preset: SftPreset | None, assumed: Assumptions) -> fl
     )
 
 
-def _most_rows(preset: SftPreset) -> float:
+def _most_rows(preset: TrainingPreset) -> float:
     """Rows that a preset's steps, where they are limited, can see."""
     return (preset.max_steps or math.inf) * preset.batch_size * preset.gradient_accumulation
 
@@ -111,8 +111,8 @@ def trajectory_runs(study: Study) -> list[tuple[SftPreset, int]]:
     """H3's training presets, with how many runs each has (`trajectories.plan_runs`), all models together."""
     t, n = study.profile.trajectory, len(study.models)
     return [
-        (study.training_preset(t.preset), n * len(t.personas) * len(t.seeds)),
-        *((study.training_preset(name), n) for name in t.beside),
+        (study.sft_preset(t.preset), n * len(t.personas) * len(t.seeds)),
+        *((study.sft_preset(name), n) for name in t.beside),
     ]
 
 
@@ -163,7 +163,7 @@ def planned_pairs(study: Study, persona: str, assumed: Assumptions) -> Pairs:
     with_teacher, with_demonstrations = generator.teacher != "demonstrations", "demonstrations" in generator.teacher
     built_in = constitutions.read_constitution(study.constitution_file(persona))
     if study.profile.data == "builtin":
-        prompts = sum(len(t.prompts[: generator.prompts_per_trait]) for t in built_in.traits)
+        prompts: float = sum(len(t.prompts[: generator.prompts_per_trait]) for t in built_in.traits)
     else:
         prompts = assumed.traits * min(assumed.prompts_per_trait, generator.prompts_per_trait)
         prompts += assumed.extra_prompts if materials.extra_prompts_pinned(study) else 0
@@ -172,7 +172,7 @@ def planned_pairs(study: Study, persona: str, assumed: Assumptions) -> Pairs:
     return Pairs(taught, shown, taught if generator.teacher == "openai" else 0)
 
 
-def _wait(calls: float, seconds_each: float, preset: EndpointPreset) -> float:
+def _wait(calls: float, seconds_each: float, preset: JudgePreset | GeneratorPreset) -> float:
     """Seconds that so many calls of an endpoint take, by its concurrency and its limit of requests."""
     return max(
         calls * seconds_each / preset.concurrency,
@@ -336,7 +336,7 @@ def _by_persona(study: Study) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def _dollars(preset: EndpointPreset, prompt_tokens: float, answer_tokens: float) -> float:
+def _dollars(preset: JudgePreset | GeneratorPreset, prompt_tokens: float, answer_tokens: float) -> float:
     """US dollars of one call."""
     return (prompt_tokens * preset.usd_per_1m_input + answer_tokens * preset.usd_per_1m_output) / 1e6
 

@@ -41,7 +41,7 @@ def _draw(view: View, arms: pd.DataFrame, contrasts: pd.DataFrame) -> Drawing | 
         ax.set_title(f"{look.persona(persona)}\n{said}", fontsize=7)
     for ax in axes[::4]:
         ax.set_ylabel("mean alignment")
-    lines = {line.get_label(): line for ax in axes for line in ax.lines if not line.get_label().startswith("_")}
+    lines = {label: x for ax in axes for x in ax.lines if not (label := str(x.get_label())).startswith("_")}
     legend_below(fig, list(lines.values()), 4)
     estimates = found.loc[list(groups), "estimate"]
     largest = estimates.abs().idxmax()

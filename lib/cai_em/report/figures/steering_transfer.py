@@ -26,7 +26,7 @@ def _matrix(
     limit = _diverging(data)
     image = ax.imshow(np.ma.masked_invalid(data), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), v in np.ndenumerate(data):
-        shade = style.lab(style.linear_rgb(image.cmap(image.norm(v))[:3]))[0] if np.isfinite(v) else 100
+        shade = style.lab(style.linear_rgb(tuple(image.cmap(image.norm(v))[:3])))[0] if np.isfinite(v) else 100
         ax.text(j, i, text(v) if np.isfinite(v) else "none", ha="center", va="center", fontsize=7,
                 color="white" if shade < 55 else "black")  # fmt: skip
     ax.set_yticks(range(len(rows)), rows)
