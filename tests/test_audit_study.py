@@ -11,6 +11,7 @@ import pytest
 import yaml
 from cai_em import audit, report
 from cai_em import study as studies
+from cai_em.analysis.gates import faults_of
 from cai_em.audit.__main__ import OPEN, main
 from cai_em.records.files import root
 from cai_em.report import Look
@@ -115,6 +116,16 @@ def test_an_audit_loads_as_a_study(tmp_path: Path) -> None:
     assert studies.settings(again, "07_audit") != before
 
 
+def test_known_faults_of_an_audit_close_its_conditions_alone(tmp_path: Path) -> None:
+    fault = {"what": "never trained", "source": "their log", "cells": [{"personas": ["poet"], "datasets": ["!none"]}]}
+    study = studies.load(drafted(sound_study(tmp_path / "own"), known_faults={"broken": fault}))
+    conditions = [("m", "poet", "bad_medical"), ("m", "stern", "bad_medical"), ("m", "poet", "none")]
+    assert faults_of(conditions, study.known_faults) == {conditions[0]: "never trained"}
+    study = studies.load(drafted(sound_study(tmp_path / "listed"), known_faults=["llama_trained_without_persona"]))
+    assert list(study.known_faults) == ["llama_trained_without_persona"]
+    assert not studies.load(drafted(sound_study(tmp_path / "none"))).known_faults
+
+
 def test_an_open_question_keeps_it_from_running(tmp_path: Path) -> None:
     made.write_plain(made.world(("poet", "stern"), samples=2), tmp_path / "a.csv")
     found = audit.draft([tmp_path])
@@ -159,6 +170,7 @@ def test_forty_personas_have_forty_colours(tmp_path: Path) -> None:
         ({"files": []}, "files"),
         ({"nonsense": 1}, "nonsense"),
         ({"name": "../up"}, "name"),
+        ({"known_faults": ["no_such"]}, "audit.yaml: known_faults: 'no_such' is not in params/known_faults.yaml"),
         ({"datasets": {"none": {"role": "em"}}}, "role none belongs"),
         ({"personas": {"baseline": {"found_as": ["x"]}, "poet": {"found_as": ["x"]}}}, "found_as of both"),
     ],

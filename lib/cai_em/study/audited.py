@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cai_em.records.keys import BASELINE, NO_DATASET
-from cai_em.study.entries import Dataset, Hypothesis, ModelSpec, ParamsError, Persona, Strict, read_as, read_yaml
+from cai_em.study.entries import Dataset, Fault, Hypothesis, ModelSpec, ParamsError, Persona, Strict, read_as, read_yaml
 from cai_em.study.study import Profile
 
 Word = Literal[
@@ -138,6 +138,10 @@ class AuditSpec(Strict):
     hypotheses: list[str] | dict[Key, HypothesisEntry] = Field(
         default=[], description="keys of params/hypotheses.yaml, or one's own; none: every persona against the baseline"
     )
+    known_faults: list[str] | dict[Key, Fault] = Field(
+        default=[],
+        description="what is known to be wrong with how conditions were made; keys of params/known_faults.yaml, or own",
+    )
     thresholds: str = "default"
     caveat: str = ""
     unknown: list[str] = Field(
@@ -230,8 +234,23 @@ def registries(spec: AuditSpec, known: Mapping[str, dict[str, Any]]) -> dict[str
         "datasets": _datasets(spec, known["datasets"]),
         "models": _models(spec, known["models"]),
         "hypotheses": hypotheses,
+        "known_faults": {
+            key: fault.model_copy(update={"about": "audit"}) for key, fault in _faults(spec, known).items()
+        },
     }
     return {**known, **made}
+
+
+def _faults(spec: AuditSpec, known: Mapping[str, dict[str, Any]]) -> dict[str, Fault]:
+    if isinstance(spec.known_faults, dict):
+        return spec.known_faults
+    listed = known["known_faults"]
+    if absent := [key for key in spec.known_faults if key not in listed]:
+        raise ParamsError(
+            f"known_faults: {absent[0]!r} is not in params/known_faults.yaml (it has: {', '.join(listed)}); "
+            "write one's own as a mapping of what, source and cells"
+        )
+    return {key: listed[key] for key in spec.known_faults}
 
 
 def _in_order(keys: Iterable[str], known: Mapping[str, Any], first: str = "", last: str = "") -> list[str]:
@@ -325,6 +344,8 @@ def settled(
         found = registries(spec, known)
     except ValidationError as error:
         raise ParamsError(f"{path}: {error.errors()[0]['msg']}") from error
+    except ParamsError as error:
+        raise ParamsError(f"{path}: {error}") from error
     for hypothesis in spec.hypotheses if isinstance(spec.hypotheses, list) else []:
         listed = known["hypotheses"].get(hypothesis)
         if (

@@ -298,7 +298,9 @@ class Fault(Strict):
 
     what: str = Field(min_length=1)
     source: str = Field(min_length=1, description="where it can be looked up")
-    about: Literal["published", "trained"] = Field(default="published", description="whose responses it is about")
+    about: Literal["published", "trained", "audit"] = Field(
+        default="published", description="whose responses it is about"
+    )
     cells: list[FaultCells] = Field(min_length=1)
 
 
