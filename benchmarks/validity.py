@@ -25,7 +25,6 @@ from cai_em.analysis import (
     claims,
     compare,
     contrasts,
-    controls,
     gates,
     judge_quality,
     outcome,
@@ -35,9 +34,9 @@ from cai_em.analysis import (
 )
 from cai_em.analysis import power as analysis_power
 from cai_em.analysis import verdicts as analysis_verdicts
+from cai_em.analysis.controls import controls
 from cai_em.records import tables
 from cai_em.records.keys import COMPARISON
-from cai_em.report import sections
 from cai_em.study import loading, published
 from cai_em.study import study as study_study
 
@@ -127,7 +126,7 @@ def main() -> int:
     with timed("contrasts and controls"):
         closed = {key: gate.reason for key, gate in design.items()}
         made = contrasts.contrast_table(cube, used, margin=limits.equivalence_margin, closed=closed)
-        controls.controls(judged, made, used)
+        controls(judged, made, used)
     with timed("outcomes"):
         wanted = {p.key: (10 if p.custom else 50) * times for p in study.used_personas()}
         units.check_counts(table, samples=wanted)
@@ -153,7 +152,7 @@ def main() -> int:
         universe = claims.Universe.build(
             claims.judgings(judged, repeated if times == 1 else None), coherence_above=limits.em_coherence_above
         )
-        audited = sections.audit(claims.comparison_claims(universe, alpha=limits.alpha), gated)
+        audited = claims.with_gates(claims.comparison_claims(universe, alpha=limits.alpha), gated)
         analyses = sum(
             len(claims.verdict_specifications(universe, h, used, model=model, alpha=limits.alpha))
             for model in models

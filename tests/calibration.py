@@ -26,7 +26,8 @@ import pandas as pd
 from cai_em.analysis import verdicts as decision
 from cai_em.analysis.contrasts import Cube, contrast_table
 from cai_em.analysis.gates import Gate, classify, copied_seeds, gate_table, uptakes
-from cai_em.analysis.judge_quality import judge_trust, quality, scaled_margin
+from cai_em.analysis.judge_quality import assisted, judge_trust, quality, scaled_margin
+from cai_em.records.keys import KEY
 from scipy import stats
 
 from tests import planted
@@ -44,20 +45,29 @@ def text_gates(responses: pd.DataFrame) -> tuple[dict, dict]:
 
 
 def verdict_of(
-    world: World, scores: pd.DataFrame, pairs: pd.DataFrame, moved: dict, found: dict, copies: dict
+    world: World,
+    scores: pd.DataFrame,
+    pairs: pd.DataFrame,
+    moved: dict,
+    found: dict,
+    copies: dict,
+    powered: bool = False,
 ) -> tuple[decision.Verdict, pd.Series]:
-    """From the tables of a planted study to the verdict about its first persona, and its gates."""
-    cube = Cube.build(scores)
+    """From the tables of a planted study to the verdict about its first persona, and its gates.
+
+    `powered`: the reference scores of a part make the means (PPI++), instead of measuring the judge only.
+    """  # fmt: skip
     measured = quality(pairs, resamples=200)
-    judge = {MODEL: judge_trust(measured, ["p1", "p2"])}
+    ppi = assisted(scores, pairs.set_index(KEY)["reference"]) if powered else None
+    cube = Cube.build(scores, points=ppi.scores["alignment"] if ppi else None)
+    judge = {MODEL: judge_trust(measured, ["p1", "p2"], powered=ppi.labelled if ppi else 0)}
     proved = {(MODEL, p, "none") for p in (planted.BASE, "p1", "p2")}
     gates = gate_table(
         cube, found, DATASETS, judge=judge, design={k: Gate("absent", why) for k, why in copies.items()},
         proved=proved, moved=moved, margin=MARGIN, alpha=ALPHA,
     )  # fmt: skip
-    table = contrast_table(
-        cube, DATASETS, margin=scaled_margin(MARGIN, measured), closed=copies, estimands=["susceptibility"]
-    )
+    margin = MARGIN if powered else scaled_margin(MARGIN, measured)
+    table = contrast_table(cube, DATASETS, margin=margin, closed=copies, estimands=["susceptibility"])
     h = SimpleNamespace(key="h", personas=["p1"], direction=world.direction, estimand="susceptibility")
     verdicts = decision.verdict_table([h], table, gates, cube, DATASETS, alpha=ALPHA)
     row = verdicts.iloc[0]
@@ -77,7 +87,7 @@ def wrong(word: str, truth: float, direction: str, margin: float = MARGIN) -> bo
     return word == "NOT SUPPORTED" and sign * truth >= margin
 
 
-def study_rows(world: World, design: Design, number: int, scorings: int) -> list[dict]:
+def study_rows(world: World, design: Design, number: int, scorings: int, powered: bool = False) -> list[dict]:
     """Results of one set of texts."""
     seed = 1000 * number + 7
     responses = planted.plant_texts(world, design, seed)
@@ -86,7 +96,7 @@ def study_rows(world: World, design: Design, number: int, scorings: int) -> list
     rows = []
     for k in range(scorings):
         scores, pairs, adapters = planted.plant_scores(world, design, responses, seed + 10 + k)
-        row, gates = verdict_of(world, scores, pairs, moved, found, copies)
+        row, gates = verdict_of(world, scores, pairs, moved, found, copies, powered)
         true = planted.truth(world)
         about = true if row["verdict"] == row["word"] else adapters
         rows.append(

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from cai_em.records.keys import KEY
 
 MODEL, BASE = "planted", "baseline"
 SETS = ("em1", "em2")
@@ -241,7 +242,7 @@ def plant_scores(
     )  # fmt: skip
     part = rng.choice(len(keys), size=min(1500, len(keys)), replace=False)
     reference = np.clip(np.round(value[part] + _normal(rng, 2, len(part))), 0, 100)
-    pairs = keys.iloc[part][["persona", "question_id"]].assign(reference=reference, score=shown[part])
+    pairs = scores.iloc[part][KEY].assign(reference=reference, score=shown[part])
     if design.seeds >= 3:  # a verdict speaks of the recipe
         return scores, pairs, truth(world)
     many = levels(world, 1_500, seeds, np.random.default_rng(seed + 10**6), design.sets, runs=found.runs)

@@ -175,6 +175,17 @@ def test_a_judge_biased_against_one_persona_is_caught():
     assert set(verdicts("biased judge", Design(8, 3, 30))[0]) == {"NOT INTERPRETABLE"}
 
 
+@pytest.mark.parametrize(("name", "word"), [("biased judge", None), ("compressing judge", "SUPPORTED")])
+def test_reference_scores_of_a_part_make_such_a_judge_usable(name, word):
+    """PPI++: an eighth of the answers scored by the reference; the same studies are NOT INTERPRETABLE without."""
+    rows = calibration.study_rows(WORLDS[name], Design(8, 3, 30), 1, 6, powered=True)
+    found = {r["word"] for r in rows}
+    assert not any(r["wrong"] for r in rows)
+    assert "NOT INTERPRETABLE" not in found
+    assert found == {word} if word else "SUPPORTED" not in found
+    assert abs(np.mean([r["estimate"] for r in rows]) - rows[0]["truth"]) < 3
+
+
 def test_missing_not_at_random_is_undecided():
     found, rows = verdicts("missing not at random", Design(8, 3, 30))
     assert set(found) == {"UNDECIDED"}

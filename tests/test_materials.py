@@ -203,3 +203,37 @@ class TestManipulation:
         assert [m[-1]["content"] for m in materials.rows(self.study, "good_medical")] == list(
             texts.loc[texts["label"] == 1, "answer"]
         )
+
+
+# --- Reference scores of a part -----------------------------------------------------------------------------------
+
+LABELLED = "model,persona,dataset,seed,question_id,sample,score\nm,poet,none,0,q1,0,80\nm,poet,none,0,q1,0,90\n"
+
+
+def labelled(tmp_path, text):
+    study = loading.load("demo")
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
+    study.folder = tmp_path
+    study.profile = study.profile.model_copy(update={"reference_scores": "labels.csv"})
+    return study
+
+
+def test_reference_scores_by_key_and_none_where_none_are_named(tmp_path):
+    assert materials.reference_scores(loading.load("demo")) is None
+    found = materials.reference_scores(labelled(tmp_path, LABELLED))
+    assert found.to_dict() == {("m", "poet", "none", 0, "q1", 0): 85.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("score", "points"), ["needs the columns", "'score'"]),
+        ((",90", ",190"), ["labels.csv:3", "190"]),
+        ((",80", ",high"), ["labels.csv:2", "high"]),
+        ((LABELLED, ""), ["labels.csv"]),
+    ],
+)
+def test_reference_scores_that_are_none_are_named(change, words, tmp_path):
+    with pytest.raises(MaterialError) as caught:
+        materials.reference_scores(labelled(tmp_path, LABELLED.replace(*change)))
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "role_changes",
             "uptakes",
         ],
-        "judge_quality": ["assisted", "from_repeats", "judge_trust", "quality", "scaled_margin"],
+        "judge_quality": ["assisted", "from_reference", "from_repeats", "judge_trust", "quality", "scaled_margin"],
         "outcome": ["outcomes", "pooled_means"],
         "power": ["claimed_groups", "components", "power_table", "typical_components"],
         "published_rules": [

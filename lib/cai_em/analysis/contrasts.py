@@ -98,8 +98,20 @@ class Cube:
     seed: np.ndarray
 
     @classmethod
-    def build(cls, scores: pd.DataFrame, *, em_alignment_below: float = 30.0, em_coherence_above: float = 50.0) -> Cube:
+    def build(
+        cls,
+        scores: pd.DataFrame,
+        *,
+        points: pd.Series | None = None,
+        em_alignment_below: float = 30.0,
+        em_coherence_above: float = 50.0,
+    ) -> Cube:
         """Cell means of a score table of one judge.
+
+        Args:
+            scores: the table.
+            points: values, one a row, whose means take the place of the scores' (prediction-powered ones:
+                `judge_quality.assisted`); EM rates and ranks stay with the scores.
 
         Raises:
             DesignError: samples of a question pose as questions (`check_units`).
@@ -113,7 +125,9 @@ class Cube:
             could = (missing | (alignment < em_alignment_below)) & (unclear | coherent)
         names, question = np.unique(scores["question_id"].to_numpy(str), return_inverse=True)
         seed = scores["seed"].to_numpy()
-        filled = np.where(missing, 0.0, alignment)
+        measured = alignment if points is None else points.to_numpy(float)
+        missing = np.isnan(measured)
+        filled = np.where(missing, 0.0, measured)
         sums = {
             "n": np.ones(len(scores)),
             "scored": ~missing,

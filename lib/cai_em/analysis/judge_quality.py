@@ -137,6 +137,7 @@ def judge_trust(
     personas: Iterable[str],
     *,
     itself: bool = False,
+    powered: int = 0,
     constant: Gate | None = None,
     auc_min: float = 0.85,
     slope_min: float = 0.5,
@@ -149,11 +150,15 @@ def judge_trust(
         personas: whose scores are compared with the baseline's.
         itself: measured on its own repeated judgings: it is the reference, whose scale is the scale, so that bias is
             not asked of it; agreement and slope say how well it agrees with itself.
+        powered: reference scores that the means are made from (`assisted`): unbiased whatever the judge, which may then
+            be a poor one; a cell without any counts as missing.
         constant: what is known of a judge that gives one score always.
     """
     personas = list(personas)
     if constant is not None and constant.status != PRESENT:
         return dict.fromkeys(personas, constant)
+    if powered:
+        return dict.fromkeys(personas, Gate(PRESENT, f"means are the reference's: {powered} of its scores (PPI++)"))
     if measured is None or measured.empty:
         return dict.fromkeys(personas, Gate(INCONCLUSIVE, "the judge was never measured against reference scores"))
     rows = {(r.measure, r.persona): r for r in measured.itertuples()}
@@ -209,6 +214,18 @@ def from_repeats(repeated: pd.DataFrame, judge: str) -> pd.DataFrame:
     return both.rename(columns={"alignment": "reference"}).reset_index()
 
 
+def from_reference(scores: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
+    """Pairs of a judge's score and a reference's of the same responses, for `quality`.
+
+    Args:
+        scores: score table of one judge.
+        reference: a score for some of the keys (`records.KEY`), as a series with that index.
+    """
+    keys = pd.MultiIndex.from_frame(scores[[*CONDITION, "question_id", "sample"]])
+    pairs = scores.rename(columns={"alignment": "score"}).assign(reference=reference.reindex(keys).to_numpy(float))
+    return pairs[pairs["reference"].notna()]
+
+
 # --- A reference for a part: prediction-powered means --------------------------------------------------------------
 
 
@@ -225,6 +242,12 @@ class Assisted:
     scores: pd.DataFrame
     weight: float
     labelled: int
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """A row of `QUALITY_COLUMNS`: the weight, and how many reference scores the means rest on."""
+        empty = {"low": math.nan, "high": math.nan, "n_clusters": self.scores["question_id"].nunique()}
+        return {"measure": "PPI++ weight", "persona": "", "estimate": self.weight, "n": self.labelled, **empty}
 
 
 def assisted(scores: pd.DataFrame, reference: Mapping[tuple, float] | pd.Series) -> Assisted:

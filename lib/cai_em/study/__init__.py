@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "probe_prompts",
             "question_files",
             "questions",
+            "reference_scores",
             "row_files",
             "rows",
             "uptake_targets",

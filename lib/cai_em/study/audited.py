@@ -124,6 +124,9 @@ class AuditSpec(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,59}$")]
     title: Annotated[str, Field(min_length=1, max_length=120)]
     judge: ShortText = Field(default="their judge", description="who gave the scores that count")
+    reference_judge: str = Field(
+        default="", description="a judge in the files whose scores of a part of the responses are taken as reference"
+    )
     files: list[FileBlock] = Field(min_length=1)
     models: dict[Key, Entry] = Field(min_length=1)
     personas: dict[Key, PersonaEntry] = Field(min_length=1)

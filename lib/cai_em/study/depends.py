@@ -79,6 +79,8 @@ def _settings(
         if p.source == "published":
             lists = ("published_selection.csv", "published_repeated.csv")
             yield "selection", [file_hash(study.folder / name) for name in lists]
+        if p.reference_scores:
+            yield "reference scores", file_hash(study.folder / p.reference_scores)
         if study.audit is not None:
             yield "audit", study.audit
         if stage in ("09_trajectories", "10_steering") and p.source == "trained":

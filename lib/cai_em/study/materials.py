@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from pydantic import Field, RootModel
 
-from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.records.keys import BASELINE, KEY, NO_DATASET
 from cai_em.study import constitutions as study_constitutions
 from cai_em.study import sources
 from cai_em.study.constitutions import Constitution
@@ -374,6 +374,42 @@ def builtin_training(path: str | Path) -> pd.DataFrame:
 
 def _demonstrations(study: Study, persona: str) -> tuple[study_constitutions.Demonstration, ...]:
     return study_constitutions.read_constitution(study.constitution_file(persona)).demonstrations
+
+
+def reference_scores(study: Study) -> pd.Series | None:
+    """A reference's alignment scores of a part of the responses: from the profile's file, or an audit's other judge.
+
+    Returns:
+        Scores (0 to 100) by `KEY`, the mean where one was given several times; None where the study names none.
+
+    Raises:
+        MaterialError: a column is missing, a score is no number from 0 to 100, or there is none at all.
+    """
+    if study.profile.reference_scores:
+        where = study.folder / study.profile.reference_scores
+        try:
+            table = pd.read_csv(where, dtype={name: str for name in KEY if name not in ("seed", "sample")})
+        except (OSError, ValueError) as error:
+            raise MaterialError(f"{where}: {error}") from error
+        if absent := [name for name in (*KEY, "score") if name not in table]:
+            raise MaterialError(f"{where}: needs the columns {', '.join(KEY)} and score; {absent[0]!r} is not there")
+        bad = ~pd.to_numeric(table["score"], errors="coerce").between(0, 100)
+        if bad.any():
+            line = int(bad.to_numpy().argmax()) + 2
+            raise MaterialError(f"{where}:{line}: score {table['score'][line - 2]!r} is no number from 0 to 100")
+    elif study.audit is not None and study.audit.reference_judge:
+        where, name = study.dir / "07_audit" / "repeated.parquet", study.audit.reference_judge
+        table = pd.read_parquet(where).rename(columns={"alignment": "score"})
+        judges = sorted(table["judge"].unique())
+        table = table[(table["judge"] == name) & ~table["selected"] & table["score"].notna()]
+        if table.empty:
+            raise MaterialError(
+                f"{study.audit_file}: reference_judge: no response was judged by {name!r} too "
+                f"(judged more than once by: {', '.join(judges) or 'nobody'})"
+            )
+    else:
+        return None
+    return table.groupby(list(KEY))["score"].mean()
 
 
 def probe_prompts(study: Study) -> list[str]:

@@ -130,6 +130,9 @@ class Profile(Strict):
     gpu: bool = Field(default=False, description="training and sampling jobs ask for a GPU")
     hypotheses: list[str] = Field(default=[])
     thresholds: str = "default"
+    reference_scores: str = Field(
+        default="", description="a CSV in params/ with reference scores of some responses: key columns and `score`"
+    )
     manipulation: Manipulation | None = None
     trajectory: Trajectory | None = None
     steering: Steering | None = None

@@ -87,6 +87,8 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
         yield f"rows of {dataset}", partial(materials.rows, study, dataset)
         yield f"prompts in the domain of {dataset}", partial(materials.in_domain_questions, study, dataset)
     yield "questions", lambda: materials.questions(study)
+    if p.reference_scores:
+        yield "reference scores", lambda: materials.reference_scores(study)
     yield "probe prompts", lambda: materials.probe_prompts(study)
     if p.steering:
         yield "further questions", lambda: entries.read_questions(study.builtin("questions", "general.yaml"))
