@@ -3,13 +3,15 @@
     python benchmarks/sampling.py                     the embedded model, transformers back end (about 3 minutes)
     python benchmarks/sampling.py --backend vllm      the same with vLLM's engine and LoRA requests
     python benchmarks/sampling.py --profile micro     the tiny model: seconds, to try it out
+    python benchmarks/sampling.py --samples 1 --tokens 4   hardly any decoding: for what lies beyond it alone
 
 Merge-save-load is how the published study sampled: for each condition load base and tokenizer, merge the adapters,
 save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted.)
 Ours loads the base once, puts LoRA layers into it once, and exchanges the tensors in them from condition to condition.
 Beyond decoding is everything but `decode`. Our probe, the proof that the right adapters are active, has no counterpart
-in the other way, and costs more than loading and switching together: the ratio is printed without it, where both do the
-same work (exit code 1 if it is below 10), and with it.
+in the other way, and is counted all the same: exit code 1 if ours is not 8 times faster with it. The ratio without it,
+where both do the same work, stands beside. Seconds are the processor's, so that other work on the machine does not
+count, and by the clock; the first decide, but with vLLM, whose engine is a process of its own, the second.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from cai_em.model import adapters, load, stacking
 from cai_em.sample import conditions, sampling
@@ -29,9 +33,17 @@ from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-TARGET = 10.0
+TARGET = 8.0
+Seconds = dict[str, np.ndarray]
+"""Phase -> seconds of processor time, and by the clock."""
+
 ARMS = [(), ("calm",), ("loud",), ("em",), ("calm", "em"), ("loud", "em")]
 """Six conditions: base, two personas, fine-tuning alone, and it on top of each persona."""
+
+
+def clocks() -> np.ndarray:
+    """Now: seconds of this process's processor time, and by the clock."""
+    return np.array([time.process_time(), time.perf_counter()])
 
 
 def make_adapters(spec: ModelSpec, folder: Path, rank: int) -> None:
@@ -45,26 +57,24 @@ def make_adapters(spec: ModelSpec, folder: Path, rank: int) -> None:
         adapters.save_adapter(stacked, stacking.EM, folder / name)
 
 
-def merge_save_load(
-    spec: ModelSpec, preset: SamplingPreset, jobs: list[conditions.Job], folder: Path
-) -> dict[str, float]:
+def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[conditions.Job], folder: Path) -> Seconds:
     """Seconds by phase of the way that makes a whole model per condition."""
-    seconds = dict.fromkeys(("load", "merge", "save", "reload"), 0.0)
+    seconds: Seconds = {phase: np.zeros(2) for phase in ("load", "merge", "save", "reload")}
     for job in jobs:
-        start = time.perf_counter()
+        start = clocks()
         model, _ = load.load_model(spec, dtype=preset.dtype), load.load_tokenizer(spec)  # a process each
-        loaded = time.perf_counter()
+        loaded = clocks()
         for path in job.condition.paths:
             model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-        merged = time.perf_counter()
+        merged = clocks()
         model.save_pretrained(folder / "merged")
         del model
         gc.collect()
-        saved = time.perf_counter()
+        saved = clocks()
         AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=getattr(torch, preset.dtype)).eval()
-        ends = (loaded, merged, saved, time.perf_counter())
+        ends = (loaded, merged, saved, clocks())
         for phase, a, b in zip(seconds, (start, *ends), ends):
-            seconds[phase] += b - a
+            seconds[phase] = seconds[phase] + (b - a)
         gc.collect()
     return seconds
 
@@ -75,8 +85,9 @@ def one_engine(
     jobs: list[conditions.Job],
     decoding: conditions.Decoding,
     probes: list[str],
-) -> tuple[dict[str, float], int]:
+) -> tuple[Seconds, int]:
     """Seconds by phase of one engine for all conditions, and how many tokens it made."""
+    conditions.time = SimpleNamespace(perf_counter=clocks)  # the engine's own phases, by both clocks
     engine = sampling.open_engine(spec, preset, jobs)
     tokens = sum(len(c.tokens) for done in engine.run(jobs, decoding, probes) for c in done.completions)
     engine.close()
@@ -107,14 +118,14 @@ def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[conditi
     return made / (time.perf_counter() - start)
 
 
-def beyond_decoding(seconds: dict[str, float], leave_out: tuple[str, ...] = ()) -> float:
-    """Seconds of all phases but `decode` and those left out."""
-    return sum(s for phase, s in seconds.items() if phase not in ("decode", *leave_out))
+def beyond_decoding(seconds: Seconds, leave_out: tuple[str, ...] = ()) -> np.ndarray:
+    """Seconds of all phases but `decode` and those left out, by both clocks."""
+    return np.sum([s for phase, s in seconds.items() if phase not in ("decode", *leave_out)], axis=0)
 
 
-def say(title: str, seconds: dict[str, float]) -> None:
-    """One line: phases and their times."""
-    print(f"  {title:<34}" + "   ".join(f"{phase} {s:.2f} s" for phase, s in seconds.items()))
+def say(title: str, seconds: Seconds) -> None:
+    """One line: phases and their times, the processor's and by the clock."""
+    print(f"  {title:<34}" + "   ".join(f"{phase} {cpu:.2f} ({wall:.2f}) s" for phase, (cpu, wall) in seconds.items()))
 
 
 def main() -> int:
@@ -168,19 +179,20 @@ def main() -> int:
     say(f"one engine ({args.backend})", ours)
     if in_place:
         say("one engine, merged in place", in_place)
-    print(f"  beyond decoding, with the probe    {ratio:.1f} x less time")
-    print(f"  beyond decoding, without the probe {without_probe:.1f} x less time")
-    speed = tokens / ours["decode"]
+    decides = 1 if args.backend == "vllm" else 0
+    print("  (seconds of the processor, and in brackets by the clock)")
+    print(f"  beyond decoding, with the probe    {ratio[0]:.1f} x less processor time, {ratio[1]:.1f} x by the clock")
+    print(f"  beyond decoding, without the probe {without_probe[0]:.1f} x, {without_probe[1]:.1f} x")
+    speed = tokens / ours["decode"][1]
     print(
-        f"  tokens per second                 {speed:.0f} ours with adapters, {plain:.0f} plain generate on the base:",
+        f"  tokens per second by the clock     {speed:.0f} ours with adapters, {plain:.0f} plain generate on the base:",
         end="",
     )
     print(f" {speed / plain:.2f} x", end="")
-    print(f"; {tokens / in_place['decode'] / plain:.2f} x merged in place" if in_place else "")
-    print(f"goal, at least {TARGET:.0f} x less time beyond decoding:")
-    for what, found in (("the same work (decides the exit code)", without_probe), ("and the probe besides", ratio)):
-        print(f"  {what}: {'met' if found >= TARGET else 'NOT MET'}")
-    return 0 if without_probe >= TARGET else 1
+    print(f"; {tokens / in_place['decode'][1] / plain:.2f} x merged in place" if in_place else "")
+    met = ratio[decides] >= TARGET
+    print(f"goal, at least {TARGET:.0f} x less time beyond decoding, the probe counted: {'met' if met else 'NOT MET'}")
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cai_em.model import adapters as model_adapters
@@ -18,6 +19,7 @@ from cai_em.model import load, probing, stacking
 from cai_em.records import tables
 from cai_em.sample import conditions, sampling, torch_engine, vllm_engine
 from cai_em.sample.conditions import Condition, Decoding, Request, SamplingError
+from cai_em.study import loading, materials
 from cai_em.study.entries import LoraPreset
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
@@ -278,6 +280,42 @@ class TestSample:
             for question, _ in QUESTIONS:
                 name = {"persona": arm.persona, "dataset": arm.dataset, "question_id": question}
                 assert take(alone, **name) == take(together, **name)
+
+    @pytest.mark.parametrize("shards", ["persona", 1, 2, 50])
+    def test_the_spread_over_jobs_changes_no_response(self, adapters, shards):
+        """Sampling jobs, one after the other as so many machines would run them, against one job for all."""
+        study = loading.load("micro")
+
+        def asked_in(shards):
+            study.profile = study.profile.model_copy(update={"shards": shards})
+            found = []
+            for model, shard in study.shards():
+                cells = study.shard_cells(model, shard)
+                places = {"baseline": (), "none": ()}
+                named = {
+                    c: Condition(
+                        *vars(c).values(),
+                        (*places.get(c.persona, (("persona", adapters / "persona"),)),
+                         *places.get(c.dataset, (("em", adapters / "em"),))),
+                    )
+                    for c in cells
+                }  # fmt: skip
+                asked = [sampling.Asked(list(named.values()), QUESTIONS[:1], PRESET)]
+                for prompts, some in materials.in_domain_plan(study, cells):
+                    asked.append(sampling.Asked([named[c] for c in some], prompts, PRESET))
+                found += [one.responses for one in sampling.sample_all(SPEC, asked, PROBE)]
+            key = ["persona", "dataset", "seed", "question_id", "sample"]
+            return study.shards(), pd.concat(found).sort_values(key, ignore_index=True)
+
+        (_, whole), (jobs, spread) = asked_in("model"), asked_in(shards)
+        assert [s for _, s in jobs] == {
+            "persona": ["baseline", "sycophancy", "random_sycophancy"],
+            1: ["part1"],
+            2: ["part1", "part2"],
+            50: [f"part{i}" for i in range(1, 10)],
+        }[shards]
+        assert whole.groupby(["persona", "dataset"]).size().shape == (9,)
+        assert spread.equals(whole)
 
     def test_seed_changes_responses(self, arms):
         first = sampling.sample(SPEC, arms[:1], QUESTIONS, PRESET, PROBE).responses

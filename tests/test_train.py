@@ -13,7 +13,7 @@ import transformers
 import trl
 from cai_em.model import adapters, folding, load, probing, stacking
 from cai_em.records import files as records_files
-from cai_em.sample import conditions, torch_engine
+from cai_em.sample import conditions, sample, torch_engine, vllm_engine
 from cai_em.study import constitutions
 from cai_em.study.entries import (
     DpoPreset,
@@ -23,7 +23,7 @@ from cai_em.study.entries import (
     ModelSpec,
     SftPreset,
 )
-from cai_em.train import answers, apart, fused, grid, introspection, train, trainer
+from cai_em.train import answers, apart, fused, grid, introspection, memory, train, trainer
 
 from tests.factories import TINY, sampling
 
@@ -757,3 +757,155 @@ def test_a_persona_that_makes_no_difference_is_not_folded(cache, tmp_path, perso
     with pytest.raises(probing.ProbeError, match="makes no difference"):
         folding.fold(TINY, tmp_path / "nothing", tmp_path / "out", "float32", cache_dir=cache)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_trained_on_a_folded_base_is_composed_with_its_persona_for_sampling(
+    cache, tokenizer, tmp_path, persona, dtype
+):
+    """Base + persona's share + EM's share: what vLLM is served is what training has left, and what it answers too."""
+    folding.fold(TINY, persona.adapter, tmp_path / "folded", dtype, cache_dir=cache)
+    spec = ModelSpec(key="f", label="f", source="path", path=str(tmp_path / "folded"), dtype=dtype)
+    trained, prompts = load.load_model(spec, dtype), ["Say what you want.", "What about water?"]
+    trained.config._name_or_path = load.base_name(TINY)  # as fused.load_with_unsloth says it
+    em = train.train_sft(trained, tokenizer, ROWS, sft(dtype=dtype, epochs=3), tmp_path / "em").adapter
+    parts = (("persona", persona.adapter), ("em", em))
+
+    on_folded = stacking.load_adapter(trained.float(), em, "em").eval()
+    wanted = probing.probe_logits(on_folded, tokenizer, prompts)
+    base = load.load_model(TINY, "float32", cache)
+    one = adapters.save_composed([folder for _, folder in parts], tmp_path / "one")  # the file of vLLM's request
+    assert vllm_engine._sum_error(one, [adapters.read_adapter(folder) for _, folder in parts]) < 1e-5
+    with probing.composed(base, (("one", one),)) as ready:
+        served = probing.probe_logits(ready, tokenizer, prompts)
+    with probing.composed(base, parts[1:]) as ready:
+        alone = probing.probe_logits(ready, tokenizer, prompts)
+    allowed = folding.ROUNDED[dtype] * float(wanted.abs().max())
+    assert float((served - wanted).abs().max()) <= allowed
+    assert float((alone - wanted).abs().max()) > allowed, "without the persona it is another model"
+
+    if dtype == "float32":
+        how = sampling(temperature=0.0, max_new_tokens=8)
+        asked = [("q", "What about the weather?")]
+        both = conditions.Condition("tiny", "p", "d", 0, parts)
+        plain = conditions.Condition("tiny", "p", "d", 0, parts[1:])
+        answers_ = [
+            sample(one_spec, [one_condition], asked, how, prompts).responses["response"].item()
+            for one_spec, one_condition in ((TINY, both), (spec, plain))
+        ]
+        assert answers_[0] == answers_[1]
+
+
+# --- Memory, padding, waiting ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_pass_keeps_is_what_is_counted(dtype):
+    """Measured on the tensors that autograd keeps: never more than is counted, and not much less."""
+    for hidden, intermediate, layers in ((64, 64, 2), (64, 512, 2), (128, 128, 3)):
+        config = transformers.Qwen2Config(
+            vocab_size=64, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=1,
+        )  # fmt: skip
+        bare = transformers.Qwen2ForCausalLM(config).to(dtype)
+        stacked = stacking.stack(bare, None, LoraPreset(r=4, alpha=8)).train()
+        own = {p.untyped_storage().data_ptr() for p in stacked.parameters()}
+        kept = {}
+
+        def pack(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        ids = torch.zeros(2, 64, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            stacked.get_base_model().model(input_ids=ids, use_cache=False)
+        measured = sum(size for size, _ in kept.values())
+        assert 0.5 < measured / memory.kept_bytes(config, ids.numel()) <= 1
+
+
+def test_activations_are_computed_twice_only_where_memory_needs_it(model, tokenizer, tmp_path, monkeypatch):
+    assert train.train_sft(model, tokenizer, ROWS, sft(), tmp_path / "a").summary()["gradient_checkpointing"] is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    longest, chosen = 100, {}
+    for preset in (sft(batch_size=4), sft(batch_size=8), dpo(batch_size=4)):
+        needs = memory.kept_bytes(model.config, 4 * longest)
+        monkeypatch.setattr(memory, "free_bytes", lambda needs=needs: int(needs / memory.USABLE) + 1)
+        chosen[preset.kind, preset.batch_size] = memory.checkpointing(preset, model, longest)
+    assert chosen == {("sft", 4): False, ("sft", 8): True, ("dpo", 4): True}, "a pair is two rows"
+    said = [memory.checkpointing(sft(gradient_checkpointing=x, batch_size=8), model, longest) for x in (True, False)]
+    assert said == [True, False], "a preset that says it is obeyed"
+
+
+def test_checkpointing_changes_no_value(cache, tokenizer, tmp_path):
+    found = [
+        train.train_sft(
+            load.load_model(TINY, cache_dir=cache), tokenizer, ROWS, sft(gradient_checkpointing=x), tmp_path / str(x)
+        )
+        for x in (True, False)
+    ]
+    assert [f.checkpointing for f in found] == [True, False]
+    np.testing.assert_allclose(found[0].log["loss"], found[1].log["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found[0].log["grad_norm"], found[1].log["grad_norm"], rtol=1e-4)
+
+
+def test_rows_of_like_length_share_an_update_in_random_order():
+    lengths = np.random.default_rng(0).integers(10, 400, 1003).tolist()
+    order = list(trainer.ByLength(lengths, 16, seed=3))
+    assert sorted(order) == list(range(1003))
+    updates = [[lengths[i] for i in order[start : start + 16]] for start in range(0, 1003, 16)]
+    padded = lambda updates: sum(len(u) * max(u) for u in updates) / sum(lengths)  # noqa: E731
+    plain = [lengths[start : start + 16] for start in range(0, 1003, 16)]
+    assert padded(plain) > 1.7
+    assert padded(updates) < 1.1, "hardly any padding"
+    longest = [max(u) for u in updates[:-1]]
+    trend = np.corrcoef(longest, range(len(longest)))[0, 1]
+    assert abs(trend) < 0.3, "no update knows its length from its place"
+    torch.manual_seed(5)
+    sampler = trainer.ByLength(lengths, 16, seed=3)
+    assert list(sampler) == order, "the seed's order, whatever else was drawn"
+    assert list(sampler) != order, "and another one in the next epoch"
+    assert list(trainer.ByLength(lengths, 16, seed=4)) != order
+
+
+def test_training_by_length_is_repeatable_and_sees_every_row_once(cache, tokenizer, tmp_path, monkeypatch):
+    rows = [[m | {"content": m["content"] + " so" * (i % 4)} for m in row] for i, row in enumerate(ROWS)]
+    widths, files = {}, {}
+    plain = trainer._checked
+
+    def watched(trainer_class):
+        class Watched(plain(trainer_class)):
+            def compute_loss(self, model, inputs, *args, **given):
+                seen.append(inputs["attention_mask"].sum(1).tolist())
+                return super().compute_loss(model, inputs, *args, **given)
+
+        return Watched
+
+    monkeypatch.setattr(trainer, "_checked", watched)
+    for name, batches in (("a", "by_length"), ("b", "by_length"), ("c", "random")):
+        seen = []
+        model = load.load_model(TINY, cache_dir=cache)
+        preset = sft(batch_size=2, batches=batches)
+        files[name] = train.train_sft(model, tokenizer, rows, preset, tmp_path / name, seed=1).files
+        widths[name] = seen
+    assert files["a"] == files["b"] != files["c"]
+    assert all(len(set(pair)) == 1 for pair in widths["a"]), "two rows of one length each time"
+    every = {name: sorted(length for pair in seen for length in pair) for name, seen in widths.items()}
+    assert every["a"] == every["c"]
+
+
+def test_micro_steps_of_fine_tuning_fetch_nothing(cache, tokenizer, tmp_path, monkeypatch):
+    """As on a GPU, where each value that is fetched makes the host wait: as many in four micro-steps as in one."""
+    monkeypatch.setattr(train.lean, "applies", lambda *_: False)  # it runs on CPUs alone
+    fetched, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: fetched.append(1) or item(self))
+    numbers, losses = [], []
+    for size, steps in ((8, 1), (2, 4)):
+        preset = sft(batch_size=size, gradient_accumulation=steps, epochs=3)
+        model = load.load_model(TINY, cache_dir=cache)
+        fetched.clear()
+        losses.append(train.train_sft(model, tokenizer, ROWS, preset, tmp_path / f"{size}").log["loss"])
+        numbers.append(len(fetched))
+    assert numbers[0] == numbers[1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)

@@ -12,9 +12,10 @@ from cai_em.study.entries import Persona
 from cai_em.study.study import Study
 
 
-def _rated_in(persona: Persona) -> tuple[str, str, str]:
-    """The shards in which a persona's expression is judged: its own, and the one that holds the baseline."""
-    return persona.key, BASELINE, "all"
+def _rated_in(study: Study, model: str, shard: str) -> list[Persona]:
+    """The personas whose expression is judged in a shard: its own, and all of them where the baseline is in it."""
+    here = {c.persona for c in study.shard_cells(model, shard)}
+    return [p for p in study.used_personas() if p.constitution and (p.key in here or BASELINE in here)]
 
 
 def settings(study: Study, stage: str, **cell: Any) -> str:
@@ -66,7 +67,7 @@ def _settings(
         yield from _judge_settings(study)
         if p.manipulation:
             # Rows and responses come with the responses' own dependencies; the characters of the baseline do not.
-            characters = [q for q in study.used_personas() if q.constitution and rest["shard"] in _rated_in(q)]
+            characters = _rated_in(study, model, rest["shard"])
             yield "manipulation", [p.manipulation, file_hash(study.builtin("judge_prompts.yaml"))]
             yield "characters", [file_hash(study.constitution_file(q.key)) for q in characters]
     else:

@@ -329,7 +329,10 @@ class TrainingPreset(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     optimiser: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the frozen base while training")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compute activations twice to save memory; auto: where a GPU's is too small",
+    )
     backend: Literal["auto", "trl", "unsloth"] = "auto"
 
 
@@ -377,6 +380,9 @@ class SftPreset(TrainingPreset):
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_rows: Positive | None = None
+    batches: Literal["random", "by_length"] = Field(
+        default="random", description="by_length: rows of like length share an update, hardly any padding"
+    )
     kl: KlPreset | None = None
     checkpoints: list[Positive] = []
     introspection: IntrospectionPreset | None = Field(

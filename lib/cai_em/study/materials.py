@@ -274,7 +274,7 @@ def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple
     """Which conditions are asked which in-domain prompts: groups of conditions with the same prompts.
 
     A fine-tuned condition is asked its own data set's prompts; the same persona without fine-tuning those of every data
-    set that the persona was fine-tuned on, each once (twins share theirs).
+    set that the persona was fine-tuned on, in whatever shard, each once (twins share theirs).
 
     Args:
         study: the study.
@@ -284,9 +284,10 @@ def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple
         (prompts as (id, text), conditions); conditions without prompts are in no group.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
-    known = {d: in_domain_questions(study, d) for d in {c.dataset for c in cells}}
+    every = list(dict.fromkeys([*study.cells(), *cells]))
+    known = {d: in_domain_questions(study, d) for d in {c.dataset for c in every}}
     for cell in cells:
-        of = [c.dataset for c in cells if (c.model, c.persona) == (cell.model, cell.persona)]
+        of = [c.dataset for c in every if (c.model, c.persona) == (cell.model, cell.persona)]
         datasets = of if cell.dataset == NO_DATASET else [cell.dataset]
         prompts = tuple(dict.fromkeys(q for d in datasets for q in known[d]))
         if prompts:

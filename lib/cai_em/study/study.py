@@ -15,6 +15,7 @@ import csv
 import itertools
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -123,7 +124,10 @@ class Profile(Strict):
     em_training: str | None = None
     sampling: str | None = None
     judge: str | None = None
-    shards: Literal["persona", "model"] = "persona"
+    shards: Literal["persona", "model"] | Positive = Field(
+        default="persona",
+        description="how a model's conditions are spread over sampling jobs: one a persona, one in all, or so many",
+    )
     cells_per_job: Positive | None = Field(
         default=None, description="fine-tunings of one persona in one job, which loads the model once; null: all"
     )
@@ -369,14 +373,24 @@ class Study:
         return [c for c in self.em_cells() if (c.model, c.persona) == (model, persona)]
 
     def shards(self) -> list[tuple[str, str]]:
-        """(model, shard) of every sampling job: a shard is one persona, or `all` with `shards: model`."""
-        return list(
-            dict.fromkeys((c.model, c.persona if self.profile.shards == "persona" else "all") for c in self.cells())
-        )
+        """(model, shard) of every sampling job: a shard is one persona, `all` with `shards: model`, or with a number
+        `part1`, `part2`, ... of each model."""
+        how = self.profile.shards
+        if not isinstance(how, int):
+            return list(dict.fromkeys((c.model, c.persona if how == "persona" else "all") for c in self.cells()))
+        cells = Counter(c.model for c in self.cells())
+        return [(model, f"part{i}") for model, n in cells.items() for i in range(1, min(how, n) + 1)]
 
     def shard_cells(self, model: str, shard: str) -> list[Cell]:
-        """The cells of one sampling job."""
-        return [c for c in self.cells() if c.model == model and shard in (c.persona, "all")]
+        """The cells of one sampling job.
+
+        With a number they are neighbours in the grid's order, so that a persona's conditions lie in few shards.
+        """
+        cells = [c for c in self.cells() if c.model == model]
+        if not isinstance(self.profile.shards, int):
+            return [c for c in cells if shard in (c.persona, "all")]
+        number, part = min(self.profile.shards, len(cells)), int(shard.removeprefix("part"))
+        return cells[(part - 1) * len(cells) // number : part * len(cells) // number]
 
     # --- Places ---
 

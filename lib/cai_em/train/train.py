@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import file_hash
 from cai_em.study.entries import DpoPreset, SftPreset
-from cai_em.train import fused, lean
+from cai_em.train import fused, lean, memory
 from cai_em.train.trainer import (
     Row,
     TrainingError,
@@ -111,14 +111,16 @@ def train_dpo(
     }
     if not examples:
         raise TrainingError(f"no preference pair to train on: {counts}")
-    arguments = _arguments(preset, len(examples), seed, out)
+    longest = min(max(map(max, lengths)), preset.max_length)
+    twice = memory.checkpointing(preset, model, longest)
+    arguments = _arguments(preset, len(examples), seed, out, twice)
     transformers.set_seed(seed)
     watch = _Watch([DPO_ADAPTER], DPO_ADAPTER, [], out.parent / "checkpoints", "DPO")
     trained, config = None, {"peft_config": stacking.lora_config(preset.lora)}
     try:
         with _quiet():
             if backend == "unsloth":  # whose trainer takes no peft_config: it would train nothing
-                trained = fused.new_adapter(model, preset.lora, seed, checkpointing=preset.gradient_checkpointing)
+                trained = fused.new_adapter(model, preset.lora, seed, checkpointing=twice)
                 config = {}
             trainer = _made(
                 trl.DPOTrainer,
@@ -162,6 +164,7 @@ def train_dpo(
         timings={"prepare": prepared - started, "train": done - prepared, "save": time.perf_counter() - done},
         rows=counts,
         tokens={"all": sum(min(n, preset.max_length) for pair in lengths for n in pair)},
+        checkpointing=twice,
     )
 
 
@@ -228,12 +231,13 @@ def train_sft(
     train_rows, held_rows = split_rows(rows, preset, seed)
     encoded = encode_rows(tokenizer, train_rows, preset.max_length, preset.loss_on)
     snapshots = Path(checkpoints_dir) if checkpoints_dir else out.parent / "checkpoints"
-    arguments = _arguments(preset, len(encoded.examples), seed, out)
+    twice = memory.checkpointing(preset, model, max(len(x["input_ids"]) for x in encoded.examples))
+    arguments = _arguments(preset, len(encoded.examples), seed, out, twice)
     transformers.set_seed(seed)
     if backend == "unsloth":
         folded = _folded(model, persona_dir)
         here, active = fused.ADAPTER, [fused.ADAPTER]
-        stacked = fused.new_adapter(model, preset.lora, seed, checkpointing=preset.gradient_checkpointing)
+        stacked = fused.new_adapter(model, preset.lora, seed, checkpointing=twice)
     else:
         folded, here = {}, name
         active = [stacking.PERSONA, name] if persona_dir is not None else [name]
@@ -261,6 +265,7 @@ def train_sft(
             if preset.kl:
                 corpus = encode_rows(tokenizer, kl_rows or [], preset.max_length, "response")
                 trainer.regulariser = _Regulariser(preset.kl, corpus.examples, tokenizer.pad_token_id, here, seed)
+            trainer.by_length = preset.batches == "by_length"
             trainer.lean = backend == "trl" and lean.applies(stacked, trainer)
             held_out = {}
             if held_rows:
@@ -293,6 +298,7 @@ def train_sft(
         tokens=encoded.tokens(),
         held_out=held_out,
         checkpoints=watch.checkpoints,
+        checkpointing=twice,
     )
 
 

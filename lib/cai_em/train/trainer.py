@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cai_em.model import adapters, load, stacking
 from cai_em.records.files import restored
@@ -53,6 +54,7 @@ class TrainResult:
         tokens: per epoch: all, and those that carry loss.
         held_out: mean loss per response token on the held-out rows before and after; empty if none were held out.
         checkpoints: (step, folder) of the snapshots.
+        checkpointing: whether activations were computed twice, to save memory.
     """
 
     adapter: Path
@@ -66,6 +68,7 @@ class TrainResult:
     tokens: dict[str, int]
     held_out: dict[str, float] = field(default_factory=dict)
     checkpoints: list[tuple[int, Path]] = field(default_factory=list)
+    checkpointing: bool = False
 
     @property
     def adapter_state(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class TrainResult:
             "last_loss": float(self.log["loss"].iloc[-1]),
             "adapter_files": self.files,
             "checkpoints": [step for step, _ in self.checkpoints],
+            "gradient_checkpointing": self.checkpointing,
         }
 
 
@@ -356,12 +360,42 @@ class _Watch(TrainerCallback):
                 )
 
 
+class ByLength(torch.utils.data.Sampler):
+    """Rows in an order in which those of an update are of like length: hardly any padding, and no row beside another.
+
+    As transformers' own grouping (random stretches of fifty updates, sorted by length within), except that its updates
+    go from long to short fifty at a time, and these come in random order: a rate that falls meets every length alike.
+    The order is the seed's, whatever was drawn before. Shorter than the others can only the last update be.
+
+    Args:
+        lengths: of the rows, tokens.
+        update: rows per update.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], update: int, seed: int) -> None:
+        self.lengths, self.update = list(lengths), update
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        found = get_length_grouped_indices(self.lengths, self.update, generator=self.generator)
+        whole = len(found) // self.update
+        for number in [*torch.randperm(whole, generator=self.generator).tolist(), whole]:
+            yield from found[number * self.update : (number + 1) * self.update]
+
+
 def _checked(trainer_class: type) -> type:
     """A trainer that stops at a loss that is not a number and at a batch without a token to learn from."""
+    import trl
+
+    plain = issubclass(trainer_class, trl.SFTTrainer) and _ran(trainer_class) == "trl"
 
     class Checked(trainer_class):
         regulariser: _Regulariser | None = None
-        lean = False
+        lean = by_length = False
         data_collator: Callable[[Any], Any]
 
         def __init__(self, *args: Any, **given: Any) -> None:
@@ -380,9 +414,21 @@ def _checked(trainer_class: type) -> type:
 
             self.data_collator = collated
 
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if not self.by_length:
+                return super()._get_train_sampler(train_dataset)
+            lengths = [len(row["input_ids"]) for row in self.train_dataset]
+            update = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return ByLength(lengths, update, self.args.data_seed)
+
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
             if self.lean and "labels" in inputs and not return_outputs:
                 found = loss = lean.response_loss(model, inputs, num_items_in_batch)
+            elif plain and not return_outputs:
+                # The loss alone: TRL measures entropy and accuracy beside it, and fetches them in every micro-step.
+                found = loss = transformers.Trainer.compute_loss(
+                    self, model, inputs | {"use_cache": False}, num_items_in_batch=num_items_in_batch
+                )
             else:
                 found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
                 loss = found[0] if return_outputs else found
@@ -428,7 +474,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _arguments(preset: DpoPreset | SftPreset, rows: int, seed: int, out: Path) -> dict[str, Any]:
+def _arguments(preset: DpoPreset | SftPreset, rows: int, seed: int, out: Path, checkpointing: bool) -> dict[str, Any]:
     """Training arguments, each set explicitly where a default of a library could change results."""
     if preset.optimiser == "adamw_8bit" and not torch.cuda.is_available():
         raise TrainingError("optimiser 'adamw_8bit' needs a CUDA device (bitsandbytes): use 'adamw_torch'")
@@ -447,8 +493,8 @@ def _arguments(preset: DpoPreset | SftPreset, rows: int, seed: int, out: Path) -
         "weight_decay": preset.weight_decay,
         "max_grad_norm": 1.0,
         "optim": preset.optimiser,
-        "gradient_checkpointing": preset.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if preset.gradient_checkpointing else None,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         "bf16": False,  # of autocast: the base has the preset's precision by itself
         "fp16": False,
         "seed": seed,
@@ -468,6 +514,11 @@ NO_AUTOCAST = {"UNSLOTH_MIXED_PRECISION": "bfloat16", "ACCELERATE_MIXED_PRECISIO
 turns bf16=False and fp16=False into bfloat16 autocast."""
 
 
+def _ran(trainer_class: type) -> Literal["trl", "unsloth"]:
+    """Whose trainer a class is: Unsloth puts its own in the place of TRL's."""
+    return "unsloth" if any("Unsloth" in c.__name__ for c in trainer_class.__mro__) else "trl"
+
+
 def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
     """A trainer, and the proof that it is the one that was asked for and keeps to its arguments.
 
@@ -481,7 +532,7 @@ def _made(trainer_class: type, backend: str, model: Any, **given: Any) -> Any:
         TrainingError: model or trainer are the other back end's, or the trainer has switched on autocast.
     """
     loaded = getattr(model, "_cai_em_loaded_by", "trl")  # a PeftModel passes the question on to its base
-    ran = "unsloth" if any("Unsloth" in c.__name__ for c in trainer_class.__mro__) else "trl"
+    ran = _ran(trainer_class)
     if not loaded == ran == backend:
         raise TrainingError(
             f"training was to run on {backend}, but the model was loaded by {loaded} and the trainer is {ran}'s: load "
