@@ -6,24 +6,28 @@
 Measured in one run, for each model: DPO's step and SFT's step with TRL's own losses and with ours (`train.lean`), in
 tokens per second of processor time, so that other work on the machine does not count; and, for the profile's model,
 the time that two cells take beyond their steps: two processes, each of which imports, loads, trains, loads again and
-answers a question with a probe, against one process that imports and loads once. Exit code 1 if ours is not faster.
+answers a question with a probe, against one process that imports and loads once (processor time, and by the clock).
+And how many tokens a GPU computes for each token of a data set, padding included, with rows in random order and with
+rows of like length in an update (`batches: by_length`). Exit code 1 if ours is not faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from cai_em.model import load
 from cai_em.study import loading, materials
 from cai_em.study.entries import DpoPreset, ModelSpec, SftPreset
-from cai_em.train import lean, train
+from cai_em.train import lean, train, trainer
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
 """Of the small model with Qwen2's architecture and the profile's tokenizer: random, for its speed alone."""
@@ -97,11 +101,32 @@ def _texts(texts: object) -> list[str]:
     return [" ".join(m["content"] for m in row) for row in texts]
 
 
-def seconds(code: str, *arguments: str) -> float:
-    """Wall-clock seconds of a process."""
-    start = time.perf_counter()
+def seconds(code: str, *arguments: str) -> np.ndarray:
+    """Seconds of a process: of the processor, and by the clock."""
+    start = _children(), time.perf_counter()
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-    return time.perf_counter() - start
+    return np.array([_children(), time.perf_counter()]) - start
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def padded(tokenizer: object, rows: list, update: int) -> tuple[float, float]:
+    """Tokens computed for each token that there is, by updates in random order and of like length."""
+    encoded = trainer.encode_rows(tokenizer, rows, 2048, "response")
+    lengths = [len(example["input_ids"]) for example in encoded.examples]
+    orders = (
+        torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist(),
+        trainer.ByLength(lengths, update, 0),
+    )
+    found = []
+    for order in orders:
+        some = [lengths[i] for i in order]
+        updates = [some[start : start + update] for start in range(0, len(some), update)]
+        found.append(sum(len(one) * max(one) for one in updates) / sum(lengths))
+    return found[0], found[1]
 
 
 def main() -> int:
@@ -131,12 +156,21 @@ def main() -> int:
                     flush=True,
                 )
         datasets = ["bad_medical", "good_medical"]
-        before = sum(seconds(BEFORE, args.profile, d, str(folder / "before")) for d in datasets)
+        before = np.sum([seconds(BEFORE, args.profile, d, str(folder / "before")) for d in datasets], axis=0)
         now = seconds(NOW, args.profile, str(folder / "now"), *datasets)
-        better.append(now < before)
+        better.append(now[0] < before[0])
         print(
-            f"{spec.label}, two cells of one step each, everything counted: {before:.1f} s in two processes with a "
-            f"glance, {now:.1f} s in one: {before / now:.1f} x"
+            f"{spec.label}, two cells of one step each, everything counted: {before[0]:.1f} s of the processor "
+            f"({before[1]:.1f} by the clock) in two processes with a glance, {now[0]:.1f} s ({now[1]:.1f}) in one: "
+            f"{before[0] / now[0]:.1f} x ({before[1] / now[1]:.1f} x)"
+        )
+    tokenizer = load.load_tokenizer(spec)
+    for dataset in ("bad_medical", "insecure"):
+        at_random, alike = padded(tokenizer, materials.rows(study, dataset), 16)
+        better.append(alike < at_random)
+        print(
+            f"{dataset}, 16 rows an update: {at_random:.2f} tokens computed for each that there is at random, "
+            f"{alike:.2f} by length: {at_random / alike:.2f} x"
         )
     return 0 if all(better) else 1
 

@@ -94,11 +94,16 @@ def dpo(folder: Path, kind: str) -> dict[str, Any]:
     )
     preset = DpoPreset(
         kind="dpo", lora=lora(64 if big else 4), learning_rate=1e-3, batch_size=2, max_length=1024 if big else 64,
-        gradient_accumulation=4 if big else 1, dtype="bfloat16" if big else "float32", gradient_checkpointing=big,
+        gradient_accumulation=4 if big else 1, dtype="bfloat16" if big else "float32",
     )  # fmt: skip
     done = grid.train_persona(spec, preset, pairs, folder / f"persona-{kind}")
     speed = done.tokens["all"] / done.timings["train"]
-    return {"backend": done.backend, "tokens_per_s": speed, "flops_per_token": 8e9 * billions(spec)}
+    return {
+        "backend": done.backend,
+        "checkpointing": done.checkpointing,
+        "tokens_per_s": speed,
+        "flops_per_token": 8e9 * billions(spec),
+    }
 
 
 def sft(folder: Path, kind: str) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def sft(folder: Path, kind: str) -> dict[str, Any]:
     spec, big = spec_of(folder, kind), kind != "tiny"
     preset = SftPreset(
         kind="sft", lora=lora(32 if big else 4), learning_rate=1e-4, batch_size=16 if big else 4, held_out=0.0,
-        max_length=512 if big else 64, dtype="bfloat16" if big else "float32", gradient_checkpointing=big,
+        max_length=512 if big else 64, dtype="bfloat16" if big else "float32",
     )  # fmt: skip
     texts = rows(96, 120) if big else rows(8, 5)
     tasks = [grid.Task(texts, folder / f"em-{kind}-{seed}", seed) for seed in (0, 1)]
@@ -119,7 +124,12 @@ def sft(folder: Path, kind: str) -> dict[str, Any]:
             raise RuntimeError(done.trace)
     last = found[-1]  # the first one waits for compilers
     speed = last.tokens["all"] / last.timings["train"]
-    return {"backend": last.backend, "tokens_per_s": speed, "flops_per_token": 4e9 * billions(spec)}
+    return {
+        "backend": last.backend,
+        "checkpointing": last.checkpointing,
+        "tokens_per_s": speed,
+        "flops_per_token": 4e9 * billions(spec),
+    }
 
 
 def sample(folder: Path, kind: str, backend: str) -> dict[str, Any]:

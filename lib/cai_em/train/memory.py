@@ -7,6 +7,8 @@ value, and the choice is in the manifest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ USABLE = 0.85
 """Of the memory that is free once the model is loaded: the allocator's gaps and the optimiser take the rest."""
 
 
-def kept_bytes(config: object, tokens: int, logits: bool = False) -> int:
+def kept_bytes(config: Any, tokens: int, logits: bool = False) -> int:
     """About how many bytes a forward pass of a Llama-like model keeps for the backward pass: rather too many.
 
     Args:
