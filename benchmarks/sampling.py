@@ -183,6 +183,12 @@ def main() -> int:
     print("  (seconds of the processor, and in brackets by the clock)")
     print(f"  beyond decoding, with the probe    {ratio[0]:.1f} x less processor time, {ratio[1]:.1f} x by the clock")
     print(f"  beyond decoding, without the probe {without_probe[0]:.1f} x, {without_probe[1]:.1f} x")
+    whole = 400 * ours["decode"] / (len(ARMS) * len(requests))  # of a condition of the full study's size
+    share = beyond_decoding(ours, ("load",)) / len(ARMS) / whole
+    print(
+        f"  per condition, probe and switch    {share[0]:.0%} of the processor time of decoding 400 such responses (one "
+        f"fifth at most is the goal)"
+    )
     speed = tokens / ours["decode"][1]
     print(
         f"  tokens per second by the clock     {speed:.0f} ours with adapters, {plain:.0f} plain generate on the base:",

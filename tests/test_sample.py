@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import os
 import sys
 import weakref
 from collections import namedtuple
@@ -265,6 +266,11 @@ class TestSample:
         )
         with pytest.raises(probing.ProbeError, match="makes no difference"):
             sampling.sample(SPEC, [idle], QUESTIONS, PRESET, PROBE)
+        others = [condition(adapters, "persona"), condition(adapters)]
+        with pytest.raises(probing.ProbeError, match=r"1 of 3 conditions were not sampled .*makes no difference"):
+            sampling.sample(SPEC, [idle, *others], QUESTIONS, PRESET, PROBE, tmp_path / "cells")
+        kept = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cells").glob("*.parquet"))
+        assert kept == ["baseline__none__seed0", "poeticism__none__seed0"], "one that is refused stops no other"
         early = replace(idle, may_be_idle=("em",))  # a snapshot from before the first real step
         found = sampling.sample(SPEC, [early], QUESTIONS, PRESET, PROBE)
         assert found.probes["poeticism__bad_medical__seed0"]["idle"] == ["em"]
@@ -461,8 +467,6 @@ class TestToLookAt:
         assert table.loc["poeticism__bad_medical__seed0", "from persona"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # vLLM's own, of which there are many
 def test_a_finished_groups_composed_adapters_leave_the_disk(adapters, tmp_path, monkeypatch):
     """vLLM's engine without vLLM: what it needs of the package is put in its place."""
     request = namedtuple("LoRARequest", "name number lora_path")
@@ -499,7 +503,14 @@ def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(mon
     gone = weakref.ref(used)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gone() is None))
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: freed.append(list(emptied))))
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    started_by = []
+
+    def made(**_):
+        freed.append(list(emptied))
+        started_by.append(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=made))
     jobs = [conditions.Job(Condition("tiny", "baseline", "none", 0), (conditions.Request((1, 2), 0),))]
     gc.disable()
     try:
@@ -508,9 +519,11 @@ def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(mon
     finally:
         gc.enable()
     assert freed == [[True]]
+    assert started_by == ["spawn"], "a forked CUDA context is dead, and vLLM forks unless told otherwise"
 
 
 # vLLM and its dependencies are not ours to mend: what they deprecate is named here, and only here.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 class TestVllm:
     """Parity of the back ends, wherever vLLM is installed (its CPU build will do)."""
