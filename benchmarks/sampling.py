@@ -186,8 +186,8 @@ def main() -> int:
     whole = 400 * ours["decode"] / (len(ARMS) * len(requests))  # of a condition of the full study's size
     share = beyond_decoding(ours, ("load",)) / len(ARMS) / whole
     print(
-        f"  per condition, probe and switch    {share[0]:.0%} of the processor time of decoding 400 such responses (one "
-        f"fifth at most is the goal)"
+        f"  per condition, probe and switch    {share[0]:.1%} of the processor time of decoding 400 such responses "
+        "(goal: a fifth at most)"
     )
     speed = tokens / ours["decode"][1]
     print(

@@ -523,7 +523,6 @@ def test_what_this_process_has_done_with_is_freed_before_vllm_claims_the_gpu(mon
 
 
 # vLLM and its dependencies are not ours to mend: what they deprecate is named here, and only here.
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 class TestVllm:
     """Parity of the back ends, wherever vLLM is installed (its CPU build will do)."""
