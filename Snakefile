@@ -377,6 +377,11 @@ rule seal:
         f"python -m cai_em.workflow.run seal {shlex.quote(PROFILE)} > {{log}} 2>&1"
 
 
+onstart:
+    # For the screen (cai_em.workflow.screen): what is to be done, in cells.
+    logger.info(None, extra={"event": "begin", "study": STUDY, "jobs": [(j.rule.name, dict(j.wildcards_dict)) for j in workflow.dag.needrun_jobs()]})
+
+
 onerror:
     failed = failures(STUDY.dir)
     print(f"\n{len(failed)} job(s) failed; each notebook was kept as it stopped, with its error:")

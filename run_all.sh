@@ -152,8 +152,10 @@ ARGS=()
 DRY=
 FROM=
 JOBS=
+SCREEN=(--logger cai-em) # Snakemake's own words go to .snakemake/log/
 while [ $# -gt 0 ]; do
   case "$1" in
+    -v|--jobs-list) SCREEN=() ;;
     --profile) WHERE=${2:?--profile needs a name: local or slurm}; shift ;;
     --jobs) JOBS=${2:?--jobs needs a number}; shift ;;
     --from) FROM=${2:?--from needs results/<profile>, or the JSON file of tests/gpu/check.sh}; shift ;;
@@ -172,7 +174,7 @@ RESULTS=${CAI_EM_RESULTS:-results}/$NAME
 MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back
 if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
-  "${SNAKEMAKE[@]}" "${ARGS[@]}"
+  "${SNAKEMAKE[@]}" "${SCREEN[@]}" "${ARGS[@]}"
   python -m cai_em.workflow.plan "$WHAT" ${FROM:+--from "$FROM"}
   exit
 fi
@@ -181,6 +183,6 @@ lock
 [ -z "$(ls -A .snakemake/locks 2>/dev/null)" ] || "${SNAKEMAKE[@]}" --unlock --quiet all   # we hold the lock, so this one is a killed run's
 START=$SECONDS
 say "profile $WHAT"
-"${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
+"${SNAKEMAKE[@]}" "${SCREEN[@]}" "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
 if grep -qs why "$MISSING"; then python -m cai_em.workflow.arrivals left-out "$WHAT" >&2; fi
 say "done in $((SECONDS - START)) s: $RESULTS/RESULTS.md, $RESULTS/paper/index.html, notebooks with outputs in $RESULTS/notebooks/"

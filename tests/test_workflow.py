@@ -72,7 +72,7 @@ def logs(place: Path) -> str:
 
 def planned(place: Path, *arguments: str, profile: str = "micro") -> Counter:
     """Jobs by rule that a dry run lists."""
-    out = run_all(place, profile, "--dry-run", *arguments)
+    out = run_all(place, profile, "--dry-run", "--jobs-list", *arguments)
     return Counter(re.findall(r"^Job \d+: (\w+)", out.stdout + out.stderr, flags=re.MULTILINE))
 
 
@@ -145,6 +145,20 @@ def test_a_second_run_does_nothing_in_seconds(micro):
     out = run_all(micro, "micro")
     assert time.monotonic() - start < 60
     assert planned(micro) == Counter(), out.stdout
+
+
+def test_a_dry_run_is_one_screen(micro):
+    """Counts by stage and reason, the plan, what the design can see; the list of jobs only if asked for."""
+    source = (micro / "lib/cai_em/judge/judging.py").read_text()
+    with edited(micro / "lib/cai_em/judge/judging.py", source, source + "\nEXTRA = 1\n"):
+        shown = run_all(micro, "micro", "--dry-run").stdout
+    assert re.search(r"^judging +3 +3$", shown, flags=re.MULTILINE), shown
+    assert "code or settings changed" in shown
+    assert "What it can see" in shown
+    assert "results/micro/04_judge" not in shown
+    paper = run_all(micro, "paper", "--dry-run").stdout
+    assert len(paper.encode()) < 6000
+    assert re.search(r"^fine-tuning +36 +36$", paper, flags=re.MULTILINE)
 
 
 @contextlib.contextmanager
