@@ -218,7 +218,7 @@ def test_what_the_design_can_see_is_what_the_deciding_test_sees(paper):
         ["H2", "goodness", 4],
         ["H2", "loving", 4],
     ]
-    c = Components(49, 169, 9, 4, datasets=4, tuned=2, reference=2, untuned=64)
+    c = Components(30.25, 169, 9, 4, datasets=4, tuned=2, reference=2, untuned=64)
     # Four claims in the family: H1, H2, and what H3 and H4 say.
     how = {"questions": 8, "samples": 50, "seeds": 3, "alpha": 0.05 / 4}
     smallest = table["detectable"].iloc[0]

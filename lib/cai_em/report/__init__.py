@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "audited": ["audit_account", "audit_findings", "audit_rates"],
-        "explore": ["CSS", "Explorer", "cards", "heading", "select"],
+        "explore": ["CSS", "Explorer", "cards", "heading", "judge_doubts", "select"],
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
         "markdown": ["escape"],
