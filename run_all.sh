@@ -6,6 +6,7 @@
 #   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh audit PATH...    any study that has been judged already: its files, whoever wrote them; docs/audit.md     (~2 min)
+#   ./run_all.sh freeze PROFILE   write down, before its data, what a study will test and what would count: prereg/; docs/full-study.md
 #   ./run_all.sh pin PROFILE      ask the hub for the commits that the profile needs and params/ does not name yet
 #   ./run_all.sh test             the tests
 #   ./run_all.sh calibrate-judge KEY  measure a judge on answers with reference scores, before it is trusted (says the cost first)
@@ -13,7 +14,7 @@
 #   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
-# Options after the profile: --dry-run (jobs with reasons, and what they cost; --from RESULTS: as measured there), --jobs N, --profile slurm, and any of Snakemake's.
+# Options after the profile: --dry-run (counts of jobs by reason, cost, power; --from RESULTS: as measured there; --jobs-list: every job), --jobs N, --profile slurm, and any of Snakemake's.
 # CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
@@ -131,9 +132,14 @@ case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 
 case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
-  lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
+  lab) # on loopback; as root too (containers); params/lab: no news, and nothing is saved by itself over what a run vouches for
+    setup
+    ROOT=(); [ "$(id -u)" != 0 ] || ROOT=(--allow-root)
+    export JUPYTER_CONFIG_PATH=$PWD/params/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}
+    exec jupyter lab --ip 127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_explore.ipynb "${ROOT[@]}" "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
   calibrate-judge) setup; exec python -m cai_em.judge.calibrate "$@" ;;
+  freeze) setup; exec python -m cai_em.report.freeze "$@" ;;
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
   pin) setup; exec python -m cai_em.workflow.pin "$@" ;;
   clean) clean "$@"; exit ;;
@@ -143,7 +149,7 @@ case "$WHAT" in
     audit "${PATHS[@]}" ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
-  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: pin, test, verify, clean, setup, lab"
+  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: freeze, pin, test, verify, clean, setup, lab"
 setup "$WHAT" "$@"
 
 # --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------

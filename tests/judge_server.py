@@ -209,9 +209,7 @@ class JudgeServer:
         received[request] += 1
         prompt = body["messages"][-1]["content"]
         fault = self._fault(prompt, request, attempt)
-        while (self.let_go and self.most_under_way < self.together) or (
-            self.answers is not None and self.let_go >= self.answers
-        ):
+        while self._must_wait():
             await asyncio.sleep(0.005)
         self.let_go += 1
         if self.latency_s:
@@ -244,6 +242,10 @@ class JudgeServer:
         await self._reply(writer, text)
         completed[request] += 1
         return None
+
+    def _must_wait(self) -> bool:
+        alone = self.let_go > 0 and self.most_under_way < self.together
+        return alone or (self.answers is not None and self.let_go >= self.answers)
 
     def _fault(self, prompt: str, request: str, attempt: int) -> str | None:
         asked = re.search(r"\[\[fault:(\w+)(?:\*(\d+))?\]\]", prompt)

@@ -228,13 +228,8 @@ def test_means_are_those_of_the_paper():
 
 def test_a_judge_that_is_not_trusted_is_said_on_its_badges():
     judged, texts = two_models()
-    gates = pd.DataFrame(
-        {
-            "model": ["m1", "m1", "m2"],
-            "judge_gate": ["absent", "absent", "present"],
-            "judge_reason": ["AUC 0.6 <", "AUC 0.6 <", "fine"],
-        }
-    )
+    rows = [("m1", "absent", "AUC 0.6 <")] * 2 + [("m2", "present", "fine")]
+    gates = pd.DataFrame(rows, columns=["model", "judge_gate", "judge_reason"])
     doubts = explore.judge_doubts(gates)
     assert doubts == {"m1": "AUC 0.6 <"}
     found = explore.Explorer(judged, texts, LOOK, doubts=doubts)

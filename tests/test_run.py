@@ -52,10 +52,8 @@ def test_what_is_made_again_and_is_the_same_is_kept_as_it_is(tmp_path):
 
     def make(text, **more):
         records_files.write_text(tmp_path / "stage" / "t.txt", text)
-        outputs = [tmp_path / "stage" / "t.txt"]
-        return manifest.write_manifest(
-            tmp_path / "stage", stage="05", inputs=[], outputs=outputs, params={"a": 1}, **more
-        )
+        more |= {"stage": "05", "inputs": [], "outputs": [tmp_path / "stage" / "t.txt"], "params": {"a": 1}}
+        return manifest.write_manifest(tmp_path / "stage", **more)
 
     def state():
         return [(p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((tmp_path / "stage").iterdir())]

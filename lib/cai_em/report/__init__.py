@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "explore": ["CSS", "Explorer", "cards", "heading", "judge_doubts", "select"],
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
+        "freeze": ["frozen_status"],
         "markdown": ["escape"],
         "paper": ["generate"],
         "render": ["check_paper", "generated_of"],
