@@ -135,6 +135,8 @@ case "$WHAT" in
   lab) # on loopback; as root too (containers); params/lab: no news, and nothing is saved by itself over what a run vouches for
     setup
     ROOT=(); [ "$(id -u)" != 0 ] || ROOT=(--allow-root)
+    NEWEST=$(ls -t "${CAI_EM_RESULTS:-results}"/*/RESULTS.md 2>/dev/null | head -n 1) # what 00_explore opens with
+    [ -z "$NEWEST" ] || export CAI_EM_PROFILE=${CAI_EM_PROFILE:-$(basename "$(dirname "$NEWEST")")}
     export JUPYTER_CONFIG_PATH=$PWD/params/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}
     exec jupyter lab --ip 127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_explore.ipynb "${ROOT[@]}" "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
