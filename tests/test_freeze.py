@@ -105,7 +105,7 @@ def test_the_code_of_the_analysis_is_part_of_what_is_frozen(place, monkeypatch):
 def test_differences_name_what_was_and_what_is():
     old = {"a": {"x": 1, "y": [1, 2]}, "gone": "one"}
     new = {"a": {"x": 2, "y": [2, 3, 4]}, "new": None}
-    assert list(freeze.differences(old, new)) == [
+    assert list(freeze.amendments_between(old, new)) == [
         "a x: 1, now 2",
         "a y: 2 added, 1 removed",
         'gone: "one", now not there',

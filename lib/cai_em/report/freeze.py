@@ -62,7 +62,7 @@ def folder_of(study: Study) -> Path:
     return study.folder.parent / "prereg"
 
 
-def files_of(study: Study) -> list[Path]:
+def frozen_files(study: Study) -> list[Path]:
     """A study's frozen files, the oldest first."""
     return sorted(folder_of(study).glob(f"{study.name}-[0-9][0-9][0-9][0-9]-*.json"))
 
@@ -131,7 +131,7 @@ def freeze(study: Study, now: datetime | None = None) -> Path:
 def frozen(study: Study) -> Frozen:
     """How a run stands to the oldest frozen file of its study. Scores that others made were there before any file."""
     data = _first_data(study)
-    found = files_of(study)
+    found = frozen_files(study)
     if not found:
         return Frozen(data=data)
     record = json.loads(found[0].read_text(encoding="utf-8"))
@@ -139,10 +139,10 @@ def frozen(study: Study) -> Frozen:
     early = not data or datetime.fromisoformat(on) < datetime.fromisoformat(data)
     before = study.profile.source == "trained" and early
     name = found[0].relative_to(study.folder.parent).as_posix()
-    return Frozen(on[:10], name, data[:10], before, tuple(differences(record["fixed"], parts)))
+    return Frozen(on[:10], name, data[:10], before, tuple(amendments_between(record["fixed"], parts)))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "") -> Iterator[str]:
+def amendments_between(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "") -> Iterator[str]:
     """What differs between two nested mappings: `thresholds alpha: 0.05, now 0.01`."""
     for key in dict.fromkeys([*old, *new]):
         a, b, name = old.get(key), new.get(key), f"{under} {key}".strip()
@@ -151,7 +151,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], under: str = "")
         if name in ("code", "parameters"):  # hashes, by stage
             yield f"{name} of {', '.join(stage for stage in b if a.get(stage) != b[stage])} changed"
         elif isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, name)
+            yield from amendments_between(a, b, name)
         elif isinstance(a, list) and isinstance(b, list):
             gone, come = ([x for x in one if x not in other] for one, other in ((a, b), (b, a)))
             yield f"{name}: {len(come)} added, {len(gone)} removed" if gone or come else f"{name}: another order"
