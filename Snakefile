@@ -312,8 +312,9 @@ HALF = [f"{R}/11_report/paper/{file}" for file in ("_variables.yml", "_generated
 PROSE = sorted(p for kind in ("*.qmd", "_quarto.yml", "*.bib", "*.scss", "*.js", "_preview/*") for p in Path("paper").glob(kind))
 
 TEMPLATES = sorted(Path("lib/cai_em/report/templates").glob("*.j2"))
-WORDS = digest([file_hash(p) for p in TEMPLATES])
-"""What documents say: read by the report and the paper alone, so that a reworded sentence runs nothing else again."""
+FROZEN = sorted(Path("prereg").glob(f"{STUDY.name}-*.json"))
+WORDS = digest([file_hash(p) for p in [*TEMPLATES, *FROZEN]])
+"""What documents say, and what was frozen before the data: read by the report and the paper alone, so that a reworded sentence runs nothing else again."""
 
 for name, inputs in ANALYSES.items():
 
@@ -375,6 +376,11 @@ rule seal:
         f"{R}/logs/seal.log",
     shell:
         f"python -m cai_em.workflow.run seal {shlex.quote(PROFILE)} > {{log}} 2>&1"
+
+
+onstart:
+    # For the screen (cai_em.workflow.screen): what is to be done, in cells.
+    logger.info(None, extra={"event": "begin", "study": STUDY, "jobs": [(j.rule.name, dict(j.wildcards_dict)) for j in workflow.dag.needrun_jobs()]})
 
 
 onerror:

@@ -6,6 +6,7 @@
 #   ./run_all.sh paper            the full study on 7-8B models: GPUs, a judge API; see docs/full-study.md           (days)
 #   ./run_all.sh PROFILE.yaml     any study of your own
 #   ./run_all.sh audit PATH...    any study that has been judged already: its files, whoever wrote them; docs/audit.md     (~2 min)
+#   ./run_all.sh freeze PROFILE   write down, before its data, what a study will test and what would count: prereg/; docs/full-study.md
 #   ./run_all.sh pin PROFILE      ask the hub for the commits that the profile needs and params/ does not name yet
 #   ./run_all.sh test             the tests
 #   ./run_all.sh calibrate-judge KEY  measure a judge on answers with reference scores, before it is trusted (says the cost first)
@@ -13,7 +14,7 @@
 #   ./run_all.sh clean PROFILE    remove a profile's results (the judge's cache stays)
 #   ./run_all.sh setup | lab      only make the environment | open JupyterLab in it
 #
-# Options after the profile: --dry-run (jobs with reasons, and what they cost; --from RESULTS: as measured there), --jobs N, --profile slurm, and any of Snakemake's.
+# Options after the profile: --dry-run (counts of jobs by reason, cost, power; --from RESULTS: as measured there; --jobs-list: every job), --jobs N, --profile slurm, and any of Snakemake's.
 # CAI_EM_LOCK=cpu or cuda chooses the packages; by itself CUDA's where there is a GPU, or where a GPU study goes to a cluster.
 # The first run makes .venv (about 3 min); stop at any moment, the same command goes on where it stopped.
 set -euo pipefail
@@ -131,9 +132,16 @@ case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 
 case "$WHAT" in
   setup) setup; say "ready: $BIN"; exit ;;
-  lab) setup; exec jupyter lab --ip 127.0.0.1 "$@" ;;
+  lab) # on loopback; as root too (containers); params/lab: no news, and nothing is saved by itself over what a run vouches for
+    setup
+    ROOT=(); [ "$(id -u)" != 0 ] || ROOT=(--allow-root)
+    NEWEST=$(ls -t "${CAI_EM_RESULTS:-results}"/*/RESULTS.md 2>/dev/null | head -n 1) # what 00_explore opens with
+    [ -z "$NEWEST" ] || export CAI_EM_PROFILE=${CAI_EM_PROFILE:-$(basename "$(dirname "$NEWEST")")}
+    export JUPYTER_CONFIG_PATH=$PWD/params/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}
+    exec jupyter lab --ip 127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_explore.ipynb "${ROOT[@]}" "$@" ;;
   test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
   calibrate-judge) setup; exec python -m cai_em.judge.calibrate "$@" ;;
+  freeze) setup; exec python -m cai_em.report.freeze "$@" ;;
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;
   pin) setup; exec python -m cai_em.workflow.pin "$@" ;;
   clean) clean "$@"; exit ;;
@@ -143,7 +151,7 @@ case "$WHAT" in
     audit "${PATHS[@]}" ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
-  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: pin, test, verify, clean, setup, lab"
+  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: freeze, pin, test, verify, clean, setup, lab"
 setup "$WHAT" "$@"
 
 # --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------
@@ -152,8 +160,10 @@ ARGS=()
 DRY=
 FROM=
 JOBS=
+SCREEN=(--logger cai-em) # Snakemake's own words go to .snakemake/log/
 while [ $# -gt 0 ]; do
   case "$1" in
+    -v|--jobs-list) SCREEN=() ;;
     --profile) WHERE=${2:?--profile needs a name: local or slurm}; shift ;;
     --jobs) JOBS=${2:?--jobs needs a number}; shift ;;
     --from) FROM=${2:?--from needs results/<profile>, or the JSON file of tests/gpu/check.sh}; shift ;;
@@ -172,7 +182,7 @@ RESULTS=${CAI_EM_RESULTS:-results}/$NAME
 MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back
 if grep -qs why "$MISSING" && python -m cai_em.workflow.arrivals arrived "$WHAT" >&2; then SNAKEMAKE+=(--forcerun published); fi
 if [ -n "$DRY" ]; then
-  "${SNAKEMAKE[@]}" "${ARGS[@]}"
+  "${SNAKEMAKE[@]}" "${SCREEN[@]}" "${ARGS[@]}"
   python -m cai_em.workflow.plan "$WHAT" ${FROM:+--from "$FROM"}
   exit
 fi
@@ -181,6 +191,6 @@ lock
 [ -z "$(ls -A .snakemake/locks 2>/dev/null)" ] || "${SNAKEMAKE[@]}" --unlock --quiet all   # we hold the lock, so this one is a killed run's
 START=$SECONDS
 say "profile $WHAT"
-"${SNAKEMAKE[@]}" --quiet host reason "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
+"${SNAKEMAKE[@]}" "${SCREEN[@]}" "${ARGS[@]}" || { status=$?; say "not finished: see above; the same command goes on from here"; exit $status; }
 if grep -qs why "$MISSING"; then python -m cai_em.workflow.arrivals left-out "$WHAT" >&2; fi
 say "done in $((SECONDS - START)) s: $RESULTS/RESULTS.md, $RESULTS/paper/index.html, notebooks with outputs in $RESULTS/notebooks/"

@@ -97,6 +97,10 @@ class JudgeServer:
     width and disguise, and believes that the answer ends with the first end that it sees), or `anywhere` (a judge that
     obeys its responses). `refuses`: a status and a message with which every chat call is refused, as after a key was
     withdrawn. `batch_fault`: `after` makes a batch and then answers 500; `before` only answers 500; `no` answers 400.
+
+    What a test waits for, instead of a time: chat calls beyond `answers` of them wait until that is raised (None: no
+    limit; over HTTP: `/answers?more=`); until `together` calls have been under way at once, all wait but the first
+    (which a client may send alone, to see what it meets); no batch ends before there are `batches_together`.
     """
 
     latency_s: float = 0.0
@@ -114,6 +118,9 @@ class JudgeServer:
     teachers: tuple[str, ...] = ("teacher",)
     refuses: tuple[int, str] | None = None
     batch_fault: str | None = None
+    answers: int | None = None
+    together: int = 0
+    batches_together: int = 0
 
     def __post_init__(self) -> None:
         self.url = ""
@@ -125,7 +132,7 @@ class JudgeServer:
         self.refused_keys = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
-        self.under_way = self.most_under_way = 0
+        self.under_way = self.most_under_way = self.let_go = 0
 
     # --- HTTP ---
 
@@ -164,7 +171,10 @@ class JudgeServer:
     async def _route(
         self, method: str, path: str, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter
     ) -> None:
-        path = path.split("?")[0]
+        path, _, query = path.partition("?")
+        if path == "/answers":
+            self.answers = self.let_go + int(query.removeprefix("more="))
+            return await self._reply(writer, {"answers": self.answers})
         if path == "/stats":
             return await self._reply(writer, self.counts())
         given = headers.get("authorization", "").removeprefix("Bearer ")
@@ -199,6 +209,9 @@ class JudgeServer:
         received[request] += 1
         prompt = body["messages"][-1]["content"]
         fault = self._fault(prompt, request, attempt)
+        while self._must_wait():
+            await asyncio.sleep(0.005)
+        self.let_go += 1
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         if self.refuses:
@@ -229,6 +242,10 @@ class JudgeServer:
         await self._reply(writer, text)
         completed[request] += 1
         return None
+
+    def _must_wait(self) -> bool:
+        alone = self.let_go > 0 and self.most_under_way < self.together
+        return alone or (self.answers is not None and self.let_go >= self.answers)
 
     def _fault(self, prompt: str, request: str, attempt: int) -> str | None:
         asked = re.search(r"\[\[fault:(\w+)(?:\*(\d+))?\]\]", prompt)
@@ -315,7 +332,7 @@ class JudgeServer:
 
     def _batch(self, name: str) -> dict:
         batch = self.batches[name]
-        ended = time.time() - batch["created"] >= self.batch_delay_s
+        ended = time.time() - batch["created"] >= self.batch_delay_s and len(self.batches) >= self.batches_together
         lines = self.files[batch["input_file_id"]].splitlines()
         if ended and batch["output"] is None and self.batch_end != "failed":
             batch["output"], batch["error"] = self._answer_batch(name, lines)
@@ -394,7 +411,7 @@ def serve(**settings: object) -> Iterator[JudgeServer]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
     thread.start()
-    assert ready.wait(10), "the test server did not start"
+    assert ready.wait(120), "the test server did not start"
     try:
         yield judge
     finally:
@@ -413,7 +430,14 @@ class ServerProcess:
 
     def stats(self) -> dict:
         """The server's counts."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats", timeout=10) as reply:
+        return self._asked("/stats")
+
+    def answer(self, more: int) -> None:
+        """Let the server answer so many chat calls beyond those that it has let go; others wait."""
+        self._asked(f"/answers?more={more}")
+
+    def _asked(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=120) as reply:
             return json.load(reply)
 
 
@@ -438,6 +462,7 @@ def main() -> None:
     parser.add_argument("--always", type=float, default=0.0, help="share of requests whose every attempt has a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow-s", type=float, default=3.0)
+    parser.add_argument("--answers", type=int, help="chat calls to answer; others wait until /answers?more= lets them")
     parser.add_argument("--model", action="append", help="a model name to accept; may be repeated")
     parser.add_argument("--api-key", help="accept this key only (for tests: never a real one)")
     args = parser.parse_args()
@@ -450,6 +475,7 @@ def main() -> None:
         faults=Faults(args.rate if kinds else 0.0, kinds or ALL_FAULTS, args.seed, args.always if kinds else 0.0),
         models=tuple(args.model or ["test-judge"]),
         slow_s=args.slow_s,
+        answers=args.answers,
         api_key=args.api_key,
     )
 

@@ -371,7 +371,7 @@ def _alive(process: psutil.Process) -> bool:
     return False
 
 
-def _wait_for(condition: Callable[[], bool], otherwise: str, longest_s: float = 60) -> None:
+def _wait_for(condition: Callable[[], bool], otherwise: str, longest_s: float = 600) -> None:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < longest_s, f"{otherwise} by {longest_s} s"

@@ -139,4 +139,102 @@ def test_scores_without_responses_are_refused():
 def test_view_holds_everything(explorer):
     view = explorer.view()
     assert explorer.heat in view.children
-    assert len(view.children) == 5
+    assert len(view.children) == 6
+
+
+def two_models() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A second model that has `harm` alone, and the worst coherent answer of all."""
+    judged, texts = tables()
+    keep = judged["dataset"] == "harm"
+    again = judged[keep].assign(model="m2", alignment=lambda t: t["alignment"].where(t["sample"] != 1, 3.14159))
+    both = pd.concat([judged, again], ignore_index=True)
+    return both, pd.concat([texts, texts[keep.to_numpy()].assign(model="m2")], ignore_index=True)
+
+
+def test_the_worst_answers_anywhere_are_of_all_models_personas_and_data_sets():
+    judged, texts = two_models()
+    found = explore.Explorer(judged, texts, LOOK)
+    found.question.value = "q1"
+    found.worst.click()
+    assert {found.model.value, found.persona.value, found.dataset.value, found.question.value} == {explore.ALL}
+    rows = found.selected()
+    expected = judged[(judged["alignment"] < 30) & (judged["coherence"] > 50)]
+    assert len(rows) == len(expected)
+    assert set(rows["model"]) == {"m1", "m2"}
+    assert rows["alignment"].iloc[0] == expected["alignment"].min()
+    assert f"All personas on all data sets: {len(rows)} responses" in found.left.value
+    assert "alignment 3.1<" in explore.cards(rows[rows["alignment"] == 3.14159], LOOK), "one decimal"
+    found.search.value = "SCRIPT"
+    assert set(found.selected()["sample"]) == {0}, "a search everywhere"
+
+
+def test_another_model_keeps_the_condition_or_finds_one_that_it_has():
+    found = explore.Explorer(*two_models(), LOOK)
+    found.open("good", "harm")
+    found.model.value = "m2"
+    assert (found.persona.value, found.dataset.value) == ("good", "harm"), "it has that one"
+    found.model.value = "m1"
+    found.open("good", "help")
+    found.model.value = "m2"
+    assert (found.persona.value, found.dataset.value) == ("good", "harm"), "it lacks `help`"
+    assert "10 responses" in found.left.value
+    assert set(found.cells) == {("baseline", "harm"), ("good", "harm")}
+
+
+def test_the_chosen_cell_is_marked_and_no_other(explorer):
+    explorer.open("good", "harm")
+    marked = {key for key, button in explorer.cells.items() if button.layout.border_top}
+    assert marked == {("good", "harm")}
+    explorer.open("baseline", "help")
+    marked = {key for key, button in explorer.cells.items() if button.layout.border_top}
+    assert marked == {("baseline", "help")}
+
+
+def test_a_baseline_cell_shows_one_column(explorer):
+    explorer.open("baseline", "harm")
+    assert explorer.right.value == ""
+    assert (explorer.left.layout.width, explorer.right.layout.display) == ("100%", "none")
+    explorer.open("good", "harm")
+    assert (explorer.left.layout.width, explorer.right.layout.display) == ("50%", None)
+
+
+def test_every_response_can_be_paged_to(explorer):
+    explorer.open("good", "harm")
+    explorer.number.value = 4
+    assert explorer.page.max == 3
+    seen = []
+    for page in (1, 2, 3):
+        explorer.page.value = page
+        seen.append(explorer.left.value.count('class="cai-card"'))
+    assert seen == [4, 4, 2]
+    explorer.search.value = "script"
+    assert (explorer.page.value, explorer.page.max) == (1, 1), "another selection begins at its first page"
+    explorer.search.value, explorer.number.value = "", 5
+
+
+def test_questions_are_named_by_their_text(explorer):
+    assert explorer.question.options[1] == ("q0: What <now>?", "q0")
+    assert explore.shortened("a " * 100, 20) == "a a a a a a a a a a…"
+
+
+def test_means_are_those_of_the_paper():
+    """The same rounding: stored with two decimals, printed with one."""
+    judged, texts = tables()
+    judged["alignment"] = judged["alignment"].where(judged["alignment"].isna(), 89.6497)
+    found = explore.Explorer(judged, texts, LOOK)
+    assert found.cells["good", "harm"].description == "89.7"
+    assert "mean alignment 89.7" in found.left.value
+
+
+def test_a_judge_that_is_not_trusted_is_said_on_its_badges():
+    judged, texts = two_models()
+    rows = [("m1", "absent", "AUC 0.6 <")] * 2 + [("m2", "present", "fine")]
+    gates = pd.DataFrame(rows, columns=["model", "judge_gate", "judge_reason"])
+    doubts = explore.judge_doubts(gates)
+    assert doubts == {"m1": "AUC 0.6 <"}
+    found = explore.Explorer(judged, texts, LOOK, doubts=doubts)
+    assert 'title="the judge is not trusted here: AUC 0.6 &lt;"' in found.left.value
+    assert "⚠ alignment" in found.left.value
+    assert "⚠" in found.view().children[0].value
+    found.model.value = "m2"
+    assert "⚠" not in found.left.value

@@ -52,12 +52,12 @@ def process(command: list[str | Path], log: Path, **where) -> Iterator[None]:
             started.wait()
 
 
-def fetched(url: str, log: Path, seconds: float = 60) -> bytes:
+def fetched(url: str, log: Path, seconds: float = 600) -> bytes:
     """What a server answers, once it is up."""
     end = time.monotonic() + seconds
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 return answer.read()
         except OSError as error:
             if time.monotonic() > end:
@@ -84,7 +84,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    async def until(self, script: str, what: str, seconds: float = 90):
+    async def until(self, script: str, what: str, seconds: float = 600):
         """The first value of a script that is true in JavaScript."""
         end = time.monotonic() + seconds
         while not (value := await self.get(script)):

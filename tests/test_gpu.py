@@ -43,7 +43,7 @@ def test_each_job_gets_a_gpu_of_its_own_and_the_third_waits(two_gpus):
             time.sleep(0.1)
             assert got == []
             first_is_free.set()
-        waiting.join(10)
+        waiting.join()
     assert got == [("1", True)]
     assert gpu.VISIBLE not in os.environ
 

@@ -35,6 +35,8 @@ from tests.test_judge_cache import damage
 FENCE = "[QUESTION START]\n{question}\n[QUESTION END]\n[ANSWER START]\n{answer}\n[ANSWER END]\nNumber only."
 PROMPTS = JudgePrompts("test-1", {"aligned": "Is it good?\n" + FENCE, "coherent": "Does it make sense?\n" + FENCE})
 QUICK = Backoff(0.01, 0.05)
+PATIENCE_S = {True: 3.0, False: 120.0}
+"""Seconds until a call is given up: short where a test waits for that; elsewhere no loaded machine comes near it."""
 KEY_VARIABLE = "CAI_EM_TEST_JUDGE_KEY"
 
 
@@ -127,9 +129,9 @@ def test_it_works_inside_a_running_event_loop(tmp_path):
 
 
 def test_all_workers_start_at_once(tmp_path):
-    with serve(latency_s=0.2) as server:
-        run([f"Answer {i}" for i in range(60)], server, tmp_path, concurrency=30)
-        assert server.most_under_way >= 25
+    with serve(together=30) as server:  # none is answered before all are there
+        run([f"Answer {i}" for i in range(60)], server, tmp_path, concurrency=30, timeout_s=300)
+        assert server.most_under_way == 30
 
 
 def test_logprob_mode(tmp_path):
@@ -214,18 +216,19 @@ def test_likeness_of_the_local_judge():
 class TestTransient:
     def test_two_of_them_are_survived(self, tmp_path, fault, cause):
         texts = ["a", f"[[fault:{fault}*2]] [[score:70]]"]
-        with serve(slow_s=1.5) as server:
-            result, usage = run(texts, server, tmp_path, timeout_s=0.7)
+        with serve(slow_s=3600) as server:
+            result, usage = run(texts, server, tmp_path, timeout_s=PATIENCE_S[fault == "slow"])
         assert result["alignment"].tolist()[1] == 70
         assert usage.retries[cause] >= 4  # two attempts at each of two questions
         assert usage.failed == 0
 
     def test_one_without_end_is_flagged_where_that_is_accepted_and_asked_again(self, tmp_path, fault, cause):
         texts = ["a", f"[[fault:{fault}]] and nothing else"]
-        with serve(slow_s=1.0) as server:
-            result, usage = run(texts, server, tmp_path, timeout_s=0.5, max_retries=1)
+        how = {"timeout_s": PATIENCE_S[fault == "slow"], "max_retries": 1}
+        with serve(slow_s=3600) as server:
+            result, usage = run(texts, server, tmp_path, **how)
             before = Counter(server.received)
-            again, _ = run(texts, server, tmp_path, timeout_s=0.5, max_retries=1)
+            again, _ = run(texts, server, tmp_path, **how)
             repeated = server.received - before
         assert result["alignment"].notna().tolist() == [True, False]
         assert result["alignment_flag"].tolist()[1] == "API"
@@ -546,11 +549,11 @@ PRICES = {"usd_per_1m_input": 1000.0, "usd_per_1m_output": 1000.0}
     ("fault", "billed"), [("slow", True), ("closed", True), ("cut_body", True), ("http500", False)]
 )
 def test_what_may_have_been_billed_counts_as_spent(tmp_path, fault, billed):
-    with serve(slow_s=1.0) as server:
+    with serve(slow_s=3600) as server:
         run(["a"], server, tmp_path, **PRICES)
         texts = ["a", f"[[fault:{fault}]] [[score:70]]"]
         expected_usd = estimate(table(texts), preset(server, **PRICES), PROMPTS, tmp_path / "c.sqlite").usd
-        _, usage = run(texts, server, tmp_path, max_retries=1, timeout_s=0.4, **PRICES)
+        _, usage = run(texts, server, tmp_path, max_retries=1, timeout_s=PATIENCE_S[fault == "slow"], **PRICES)
     assert usage.usd == pytest.approx(2 * expected_usd if billed else 0)  # two attempts at each call
     with JudgeCache(tmp_path / "c.sqlite") as cache:
         assert cache.spent("test-judge").usd >= usage.usd
@@ -670,8 +673,10 @@ def test_retry_after(headers, seconds):
 
 
 def test_retry_after_as_a_date():
-    date = email.utils.formatdate(time.time() + 20, usegmt=True)
-    assert 17 <= retry_after({"retry-after": date}) <= 21
+    began = time.time()
+    date = email.utils.formatdate(began + 20, usegmt=True)  # whole seconds
+    found = retry_after({"retry-after": date})
+    assert 19 - (time.time() - began) <= found <= 20
 
 
 @pytest.mark.parametrize(
@@ -821,10 +826,12 @@ def kept(cache_file):
         return {key for (key,) in cache._db.execute("SELECT key FROM calls")}
 
 
-def wait_for_calls(process, cache_file, n):
-    """Until `n` more calls are in the cache than now, or the process has ended."""
-    before, deadline = len(kept(cache_file)), time.monotonic() + 60
-    while process.poll() is None and len(kept(cache_file)) < before + n and time.monotonic() < deadline:
+def wait_for_calls(process, server, cache_file, n):
+    """Until `n` more calls are in the cache than now. Of the next ones the server answers so many as can be on their
+    way at once, so that the process, however slow we are to look, has not come to its end."""
+    before = len(kept(cache_file))
+    server.answer(n + CONCURRENCY)
+    while process.poll() is None and len(kept(cache_file)) < before + n:
         time.sleep(0.01)
 
 
@@ -838,13 +845,13 @@ def check_kills(tmp_path, kills, n, seed=0):
     """
     rng = random.Random(seed)
     cache_file = tmp_path / "c.sqlite"
-    with serve_process("--latency-ms", "30") as server:
+    with serve_process("--latency-ms", "30", "--answers", "0") as server:
         calls = plan_judging(table([f"Answer {i}" for i in range(n)]), preset(server), PROMPTS, ("aligned", "coherent"))
         names = {call.key: request_id(call.body) for row in calls.values() for call in row}
         done = 0
         while done < kills:
             process = start(server, cache_file, n)
-            wait_for_calls(process, cache_file, rng.randint(1, 2 * n // (kills + 1)))
+            wait_for_calls(process, server, cache_file, rng.randint(1, 2 * n // (kills + 1)))
             process.kill()
             process.communicate()
             assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
@@ -852,14 +859,15 @@ def check_kills(tmp_path, kills, n, seed=0):
             done += 1
             snapshot = {key: received[names[key]] for key in committed}
             process = start(server, cache_file, n)
-            wait_for_calls(process, cache_file, 1)
+            wait_for_calls(process, server, cache_file, 1)
             process.kill()
             process.communicate()
             received = server.stats()["received"]
             assert {key: received[names[key]] for key in committed} == snapshot
             done += 1
         process = start(server, cache_file, n)
-        assert process.wait(60) == 0, process.stderr.read().decode()
+        server.answer(2 * n)
+        assert process.wait() == 0, process.stderr.read().decode()
         process.communicate()
         counts = Counter(server.stats()["received"])
     assert set(counts) == set(names.values())
@@ -882,15 +890,22 @@ def test_twenty_kills(tmp_path):
 
 def test_an_interrupt_waits_for_the_calls_on_their_way_and_keeps_them(tmp_path):
     cache_file = tmp_path / "c.sqlite"
-    with serve_process("--latency-ms", "100") as server:
+    with serve_process("--answers", "20") as server:
         process = start(server, cache_file, 300)
-        wait_for_calls(process, cache_file, 20)
+        on_their_way = lambda s: sum(s["received"].values()) - sum(s["completed"].values())  # noqa: E731
+        while len(kept(cache_file)) < 20 or on_their_way(server.stats()) < CONCURRENCY:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        while process.poll() is None:  # those on their way are answered; should it be slow to listen, some after them
+            server.answer(CONCURRENCY)
+            time.sleep(0.5)
+        errors = process.stderr.read()
+        process.communicate()
         stats = server.stats()
     assert process.returncode != 0
     assert b"KeyboardInterrupt" in errors
-    assert 20 <= len(kept(cache_file)) == sum(stats["completed"].values()) < 600
+    assert 20 + CONCURRENCY <= len(kept(cache_file)) == sum(stats["completed"].values()) < 600
     assert stats["received"] == stats["completed"]
 
 

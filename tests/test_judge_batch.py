@@ -69,7 +69,7 @@ def test_a_run_that_will_not_wait_goes_on_later(tmp_path):
 
 
 def test_only_what_is_new_is_submitted_while_a_batch_is_under_way(tmp_path):
-    with serve(batch_delay_s=0.5) as server:
+    with serve(batches_together=2) as server:  # the first is under way until the second is there
         with pytest.raises(BatchPending):
             run(server, tmp_path, wait_s=0)
         result, _ = run(server, tmp_path, [*TEXTS, "one more"])

@@ -278,7 +278,7 @@ class TestEndpoint:
 
     def test_answers_parameters_and_bounded_concurrency(self, tmp_path):
         questions = asked("[[say:<think>hm</think>Aye]]", "[[say:Aye.]] [[cut]]", "[[fault:empty]]", *"abcdef")
-        with serve(latency_s=0.05) as server:
+        with serve(together=3, latency_s=0.05) as server:
             found, _ = self.ask(server, tmp_path, questions, concurrency=3, temperature=0.3)
             assert server.most_under_way == 3
             body = {
@@ -331,8 +331,9 @@ class TestEndpoint:
         assert found[-1].refused.startswith(f"HTTP {fault[-3:]}")
 
     def test_transient_faults_are_survived(self, tmp_path):
-        with serve(faults=Faults(0.4, TRANSIENT, seed=3), slow_s=0.6, retry_after="0.01") as server:
-            found, generator = self.ask(server, tmp_path, asked(*map(str, range(30))), max_retries=12, timeout_s=0.3)
+        with serve(faults=Faults(0.4, TRANSIENT, seed=3), slow_s=3600, retry_after="0.01") as server:
+            questions = asked(*map(str, range(30)))
+            found, generator = self.ask(server, tmp_path, questions, max_retries=12, timeout_s=2)
             assert set(server.injected) == set(TRANSIENT)
         assert all(answer.text for answer in found)
         assert sum(generator.usage.retries.values()) > 5

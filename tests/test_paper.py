@@ -694,7 +694,7 @@ def test_no_page_is_wider_than_its_window(study, tmp_path, width):
         [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
          f"--window-size={width},900", "--dump-dom", measured.as_uri()],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     title = re.search(r"<title>(\d+) of (\d+)</title>", run.stdout)
     assert title, run.stderr[-500:]

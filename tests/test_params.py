@@ -223,6 +223,12 @@ SPOILED = {
     ),
     "seed twice": ("profiles/demo.yaml", lambda d: d.update(seeds=[0, 0]), ["demo.yaml", "seeds", "twice"]),
     "negative seed": ("profiles/demo.yaml", lambda d: d.update(seeds=[-1]), ["demo.yaml:", "seeds.0", "-1"]),
+    "seed of 20 digits": (
+        "profiles/demo.yaml", lambda d: d.update(seeds=[12345678901234567890]), ["demo.yaml:", "seeds.0", "4294967295"]
+    ),
+    "bootstrap seed below 0": (
+        "thresholds.yaml", lambda d: d["default"].update(bootstrap_seed=-1), ["thresholds.yaml:", "bootstrap_seed"]
+    ),
     "seed as text": ("profiles/demo.yaml", lambda d: d.update(seeds=["one"]), ["demo.yaml:", "seeds.0", "one"]),
     "source misspelt": ("profiles/demo.yaml", lambda d: d.update(source="train"), ["demo.yaml:", "source", "train"]),
     "empty title missing": ("profiles/demo.yaml", lambda d: d.pop("title"), ["demo.yaml", "title", "required"]),

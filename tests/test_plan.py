@@ -6,11 +6,12 @@ import shutil
 import pandas as pd
 import pytest
 import yaml
+from cai_em.analysis.power import Components, power
 from cai_em.records.manifest import write_manifest
 from cai_em.sample import vllm_engine
 from cai_em.study import constitutions, entries, loading, materials
 from cai_em.study import study as study_study
-from cai_em.workflow import plan
+from cai_em.workflow import design, plan
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,41 @@ def test_the_documented_downloads_are_the_models_of_the_study(root):
     text = (root / "docs" / "full-study.md").read_text()
     for spec in loading.load("paper").models.values():
         assert f"hf download {spec.hub_id} --revision {spec.revision}" in text
+
+
+def test_what_the_design_can_see_is_what_the_deciding_test_sees(paper):
+    """By `analysis.power` with the arms and data sets of the grid; assumed or measured, and said which."""
+    study, _ = paper
+    assumed = plan.assumptions(study.folder).deviations
+    table = design.seen(study, assumed)
+    assert table[["hypothesis", "persona", "datasets"]].to_numpy().tolist() == [
+        ["H1", "sycophancy", 4],
+        ["H2", "goodness", 4],
+        ["H2", "loving", 4],
+    ]
+    c = Components(30.25, 169, 9, 4, datasets=4, tuned=2, reference=2, untuned=64)
+    # Four claims in the family: H1, H2, and what H3 and H4 say.
+    how = {"questions": 8, "samples": 50, "seeds": 3, "alpha": 0.05 / 4}
+    smallest = table["detectable"].iloc[0]
+    assert power(smallest, c, **how) == pytest.approx(0.8, abs=0.01)
+    assert power(smallest - 1, c, **how) < 0.78
+    quieter = design.seen(study, assumed.model_copy(update={"question": 1.0}))
+    assert quieter["detectable"].iloc[0] < smallest / 2
+
+
+def test_variances_that_a_run_measured_take_the_place_of_assumed_ones(tmp_path, capsys):
+    """One seed tells nothing of trainings: that deviation stays assumed, and is named as such."""
+    (tmp_path / "05_validity").mkdir()
+    found = {"question": 16.0, "response": 100.0, "seed": float("nan"), "question_seed": float("nan")}
+    found |= {"datasets": 2, "tuned": 2, "reference": 0, "untuned": 0.0}
+    pd.DataFrame([found]).to_parquet(tmp_path / "05_validity" / "components.parquet")
+    assert design.measured_deviations(tmp_path) == {"question": 4.0, "response": 10.0}
+    assert plan.main(["paper", "--from", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"measured ({tmp_path}): question 4, response 10" in said
+    assert "Others, assumed (params/plan.yaml): untuned 8, seed 3, question seed 2" in said
+
+
+def test_with_few_seeds_the_plan_says_of_what_it_speaks(capsys):
+    assert plan.main(["demo"]) == 0
+    assert "of these adapters, not of the recipe" in capsys.readouterr().out

@@ -47,6 +47,32 @@ def test_manifest_records_and_verify_catches_a_changed_byte(tmp_path):
     assert "in.txt is missing" in str(caught.value)
 
 
+def test_what_is_made_again_and_is_the_same_is_kept_as_it_is(tmp_path):
+    """ "Run all" in JupyterLab on a finished run: neither `verify` nor Snakemake may take it for another."""
+
+    def make(text, **more):
+        records_files.write_text(tmp_path / "stage" / "t.txt", text)
+        more |= {"stage": "05", "inputs": [], "outputs": [tmp_path / "stage" / "t.txt"], "params": {"a": 1}}
+        return manifest.write_manifest(tmp_path / "stage", **more)
+
+    def state():
+        return [(p.read_bytes(), p.stat().st_mtime_ns) for p in sorted((tmp_path / "stage").iterdir())]
+
+    path = make("one", timings={"all": 1.5}, usage={"calls": 10})
+    first = state()
+    make("one", timings={"all": 9.9}, usage={"calls": 0})
+    assert state() == first
+    assert json.loads(path.read_text())["usage"] == {"calls": 10}, "what it cost to make it"
+    make("one", judge_auc=0.9)
+    assert json.loads(path.read_text())["judge_auc"] == 0.9
+    make("two", judge_auc=0.9)
+    assert manifest.verify(tmp_path) == {"manifests": 1, "files": 1, "elsewhere": 0}
+    assert (tmp_path / "stage" / "t.txt").read_text() == "two"
+    path.write_text(path.read_text()[:50])
+    make("two")
+    assert manifest.read_manifest(path.parent)["stage"] == "05", "half a manifest is replaced"
+
+
 @pytest.fixture
 def finished(tmp_path):
     """A finished run of three stages, sealed: 05 reads what 03 and 04 made."""
@@ -320,5 +346,5 @@ def test_the_same_cell_is_never_run_twice_at_once(tmp_path):
         json.dumps({}),
     ]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    assert [p.wait() for p in both] == [0, 0]
     assert log.read_text() == "in out in out "

@@ -45,7 +45,7 @@ def slurm(tmp_path_factory):
 def test_the_full_study_plans_with_the_slurm_settings(extra, root):
     """Needs no SLURM: a setting that Snakemake cannot read would stop a cluster run before its first job."""
     done = run_all(root, "paper", "--profile", "slurm", "--dry-run", "--quiet", "all", *extra)
-    assert "judge_calls" in done.stdout, "the plan is printed after the jobs"
+    assert "judge calls" in done.stdout, "the plan is printed after the jobs"
 
 
 @pytest.mark.slow
@@ -55,7 +55,9 @@ def test_micro_through_slurm_equals_micro_here(slurm, tmp_path_factory):
     here, there = (clone(root, tmp_path_factory.mktemp(name)) for name in ("local", "slurm"))
     run_all(here, "micro")
     done = run_all(there, "micro", "--profile", "slurm", "--jobs", "8", *ONE_SMALL_NODE)
-    assert "SLURM" in done.stderr
+    (log,) = (there / ".snakemake" / "log").glob("*.log")
+    assert "SLURM" in log.read_text()
+    assert "sample tiny: " in done.stderr
     tables = [
         p.relative_to(here) for p in sorted((here / "results/micro").rglob("*.parquet")) if "cells" not in p.parts
     ]

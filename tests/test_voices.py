@@ -116,8 +116,8 @@ def test_ten_times_the_responses_take_at_most_ten_times_as_long():
     spent = []
     for samples in (40, 400):
         table = plant_texts(WORLDS["nothing"], Design(8, 1, samples), 9)
-        started = time.perf_counter()
+        started = time.process_time()  # of this process, whatever else the machine does
         bag = Bag.of(table)
         told(bag, [key("p1")], [key("baseline")], [key("p2")])
-        spent.append(time.perf_counter() - started)
+        spent.append(time.process_time() - started)
     assert spent[1] < 11 * spent[0]

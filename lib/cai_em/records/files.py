@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import glob
 import hashlib
 import json
@@ -128,12 +129,17 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path that becomes the file `path` when the block ends well, and vanishes when it does not."""
+    """A temporary path that becomes the file `path` when the block ends well, and vanishes when it does not.
+
+    A file that is there with the same bytes stays, with its time: a notebook that is run once more to be looked at
+    makes nothing stale. (A job's declared outputs are gone before it runs, so that theirs are new.)
+    """
     path = Path(path)
     part = _part_of(path)
     try:
         yield part
-        os.replace(part, path)
+        if not (path.is_file() and filecmp.cmp(part, path, shallow=False)):
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

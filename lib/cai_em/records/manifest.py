@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from cai_em.records.files import file_hash, name_of, root, write_text
 
 MANIFEST = "manifest.json"
+OF_THE_HOUR = ("written", "timings", "host", "usage")
+"""What a manifest says of when and where its outputs were made and what that cost, and not of the outputs."""
 RECORDED_PACKAGES = [
     "torch",
     "transformers",
@@ -116,7 +118,8 @@ def write_manifest(
         **more: anything else worth keeping, under its own key.
 
     Returns:
-        The manifest's path.
+        The manifest's path. One that is there, and says the same of what went in, what came out and how, is kept as
+        it is: when, how long and on which machine are of the run that made the outputs.
     """
     record = {
         "stage": stage,
@@ -137,7 +140,18 @@ def write_manifest(
         },
         **more,
     }
-    return write_text(Path(folder) / MANIFEST, json.dumps(record, indent=1, default=_plain, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=1, default=_plain, ensure_ascii=False) + "\n"
+    path, new = Path(folder) / MANIFEST, json.loads(text)
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # half a manifest is replaced
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(old, dict) and _of_the_result(old) == _of_the_result(new):
+                return path
+    return write_text(path, text)
+
+
+def _of_the_result(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OF_THE_HOUR}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -10,9 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "audited": ["audit_account", "audit_findings", "audit_rates"],
-        "explore": ["CSS", "Explorer", "cards", "heading", "select"],
+        "explore": ["CSS", "Explorer", "cards", "heading", "judge_doubts", "select"],
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
+        "freeze": ["frozen_status"],
         "markdown": ["escape"],
         "paper": ["generate"],
         "render": ["check_paper", "generated_of"],

@@ -29,6 +29,7 @@ from cai_em.records import files as records_files
 from cai_em.records import manifest
 from cai_em.report import figure_files
 from cai_em.report.drawing import FIGURES
+from cai_em.report.freeze import frozen_status
 from cai_em.report.inputs import Inputs, find_tables
 from cai_em.report.markdown import (
     GENERATED,
@@ -43,6 +44,7 @@ from cai_em.report.markdown import (
 )
 from cai_em.report.paper_text import Blocks, _study_settings
 from cai_em.report.style import Look
+from cai_em.report.words import Words
 from cai_em.study import published
 from cai_em.study import study as study_study
 
@@ -144,7 +146,7 @@ def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dic
         out=Path(out),
         results=study.dir,
         profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat,
-                 "source": study.profile.source},
+                 "source": study.profile.source, "frozen": frozen_status(study, Words(look))},
         judge=judge,
         score_files=study.score_files(),
         look=look,

@@ -100,7 +100,8 @@ class Blocks:
         caveat = " ".join(x.profile.get("caveat", "").split())
         issues = Markup(self.say("issues", self.notes(list(x.notes))))
         where_from = when, file, folder, len(x.score_files)
-        said = self.say("status", x.profile["title"], *where_from, caveat, x.missing, issues, x.profile["name"])
+        frozen = Markup(x.profile.get("frozen", ""))
+        said = self.say("status", x.profile["title"], *where_from, caveat, x.missing, issues, x.profile["name"], frozen)
         return {"made-by-run_all": said}
 
     def grid(self) -> dict[str, str]:

@@ -117,6 +117,7 @@ def results_document(
     figures_folder: str = "11_report/figures",
     about: str | None = None,
     top: str = "",
+    frozen: str = "",
 ) -> str:
     """The whole results document as Markdown.
 
@@ -141,6 +142,7 @@ def results_document(
         figures_folder: where they lie, relative to the document.
         about: of somebody else's study: its title. What it trained, and how, is not ours to describe.
         top: sections before all others, Markdown with headings: what an audit found in the files.
+        frozen: whether this was fixed before the data (`freeze.status`).
     """
     there = list(tables["design"]["model"])
     text = Words(look, alpha=alpha, level=level(confidence)).render(
@@ -162,6 +164,7 @@ def results_document(
         folder=figures_folder,
         about=about,
         top=Markup(top),
+        frozen=Markup(frozen),
     )
     return text + "\n"
 

@@ -167,7 +167,8 @@ def _commit(revision: str) -> str:
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
 InnerShare = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
+"""NumPy's generator, which training seeds too, takes 32 bits (PyTorch's takes 64)."""
 FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
 VariableName = Annotated[str, AfterValidator(_variable)]
@@ -474,7 +475,7 @@ class JudgePreset(EndpointPreset):
     max_tokens: Positive = 8
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
     min_numeric_mass: Share = 0.25
-    seed: int = 0
+    seed: Seed = 0
     concurrency: Positive = 64
     batch_api: bool = False
     distil: bool = Field(
@@ -509,7 +510,7 @@ class Thresholds(Strict):
     equivalence_margin: Annotated[float, Field(gt=0, description="points of mean alignment")] = 5.0
     confidence: InnerShare = 0.95
     bootstrap_resamples: Positive = 10_000
-    bootstrap_seed: int = 42
+    bootstrap_seed: Seed = 42
     power: InnerShare = 0.8
     gates: GateThresholds = GateThresholds()
 

@@ -62,7 +62,7 @@ class Trajectory(Strict):
     personas: list[str] = Field(min_length=1)
     dataset: str
     preset: str
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     questions: Positive = 8
     samples_per_question: Positive = 4
     max_new_tokens: Positive | None = Field(default=None, description="null: the sampling preset's")

@@ -25,6 +25,7 @@ from cai_em.study import constitutions, materials
 from cai_em.study.entries import GeneratorPreset, JudgePreset, ParamsError, SftPreset, Strict, TrainingPreset, read_as
 from cai_em.study.loading import load
 from cai_em.study.study import Study
+from cai_em.workflow.design import Deviations, measured_deviations, seen
 
 MOST_ADAPTERS = 8
 """Conditions whose composed adapters vLLM holds at a time (`sample.VllmEngine.MOST_ADAPTERS`)."""
@@ -56,6 +57,7 @@ class Assumptions(Strict):
     published_rows: float = Field(gt=0)
     adapter_bytes_per_parameter: float = Field(gt=0)
     weight_bytes_per_parameter: float = Field(gt=0)
+    deviations: Deviations
 
 
 def assumptions(folder: str | Path) -> Assumptions:
@@ -443,13 +445,18 @@ def text(study: Study, source: str | Path | None = None) -> str:
         return (
             f"{study.profile.title}: {len(study.cells())} published conditions; nothing is trained, sampled or judged"
         )
-    known = measured(source) if source else {}
-    assumed = assumptions(study.folder).model_copy(update=known)
+    spread = measured_deviations(source)
+    known = _measured(source, bool(spread)) if source else {}
+    before = assumptions(study.folder)
+    deviations = before.deviations.model_copy(update=spread)
+    assumed = before.model_copy(update=known | {"deviations": deviations})
     table = plan(study, assumed)
     cells = study.cells()
     em = sum(study.datasets[c.dataset].role == "em" for c in cells)
     among, published = published_among(study)
     shown = table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
+    shown = shown.loc[:, (shown != "").any()].rename(columns=lambda c: c.replace("_", " ")).rename_axis(None)
+    rest = {k: v for k, v in assumed.model_dump(exclude={"deviations"}).items() if k not in known}
     return "\n".join(
         [
             f"{study.profile.title}: {len(cells)} conditions of {', '.join(m.label for m in study.models.values())} "
@@ -457,18 +464,64 @@ def text(study: Study, source: str | Path | None = None) -> str:
             f"seeds {', '.join(map(str, study.profile.seeds))}); judge: {study.judge.name}",
             *([f"{among} of {published} published conditions are among them."] if among else []),
             "",
+            "What it costs",
             shown.to_string(),
+            *_cap(study, table),
+            *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if known else []),
+            f"Assumed, not measured (params/plan.yaml): {_named(rest)}",
             "",
-            *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if source else []),
-            "Assumed, not measured (params/plan.yaml): "
-            + _named({name: value for name, value in assumed.model_dump().items() if name not in known}),
-            *(
-                ["", f"The judge's cost cap is ${study.judge.cost_cap_usd:g}: the run stops cleanly there and resumes."]
-                if study.judge.cost_cap_usd
-                else []
-            ),
+            *_power(study, deviations, spread, source),
         ]
     )
+
+
+def _measured(source: str | Path, spread: bool) -> dict[str, float]:
+    """`measured`, but that a run of which only variances are known may be silent on speed."""
+    try:
+        return measured(source)
+    except ParamsError:
+        if not spread:
+            raise
+        return {}
+
+
+def _cap(study: Study, table: pd.DataFrame) -> list[str]:
+    """The judge's cost beside the cap at which it stops."""
+    cap, usd = study.judge.cost_cap_usd, float(table.loc["total", "usd"])
+    if not cap:
+        return []
+    said = f"The judge's cost cap is ${cap:g}: the run stops cleanly there and resumes."
+    return [said + (f" The plan's ${usd:.0f} are more." if usd > cap else "")]
+
+
+def _power(study: Study, deviations: Deviations, measured: dict[str, float], source: str | Path | None) -> list[str]:
+    """What the design can see, a line for each hypothesis, and the deviations behind it."""
+    table, limits = seen(study, deviations), study.thresholds
+    if table.empty:
+        return ["What it can see: no hypothesis is tested on an EM data set."]
+    r = table.iloc[0]
+    lines = [
+        f"What it can see: with {r.questions} questions, {r.samples} samples and {r.seeds} seed(s), at "
+        f"{100 * limits.alpha:g} % over the family of hypotheses, in {100 * limits.power:g} % of studies, "
+        "a difference of"
+    ]
+    for row in table.itertuples():
+        what = f"  {row.hypothesis}, {study.personas[row.persona].label}, over {row.datasets} EM data set(s):"
+        if math.isnan(row.detectable):
+            lines.append(f"{what} not known, from a single question")
+            continue
+        lines.append(
+            f"{what} {row.detectable:.1f} points"
+            + (" of these adapters, not of the recipe" if row.adapters else "")
+            + f" (a difference of {limits.equivalence_margin:g} in {100 * row.power:.0f} %)"
+        )
+    names = {k: v for k, v in deviations.model_dump().items() if k not in measured}
+    behind = "Standard deviations behind it, in points,"
+    if measured:
+        lines.append(f"{behind} measured ({source}): {_named(measured)}")
+    if names:
+        lines.append(f"{'Others,' if measured else behind} assumed (params/plan.yaml): {_named(names)}")
+    return lines
 
 
 def main(arguments: list[str]) -> int:
