@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "controls": ["controls"],
         "gates": [
             "SCOPES",
+            "Made",
             "attach",
             "by_reference",
             "classify",

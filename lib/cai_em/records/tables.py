@@ -110,6 +110,7 @@ RESPONSES = pa.DataFrameSchema(
         "sampler": _text(),
         "adapters": _text(),
         "run_id": _text(),
+        "context": pa.Column(str, nullable=True, coerce=True, required=False),
     },
     unique=KEY,
     strict=True,

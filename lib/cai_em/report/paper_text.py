@@ -426,6 +426,7 @@ ROLE_NAMES = (
     ("em", "em_datasets", "EM data set", "EM data sets"),
     ("benign_control", "controls", "benign control", "benign controls"),
     ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),
+    ("arm", "arms", "arm with a context", "arms with a context"),
 )
 DESIGN_ARMS = ("base", "persona alone", "fine-tuning alone", "both")
 
