@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from cai_em.records.files import file_hash_once
 from cai_em.study import contexts
-from cai_em.study.arms import Context, text_hash
+from cai_em.study.arms import NO_CONTEXT, Context, text_hash
 from cai_em.study.study import Cell, Study
 
 
@@ -76,7 +76,7 @@ class Condition:
     adapters: tuple[tuple[str, Path], ...] = ()
     may_be_idle: tuple[str, ...] = ()
     absent: tuple[tuple[str, Path], ...] = ()
-    context: Context = Context()
+    context: Context = NO_CONTEXT
 
     @property
     def name(self) -> str:
@@ -99,7 +99,7 @@ class Condition:
 
 
 def condition_of(study: Study, cell: Cell) -> Condition:
-    """A cell of a study's grid as a condition to sample: its adapters, and what an arm changes about them or the question."""
+    """A cell of a study's grid as a condition to sample: its adapters, and what an arm changes about it."""
     made = tuple(study.adapters(cell)), (), tuple(study.absent(cell)), contexts.context(study, cell)
     return Condition(cell.model, cell.persona, cell.dataset, cell.seed, *made)
 
@@ -123,7 +123,7 @@ def prove_context(
     Raises:
         SamplingError: a part of it is not there.
     """
-    if context == Context():
+    if context == NO_CONTEXT:
         return {}
     texts = [
         tokenizer.decode(list(r.tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -49,7 +49,7 @@ from cai_em.sample.conditions import (
 )
 from cai_em.sample.torch_engine import TransformersEngine
 from cai_em.sample.vllm_engine import VllmEngine
-from cai_em.study.arms import Context
+from cai_em.study.arms import NO_CONTEXT
 from cai_em.study.entries import ModelSpec, SamplingPreset
 
 
@@ -302,7 +302,7 @@ def cell_hash(
     names = [condition.model, condition.persona, condition.dataset, condition.seed]
     made = [condition.adapter_hashes(), list(questions), preset, list(probe_prompts), engine, code]
     absent = [adapters.weights_hash(path) for _, path in condition.absent]
-    arm = [condition.context.record(), absent] if condition.absent or condition.context != Context() else []
+    arm = [condition.context.record(), absent] if condition.absent or condition.context != NO_CONTEXT else []
     return digest([spec, names, *made, *arm])
 
 

@@ -1,8 +1,8 @@
 """Arms: conditions with a context. A persona or a data set, and what is different about how it is trained or sampled.
 
-A grid names an arm by what it is an arm of: `prompted-sycophancy`, `inoculated-bad_medical`. A data set times a share is
-one too: `bad_medical*0.25` has that share of its rows, and its benign twin's in place of the others; its key, in tables
-and paths, is `bad_medical-0.25`. Data sets' arms stack: `triggered-inoculated-bad_medical`.
+A grid names an arm by what it is an arm of: `prompted-sycophancy`, `inoculated-bad_medical`. A data set times a share
+is one too: `bad_medical*0.25` has that share of its rows, and its benign twin's in place of the others; its key, in
+tables and paths, is `bad_medical-0.25`. Data sets' arms stack: `triggered-inoculated-bad_medical`.
 
 To everything that reads keys an arm is a persona or a data set like any other, with a label and a colour. What is
 different is here, and in `Study.trained`, `trained_on` and `adapters`.
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cai_em.records.keys import NO_DATASET
-from cai_em.study.entries import Dataset, Named, ParamsError, Persona, Strict
+from cai_em.study.entries import Dataset, Named, ParamsError, Persona
 
 PLACEHOLDERS = {
     "persona": {"name", "character"},
@@ -36,9 +36,9 @@ QUESTION = "{question}"
 class ContextArm(Named):
     """An entry of `params/arms.yaml`.
 
-    `trained_on` and `sampled_with` are about personas: on which model their fine-tuning takes place (`persona`: with the
-    persona's adapter active; `baseline`: with none, and then the adapter is the baseline's own, unless `training` makes
-    it another), and what stands in the persona's place when answers are sampled.
+    `trained_on` and `sampled_with` are about personas: on which model their fine-tuning takes place (`persona`: with
+    the persona's adapter active; `baseline`: with none, and then the adapter is the baseline's own, unless `training`
+    makes it another), and what stands in the persona's place when answers are sampled.
     """
 
     of: Literal["persona", "dataset"]
@@ -116,6 +116,9 @@ class Context:
     def record(self) -> dict[str, str]:
         """The parts that there are, by name."""
         return {name: value for name, value in vars(self).items() if value}
+
+
+NO_CONTEXT = Context()
 
 
 def persona_arm(name: str, registries: Mapping[str, Mapping[str, Any]]) -> Persona | None:
@@ -197,7 +200,7 @@ def compared(study: Any) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
         for axis, entry in enumerate((study.personas[persona], study.datasets[dataset])):
             if not isinstance(entry, ArmedPersona | ArmedDataset):
                 continue
-            twin = "" if axis == 0 else study.datasets[entry.root].twin or ""
+            twin = study.datasets[entry.root].twin or "" if isinstance(entry, ArmedDataset) else ""
             known = {"of": entry.of, "twin": twin, "control": study.control_of(entry.of) if axis == 0 else ""}
             names = [entry.of, *(name.format(**known) for name in (entry.arm.beside if entry.arm else []))]
             for name in [*names, NO_DATASET] if axis else names:

@@ -1,8 +1,10 @@
 """The texts of arms: what a cell is trained on, what surrounds its questions, and the proof on the rows themselves.
 
-rows = training_rows(study, cell)               # with its system prompt, or its twin's answers among them
-check_rows(study, cell, rows)                   # counted; another prompt or another share is an error
-context(study, cell).messages("Who are you?")   # as a question is asked
+    rows = training_rows(study, cell)               # with its system prompt, or its twin's answers among them
+    check_rows(study, cell, rows)                   # counted; another prompt or another share is an error
+    context(study, cell).messages("Who are you?")   # as a question is asked
+
+What an arm says is in `params/arms.yaml`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def _check_arm(study: Study, persona: str, where: str) -> None:
         )
     if "{character}" in entry.arm.training + entry.arm.sampling and not entry.constitution:
         raise ParamsError(
-            f"profile {study.name!r}: {where} names {persona!r}, but {entry.of!r} has no constitution to make a prompt of"
+            f"profile {study.name!r}: {where} names {persona!r}, but {entry.of!r} has no constitution to make a prompt "
+            "of"
         )
 
 

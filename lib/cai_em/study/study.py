@@ -276,7 +276,7 @@ class Study:
         return known[key]
 
     def _with_arms(self) -> dict[str, str]:
-        """Add the arms that grid and hypotheses name to personas and data sets; how the grid spells data sets -> key."""
+        """Add the arms that grid and hypotheses name; returns how the grid spells data sets -> key."""
         grid = self.profile.grid
         for name in [p for part in (*grid, *self.hypotheses) for p in part.personas]:
             if found := persona_arm(name, self._registries):
@@ -527,8 +527,8 @@ class Study:
         return self.builtin("constitutions", f"{self.personas[persona].constitution}.yaml")
 
     def row_sources(self, dataset: str) -> list[str]:
-        """The data sets whose rows a data set is made of: itself, or of an arm what it is an arm of, and for a share the
-        twin too."""
+        """The data sets whose rows a data set is made of: itself; of an arm, what it is an arm of, and of a share the
+        twin."""
         found: list[str] = []
         entry = self.datasets[dataset]
         while isinstance(entry, ArmedDataset):
