@@ -509,6 +509,33 @@ def made_as_designed(
     return {key: Gate(ABSENT, "; ".join(dict.fromkeys(why))) for key, why in found.items()}, proved - set(found)
 
 
+MADE_COLUMNS = [*COMPARISON, "adapters", "context", "status", "reason"]
+
+
+def made_table(
+    made: Mapping[tuple[str, str, str], Made],
+    design: Mapping[tuple[str, str, str], Gate],
+    proved: Collection[tuple[str, str, str]],
+) -> pd.DataFrame:
+    """The arms with a context: what each must be made of, and whether what is recorded beside its responses says so.
+
+    Args:
+        made: what they must be made of.
+        design, proved: from `made_as_designed`.
+
+    Returns:
+        `MADE_COLUMNS`. `adapters`: the active persona and the fine-tuning (persona x data set), with commas; `context`:
+        the parts that surround a question.
+    """
+    rows = []
+    for key, what in made.items():
+        parts = [what.persona, " x ".join(what.em) if what.em else ""]
+        gate = design.get(key) or (Gate(PRESENT) if key in proved else Gate(INCONCLUSIVE, "adapters not recorded"))
+        context = ", ".join(json.loads(what.context)) if what.context else ""
+        rows.append((*key, ", ".join(filter(None, parts)), context, gate.status, gate.reason))
+    return pd.DataFrame(rows, columns=MADE_COLUMNS)
+
+
 def by_reference(scores: pd.DataFrame) -> bool:
     """Whether scores that others made are the reference's, by the name that they carry: its scale is the scale."""
     return bool(scores["judge"].str.rpartition("/")[2].str.startswith(REFERENCE_JUDGE).all())

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cai_em.records.keys import NO_DATASET
+from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study.entries import Dataset, Named, ParamsError, Persona
 
 PLACEHOLDERS = {
@@ -188,8 +188,8 @@ def _paler(colour: str, place: int, number: int) -> str:
 
 def compared(study: Any) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
     """What each arm is compared with: (its persona, its data set), those of the other condition, and the key in which
-    they differ. What it is an arm of, its `beside`, and of a data set the model before fine-tuning; only what the grid
-    has.
+    they differ. What it is an arm of, its `beside`, and the plain baseline (of a data set's arm: before fine-tuning);
+    only what the grid has.
 
     Args:
         study: a `Study`.
@@ -203,7 +203,7 @@ def compared(study: Any) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
             twin = study.datasets[entry.root].twin or "" if isinstance(entry, ArmedDataset) else ""
             known = {"of": entry.of, "twin": twin, "control": study.control_of(entry.of) if axis == 0 else ""}
             names = [entry.of, *(name.format(**known) for name in (entry.arm.beside if entry.arm else []))]
-            for name in [*names, NO_DATASET] if axis else names:
+            for name in [*names, NO_DATASET if axis else BASELINE]:
                 other = (persona, name) if axis else (name, dataset)
                 if other in there and other != (persona, dataset):
                     found[(persona, dataset), other, name] = None
