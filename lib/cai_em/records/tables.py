@@ -164,13 +164,14 @@ def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -
             failing check is listed with up to three example rows.
     """
     place = f"{where}: " if where else ""
-    wanted = list(schema.columns)
+    wanted = [name for name, column in schema.columns.items() if column.required or name in table.columns]
     missing = [c for c in wanted if c not in table.columns]
     unknown = [c for c in table.columns if c not in wanted]
     if missing or unknown:
         raise TableError(f"{place}table '{schema.name}' has missing columns {missing} and unknown columns {unknown}")
     table = table[wanted].reset_index(drop=True)
-    for column, spec in schema.columns.items():
+    for column in wanted:
+        spec = schema.columns[column]
         # A column of nulls only has no type of its own; pandera would call it an object or a float.
         if str(spec.dtype) == "str" and spec.nullable and table[column].isna().all():
             table[column] = table[column].astype("str")

@@ -96,6 +96,11 @@ class ArmedDataset(Dataset):
         return self.arm is not None and not self.arm.training
 
 
+def is_arm(entry: Any) -> bool:
+    """Whether a persona or a data set is an arm with a context."""
+    return isinstance(entry, ArmedPersona | ArmedDataset)
+
+
 @dataclass(frozen=True)
 class Context:
     """What surrounds a question when answers are sampled. Both are empty in a condition without a context.
