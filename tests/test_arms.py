@@ -3,13 +3,17 @@
 import json
 import re
 import shutil
-from collections import Counter
+import sys
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from cai_em.analysis import contrasts, gates, judge_quality
 from cai_em.model import adapters as model_adapters
@@ -17,7 +21,7 @@ from cai_em.model import load as load_model
 from cai_em.model import probing
 from cai_em.records import tables
 from cai_em.records.keys import BASELINE, NO_DATASET
-from cai_em.sample import conditions, sampling
+from cai_em.sample import conditions, sampling, vllm_engine
 from cai_em.sample.conditions import Condition, SamplingError
 from cai_em.study import arms, contexts, depends, loading, materials
 from cai_em.study.arms import Context
@@ -562,3 +566,46 @@ def test_the_papers_commented_arms_cost_what_is_written_there(root, tmp_path):
     (written,) = re.findall(r"^  #= (.*)$", text, re.MULTILINE)
     assert written == said
     assert len(with_arms.cells()) > len(load("paper").cells())
+
+
+# --- vLLM, without vLLM ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_vllm_too_is_asked_with_the_dropped_persona_once(made, tmp_path, monkeypatch, same):
+    """What it needs of the package is put in its place: an answer for every set of adapters that it is asked under."""
+    request = namedtuple("LoRARequest", "name number lora_path")
+    for name, content in (
+        ("vllm", {"SamplingParams": lambda **given: given}),
+        ("vllm.lora.request", {"LoRARequest": request}),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    engine = object.__new__(vllm_engine.VllmEngine)
+    engine._folder, engine._ids, engine.timings = SimpleNamespace(name=str(tmp_path)), {}, {}
+    engine._sums, engine._answered, engine._proved = {}, {}, {}
+    engine._dtype, engine.rounding, engine.tokenizer = torch.float32, 1e-4, None
+    engine._read = model_adapters.read_adapter
+    engine._ahead = ThreadPoolExecutor(1)
+    monkeypatch.setattr(vllm_engine, "render", lambda tokenizer, messages: (1, 2))
+    asked = []
+
+    def generate(prompts, parameters, lora_request, use_tqdm):
+        name = lora_request.name.rpartition("-")[0] if lora_request else "base"
+        asked.append(name)
+        assert name == "base" or (Path(lora_request.lora_path) / model_adapters.WEIGHTS).is_file()
+        value = -1.0 if same and name != "base" else -1.0 - len(name)
+        answer = SimpleNamespace(logprobs=[{i: SimpleNamespace(logprob=value) for i in range(20)}])
+        return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    engine.llm = SimpleNamespace(generate=generate)
+    some = dropped(made, "em")
+    if same:
+        with pytest.raises(probing.ProbeError, match=r"the same with all adapters as with 'persona\+em'"):
+            engine._probe(some, PROBE)
+    else:
+        found = engine._probe(some, PROBE)
+        assert set(found["others"]) == {"base", "persona+em"}
+        assert list(found["adapters"]) == ["em"]
+    assert sorted(asked) == ["base", "em", "persona+em"]
+    assert list(tmp_path.iterdir()) == [], "the sum was made for the comparison, and is gone"
+    engine._ahead.shutdown()
