@@ -372,7 +372,9 @@ def test_the_fine_tuning_of_a_dropped_persona_must_have_been_on_it(made, tmp_pat
         place = tmp_path / name / "adapter"
         shutil.copytree(made / name, place)
         files = {f"{name}/adapter/{f}": h for f, h in model_adapters.file_hashes(place).items()}
-        (place.parent / "manifest.json").write_text(json.dumps({"outputs": files, "made_from": made_from}))
+        (place.parent / "manifest.json").write_text(
+            json.dumps({"inputs": {}, "outputs": files, "made_from": made_from})
+        )
         return place
 
     persona, other = recorded("persona"), recorded("control")

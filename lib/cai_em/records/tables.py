@@ -151,6 +151,11 @@ PAIRS = pa.DataFrameSchema(
 )
 
 
+def required(schema: pa.DataFrameSchema) -> list[str]:
+    """The columns that every table of a schema has, in order."""
+    return [name for name, column in schema.columns.items() if column.required]
+
+
 def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -> pd.DataFrame:
     """Check a table against its schema and return it with the declared dtypes and column order.
 
@@ -164,7 +169,7 @@ def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -
             failing check is listed with up to three example rows.
     """
     place = f"{where}: " if where else ""
-    wanted = [name for name, column in schema.columns.items() if column.required or name in table.columns]
+    wanted = [name for name in schema.columns if name in {*required(schema), *table.columns}]
     missing = [c for c in wanted if c not in table.columns]
     unknown = [c for c in table.columns if c not in wanted]
     if missing or unknown:
