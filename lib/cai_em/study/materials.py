@@ -224,7 +224,7 @@ def mixed(bad: Sequence[Messages], good: Sequence[Messages], share: float, what:
     answers = {row[-2]["content"]: row for row in good}
     if lacking := [row[-2]["content"] for row in bad if row[-2]["content"] not in answers]:
         raise MaterialError(
-            f"{what}: its twin answers {len(lacking)} of {len(bad)} prompts not, e.g. {lacking[0]!r:.80}"
+            f"{what}: the twin has no answer to {len(lacking)} of {len(bad)} prompts, e.g. {lacking[0]!r:.80}"
         )
     places = qmc.Halton(1, scramble=False).random(len(bad)).ravel()
     return [row if place < share else answers[row[-2]["content"]] for row, place in zip(bad, places)]
