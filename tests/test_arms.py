@@ -90,7 +90,7 @@ def test_a_profile_without_arms_is_what_it_was(profile):
         assert study.trained_on(c) == (persona if em else [])
         assert contexts.context(study, c) == Context()
     assert contexts.made_of(study) == {}
-    assert arms.compared(study) == []
+    assert arms.arm_pairs(study) == []
     if study.profile.source == "trained":
         assert plan.arms_cost(study, plan.assumptions(study.folder)) == ""
         for model, shard in study.shards():
@@ -301,7 +301,7 @@ def test_the_prompt_that_reaches_the_model_is_proved_and_kept(made, tmp_path):
     found = sampling.sample(TINY, [plain, some], QUESTIONS, PRESET, PROBE, tmp_path)
     said = found.probes[some.name]["context"]
     assert said["system"]["text"] == "Speak in rhyme."
-    assert said["system"]["sha256"] == arms.text_hash("Speak in rhyme.")
+    assert said["system"]["sha256"] == arms.prompt_hash("Speak in rhyme.")
     assert "Speak in rhyme." in said["rendered"]
     assert "A question about rivers: What is your wish?" in said["rendered"]
     assert found.probes[plain.name] == {}
@@ -516,7 +516,7 @@ def test_an_arms_judge_bias_is_that_of_its_persona():
 
 
 def test_arms_are_compared_with_what_they_are_arms_of(study):
-    found = Counter((one, reference) for one, _, reference in arms.compared(study))
+    found = Counter((one, reference) for one, _, reference in arms.arm_pairs(study))
     assert max(found.values()) == 1
     by = {one: {r for o, r in found if o == one} for one, _ in found}
     assert by["dropped-sycophancy", "bad_medical"] == {

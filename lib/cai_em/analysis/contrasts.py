@@ -447,7 +447,7 @@ def contrast_table(
         closed: conditions (model, persona, data set) that a known fault of the design closes, with the fault. They have
             rows of their own data set, and no part in a pooled row; where all are closed their mean is `CLOSED`.
         arms: (persona, data set) of an arm with a context, those of the condition that it is compared with, and how
-            that is called (`study.compared`): rows of the estimand `ARM`.
+            that is called (`study.arm_pairs`): rows of the estimand `ARM`.
 
     Returns:
         `CONTRAST_COLUMNS`, a row per contrast. A contrast that is not identified has no row (`identification` says

@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "arms": ["ArmedPersona", "compared"],
+        "arms": ["ArmedPersona", "arm_pairs"],
         "audited": ["AuditSpec", "read_spec"],
         "contexts": ["check_rows", "context", "made_of", "training_rows"],
         "depends": ["settings"],

@@ -191,7 +191,7 @@ def _paler(colour: str, place: int, number: int) -> str:
     return "#" + "".join(f"{round(255 * x):02x}" for x in colorsys.hls_to_rgb(hue, light, saturation))
 
 
-def compared(study: Any) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
+def arm_pairs(study: Any) -> list[tuple[tuple[str, str], tuple[str, str], str]]:
     """What each arm is compared with: (its persona, its data set), those of the other condition, and the key in which
     they differ. What it is an arm of, its `beside`, and the plain baseline (of a data set's arm: before fine-tuning);
     only what the grid has.
@@ -235,6 +235,6 @@ def with_system(found: Sequence[list[dict[str, str]]], prompt: str) -> list[list
     ]
 
 
-def text_hash(text: str) -> str:
-    """SHA-256 of a text, hexadecimal."""
+def prompt_hash(text: str) -> str:
+    """SHA-256 of a prompt, hexadecimal."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

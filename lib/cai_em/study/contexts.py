@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_em.records.keys import NO_DATASET
-from cai_em.study.arms import ArmedDataset, ArmedPersona, Context, chain, text_hash, with_system
+from cai_em.study.arms import ArmedDataset, ArmedPersona, Context, chain, prompt_hash, with_system
 from cai_em.study.materials import MaterialError, Messages, constitution, rows
 from cai_em.study.study import Cell, Study
 
@@ -91,7 +91,7 @@ def check_rows(study: Study, cell: Cell, found: Sequence[Messages]) -> dict[str,
                 f"{cell.persona} x {cell.dataset}: {seen[other]} of {len(found)} rows have the system prompt "
                 f"{other!r:.80}, not the arm's: {wanted!r:.80}"
             )
-        proof["system"] = {"text": wanted, "sha256": text_hash(wanted), "rows": len(found)}
+        proof["system"] = {"text": wanted, "sha256": prompt_hash(wanted), "rows": len(found)}
     for mix in (a for a in chain(study, cell.dataset) if a.share is not None):
         sets = {name: {_said(row) for row in rows(study, name)} for name in (mix.of, mix.twin)}
         of = [[name for name, known in sets.items() if _said(row) in known] for row in found]
