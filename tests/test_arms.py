@@ -556,7 +556,7 @@ def test_an_arms_contrast_by_hand():
 
 def test_the_plan_says_what_arms_add(study):
     said = plan.arms_cost(study, plan.assumptions(study.folder))
-    assert said == "Arms with a context: 15 of the conditions, 5 of the fine-tunings."
+    assert said == "Arms with a context: 16 of the conditions, 5 of the fine-tunings."
     assert said in plan.text(study)
 
 
@@ -628,7 +628,7 @@ grid:
   - personas: [sycophancy, random_sycophancy, prompted-sycophancy, dropped-sycophancy, dropped-random_sycophancy]
     datasets: [none, bad_medical]
   - personas: [replaced-sycophancy]
-    datasets: [bad_medical]
+    datasets: [none, bad_medical]
 questions_limit: 2
 generator: micro
 persona_training: micro_dpo
