@@ -134,12 +134,12 @@ def persona_arm(name: str, registries: Mapping[str, Mapping[str, Any]]) -> Perso
     how, _, of = name.partition("-")
     if how not in arms or arms[how].of != "persona" or of not in personas or personas[of].kind == "baseline":
         return None
-    arm, base = arms[how], personas[of]
+    arm, base, alike = arms[how], personas[of], [key for key, a in arms.items() if a.of == "persona"]
     given = base.model_dump() | {
         "key": name,
         "label": arm.label.format(of=base.label),
         "order": 10_000 * (1 + base.order) + arm.order,
-        "colour": _paler(base.colour, [k for k in arms if arms[k].of == "persona"].index(how), len(arms)),
+        "colour": _paler(base.colour, alike.index(how), len(alike)),
     }
     return ArmedPersona(**given, of=of, arm=arm)
 
