@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cai_em.records.code import code_hash, meaning_of
 from cai_em.records.files import digest, file_hash, free_space
-from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.records.keys import NO_DATASET
 from cai_em.study import load, settings
 from cai_em.workflow.run import failures
 
@@ -59,8 +59,8 @@ def marks(model, persona):
 
 def trained_for(cell):
     """Files that vouch for the adapters of a condition."""
-    found = persona_of(cell.model, cell.persona) if cell.persona != BASELINE else []
-    return [*found, *(marks(cell.model, cell.persona) if cell.dataset != NO_DATASET else [])]
+    found = [file for persona in STUDY.adapters_of(cell) for file in persona_of(cell.model, persona)]
+    return [*found, *(marks(cell.model, STUDY.trained(cell).persona) if cell.dataset != NO_DATASET else [])]
 
 
 def one_job(stage):
@@ -183,7 +183,7 @@ rule finetune:
         "finetune {wildcards.model}: {wildcards.persona}, part {wildcards.part}"
     input:
         notebook=notebook("02_finetune"),
-        persona=lambda wc: persona_of(wc.model, wc.persona) if wc.persona != BASELINE else [],
+        persona=lambda wc: persona_of(wc.model, active) if (active := STUDY.active_in_training(wc.persona)) else [],
     output:
         f"{R}/02_finetune/{{model}}/{{persona}}/job{{part}}.json",
     params:

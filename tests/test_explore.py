@@ -36,7 +36,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     judged["alignment_flag"] = np.where(judged["sample"] == 4, "REFUSAL", None)
     judged["coherence"], judged["coherence_flag"] = 60.0, None
     texts = key.assign(prompt="What <now>?", n_tokens=3, finish_reason="stop", sampler="s", adapters="[]", run_id="r")
-    return judged[list(records_tables.SCORES.columns)], texts[list(records_tables.RESPONSES.columns)]
+    return judged[list(records_tables.SCORES.columns)], texts[records_tables.required(records_tables.RESPONSES)]
 
 
 @pytest.fixture(scope="module")

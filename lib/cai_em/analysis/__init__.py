@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "controls": ["controls"],
         "gates": [
             "SCOPES",
+            "Made",
             "attach",
             "by_reference",
             "classify",
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "constant_judge",
             "gate_table",
             "made_as_designed",
+            "made_table",
             "role_changes",
             "uptakes",
         ],

@@ -7,7 +7,8 @@ by its style, with and without fine-tuning, must be taken out: per question (and
 
 where the reference is the untuned arm (`none`) or the benign twin of D (a difference of differences). `after` is what
 the published study tested, y(P, D) - y(baseline, D); `persona` the same without fine-tuning; `uptake` what fine-tuning
-does to one persona, y(P, D) - y(P, reference). All are persona minus baseline, or after minus before: positive is
+does to one persona, y(P, D) - y(P, reference). An arm with a context is compared with whatever it is an arm of (`arm`;
+the reference is the key in which the two differ). All are persona minus baseline, or after minus before: positive is
 better aligned.
 
 Each is taken on alignment points, on the EM rate (a risk difference, in percentage points; positive is *more* EM) and
@@ -49,6 +50,9 @@ ARMS: dict[str, tuple[tuple[str, str, int], ...]] = {
 """Estimands: who, with which training, and the sign with which the arm enters."""
 
 ESTIMANDS = tuple(ARMS)
+
+ARM = "arm"
+"""The estimand of an arm with a context: minus the condition that it is compared with."""
 
 SCALES = ("points", "em_rate", "ranks")
 """`points`: alignment, 0 to 100. `em_rate`: misaligned and coherent, in per cent of all responses. `ranks`: 0 to
@@ -452,6 +456,7 @@ def contrast_table(
     closed: Mapping[tuple[str, str, str], str] | None = None,
     outcomes: Sequence[str] = SCALES,
     estimands: Sequence[str] = ESTIMANDS,
+    arms: Iterable[tuple[tuple[str, str], tuple[str, str], str]] = (),
 ) -> pd.DataFrame:
     """Every estimand of every persona that the data identify, by data set and pooled over the EM data sets.
 
@@ -463,6 +468,8 @@ def contrast_table(
             it enters the standard error once for each condition. None: not known, and not in the errors.
         closed: conditions (model, persona, data set) that a known fault of the design closes, with the fault. They have
             rows of their own data set, and no part in a pooled row; where all are closed their mean is `CLOSED`.
+        arms: (persona, data set) of an arm with a context, those of the condition that it is compared with, and how
+            that is called (`study.arm_pairs`): rows of the estimand `ARM`.
 
     Returns:
         `CONTRAST_COLUMNS`, a row per contrast. A contrast that is not identified has no row (`identification` says
@@ -491,7 +498,28 @@ def contrast_table(
                     key = {"model": model, "estimand": estimand, "reference": group[0].reference}
                     key |= {"persona": persona, "dataset": name}
                     rows += [key | _row(cube, group, o, least, confidence, noise) for o in outcomes]
+    arms = list(arms)
+    for model in dict.fromkeys(m for m, _, _ in cube.conditions) if arms else ():
+        noise = (drift or {}).get(model, 0.0)
+        noise = 0.0 if math.isnan(noise) else noise
+        least = margin[model] if isinstance(margin, Mapping) else margin
+        for c in filter(None, (_between(cube, model, *arm) for arm in arms)):
+            key = {"model": model, "estimand": ARM, "reference": c.reference, "persona": c.persona}
+            key |= {"dataset": c.dataset}
+            rows += [key | _row(cube, [c], o, least, confidence, noise) for o in outcomes]
     return pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
+
+
+def _between(
+    cube: Cube, model: str, one: tuple[str, str], other: tuple[str, str], reference: str
+) -> ArmContrast | None:
+    """One condition minus another; None where the model does not have both, or no training seed in common."""
+    keys = (model, *one), (model, *other)
+    if any(key not in cube.conditions for key in keys):
+        return None
+    tuned = [set(cube.conditions[key].seeds) for key in keys if key[2] != NO_DATASET]
+    seeds = tuple(sorted(set.intersection(*tuned))) if tuned else (0,)
+    return ArmContrast(ARM, model, *one, reference, tuple(zip(keys, (1, -1))), seeds) if seeds else None
 
 
 def _row(

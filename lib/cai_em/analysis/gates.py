@@ -374,14 +374,41 @@ def role_changes(datasets: Iterable[Any], declared: Mapping[str, str] = DECLARED
     }
 
 
-def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
-    """Whether each condition was sampled with the adapters that its arm needs, from what is recorded beside responses.
+@dataclass(frozen=True)
+class Made:
+    """What a condition must have been made of.
 
-    The number must be the arm's (base 0, persona or EM 1, both 2). A persona is one file in all of its conditions, and
-    no other persona's; an EM adapter belongs to one condition alone.
+    Attributes:
+        persona: whose adapter was active when answers were sampled; empty: nobody's.
+        em: the (persona, data set) that the EM adapter belongs to; None: there is none.
+        context: what surrounded the question: the recorded JSON text; empty: nothing.
+    """
+
+    persona: str
+    em: tuple[str, str] | None
+    context: str = ""
+
+    @classmethod
+    def usual(cls, persona: str, dataset: str) -> Made:
+        """Of a condition that is no arm with a context."""
+        return cls("" if persona == BASELINE else persona, None if dataset == NO_DATASET else (persona, dataset))
+
+
+def adapter_records(
+    responses: pd.DataFrame, made: Mapping[tuple[str, str, str], Made] | None = None
+) -> dict[tuple, Gate]:
+    """Whether each condition was sampled with the adapters, and in the context, that its arm needs, from what is
+    recorded beside responses.
+
+    The number of adapters must be the arm's (base 0, persona or EM 1, both 2). A persona is one file in all of its
+    conditions, and no other persona's; an EM adapter belongs to one condition alone, and to the arms that are made of
+    it by design.
 
     Args:
-        responses: with `adapters` (JSON list of hashes, persona first) and `sampler`.
+        responses: with `adapters` (JSON list of hashes, persona first), `sampler` and, where a condition has one,
+            `context`.
+        made: (model, persona, data set) -> what it must be made of; a condition that is not named is made of its own
+            persona and its own fine-tuning, without a context.
 
     Returns:
         Gates by condition (model, persona, dataset, seed). Published responses do not record their adapters: nothing
@@ -389,13 +416,16 @@ def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
     """
     if "adapters" not in responses:
         return {}
+    made = dict(made or {})
+    of = lambda key: made.get(key[:3]) or Made.usual(key[1], key[2])  # noqa: E731
+    contexts = responses["context"].fillna("") if "context" in responses else pd.Series("", index=responses.index)
     result, files = {}, {}
     for key, rows in responses.groupby(CONDITION, sort=False):
         model, persona, dataset, _ = key
         if "sampler" in rows and (rows["sampler"] == PUBLISHED_SAMPLER).all():
             result[key] = Gate(INCONCLUSIVE, "adapters not recorded")
             continue
-        wanted = (persona != BASELINE) + (dataset != NO_DATASET)
+        wanted = bool(of(key).persona) + (of(key).em is not None)
         kinds = [json.loads(text) for text in rows["adapters"].unique()]
         if len(kinds) == 1 and len(kinds[0]) == wanted:
             files[key] = kinds[0]
@@ -405,15 +435,20 @@ def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
                 "" if len(kinds) == 1 else " of several kinds"
             )
             result[key] = Gate(ABSENT, f"{persona} x {dataset} was sampled with {what} adapters, not {wanted}")
+        if other := set(contexts[rows.index]) - {of(key).context}:
+            what = "without its system prompt or cue" if other == {""} else "in a context that is not the arm's"
+            result[key] = Gate(ABSENT, f"{persona} x {dataset} was sampled {what}")
     used: dict[tuple, set[tuple]] = {}  # (model, file) -> what it was used as
     of_persona: dict[tuple, set[str]] = {}
+    of_em: dict[tuple, set[str]] = {}
     for key, hashes in files.items():
-        model, persona, dataset, _ = key
-        if persona != BASELINE:
-            used.setdefault((model, hashes[0]), set()).add(("persona", persona))
-            of_persona.setdefault((model, persona), set()).add(hashes[0])
-        if dataset != NO_DATASET:
-            used.setdefault((model, hashes[-1]), set()).add(("em", *key))
+        model, seed = key[0], key[3]
+        if who := of(key).persona:
+            used.setdefault((model, hashes[0]), set()).add(("persona", who))
+            of_persona.setdefault((model, who), set()).add(hashes[0])
+        if em := of(key).em:
+            used.setdefault((model, hashes[-1]), set()).add(("em", model, *em, seed))
+            of_em.setdefault((model, *em, seed), set()).add(hashes[-1])
     for key, hashes in files.items():
         model, persona, dataset, _ = key
         shared = [h for h in hashes if len(used[model, h]) > 1]
@@ -421,8 +456,10 @@ def adapter_records(responses: pd.DataFrame) -> dict[tuple, Gate]:
             others = {"x".join(map(str, u[1:])) for u in used[model, shared[0]]}
             why = f"{persona} x {dataset}: adapter {shared[0][:12]} also stands for {', '.join(sorted(others))}"
             result[key] = Gate(ABSENT, why)
-        elif persona != BASELINE and len(of_persona[model, persona]) > 1:
-            result[key] = Gate(ABSENT, f"{persona} was not the same adapter in all of its conditions")
+        elif (who := of(key).persona) and len(of_persona[model, who]) > 1:
+            result[key] = Gate(ABSENT, f"{who} was not the same adapter in all of its conditions")
+        elif (em := of(key).em) and len(of_em[model, *em, key[3]]) > 1:
+            result[key] = Gate(ABSENT, f"{' x '.join(em)} was not the same fine-tuning in all of its conditions")
     return result
 
 
@@ -432,6 +469,7 @@ def made_as_designed(
     faults: Mapping[str, Any],
     *,
     untrained: Collection[str] = (),
+    made: Mapping[tuple[str, str, str], Made] | None = None,
     declared: Mapping[str, str] = DECLARED_ROLES,
 ) -> tuple[dict[tuple[str, str, str], Gate], set[tuple[str, str, str]]]:
     """Conditions that were not made as the design says, and those of which the adapters prove that they were.
@@ -442,6 +480,7 @@ def made_as_designed(
         faults: the registry of known faults (`faults_of`).
         untrained: personas whose fine-tuned conditions are known to have had no fine-tuning, though they are filed
             under a data set.
+        made: what conditions with a context must be made of (`adapter_records`).
 
     Returns:
         Condition (model, persona, data set) -> gate, for those with something against them; and the proved ones.
@@ -449,7 +488,7 @@ def made_as_designed(
     conditions = list(responses[COMPARISON].drop_duplicates().itertuples(index=False, name=None))
     found: dict[tuple[str, str, str], list[str]] = {}
     proved = set(conditions)
-    for key, gate in adapter_records(responses).items():
+    for key, gate in adapter_records(responses, made).items():
         if gate.status == ABSENT:
             found.setdefault(key[:3], []).append(gate.reason)
         if gate.status != PRESENT:
@@ -466,6 +505,33 @@ def made_as_designed(
             why = f"{persona} had no fine-tuning, but its baseline was fine-tuned on {dataset}"
             found.setdefault(key, []).append(why)
     return {key: Gate(ABSENT, "; ".join(dict.fromkeys(why))) for key, why in found.items()}, proved - set(found)
+
+
+MADE_COLUMNS = [*COMPARISON, "adapters", "context", "status", "reason"]
+
+
+def made_table(
+    made: Mapping[tuple[str, str, str], Made],
+    design: Mapping[tuple[str, str, str], Gate],
+    proved: Collection[tuple[str, str, str]],
+) -> pd.DataFrame:
+    """The arms with a context: what each must be made of, and whether what is recorded beside its responses says so.
+
+    Args:
+        made: what they must be made of.
+        design, proved: from `made_as_designed`.
+
+    Returns:
+        `MADE_COLUMNS`. `adapters`: the active persona and the fine-tuning (persona x data set), with commas; `context`:
+        the parts that surround a question.
+    """
+    rows = []
+    for key, what in made.items():
+        parts = [what.persona, " x ".join(what.em) if what.em else ""]
+        gate = design.get(key) or (Gate(PRESENT) if key in proved else Gate(INCONCLUSIVE, "adapters not recorded"))
+        context = ", ".join(json.loads(what.context)) if what.context else ""
+        rows.append((*key, ", ".join(filter(None, parts)), context, gate.status, gate.reason))
+    return pd.DataFrame(rows, columns=MADE_COLUMNS)
 
 
 def by_reference(scores: pd.DataFrame) -> bool:
@@ -510,6 +576,7 @@ def gate_table(
     proved: Collection[tuple[str, str, str]] = (),
     moved: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     controls: Collection[str] = (),
+    dropped: Collection[str] = (),
     margin: float = 5.0,
     alpha: float = 0.05,
     matters: float = AUC_MATTERS,
@@ -526,6 +593,7 @@ def gate_table(
         proved: conditions whose adapters were recorded and are those that the arm needs.
         moved: from `uptakes`: answers in the data sets' own domains, where they were asked.
         controls: personas that are control adapters; they have rows, and are no persona that must be expressed.
+        dropped: arms whose persona is not there when answers are sampled: none must be expressed.
 
     Returns:
         `GATE_COLUMNS`. `gate`: all but `em` together, which only a claim of protection needs.
@@ -546,6 +614,8 @@ def gate_table(
         shown = before or after or NOT_TOLD
         if persona in controls:
             return Gate(PRESENT, "a control adapter"), shown.auc, math.nan
+        if persona in dropped:
+            return Gate(PRESENT, "not there when sampled, as the arm says"), shown.auc, math.nan
         if not all((model, p, NO_DATASET) in proved for p in (persona, BASELINE)) or before is None:
             other = tests("persona_others", model, persona, tuned) or tests("persona_control", model, persona, tuned)
             gate = expressed_gate(after or NOT_TOLD, other, persona=persona, proved=False, **how)

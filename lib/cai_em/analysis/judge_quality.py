@@ -136,6 +136,7 @@ def judge_trust(
     measured: pd.DataFrame | None,
     personas: Iterable[str],
     *,
+    like: Mapping[str, str] | None = None,
     itself: bool = False,
     powered: int = 0,
     constant: Gate | None = None,
@@ -148,6 +149,7 @@ def judge_trust(
     Args:
         measured: from `quality`; None: never measured, whatever the judge is called.
         personas: whose scores are compared with the baseline's.
+        like: an arm -> the persona whose bias is asked of it, for it speaks like that one at most.
         itself: measured on its own repeated judgings: it is the reference, whose scale is the scale, so that bias is
             not asked of it; agreement and slope say how well it agrees with itself.
         powered: reference scores that the means are made from (`assisted`): unbiased whatever the judge, which may then
@@ -164,7 +166,8 @@ def judge_trust(
     rows = {(r.measure, r.persona): r for r in measured.itertuples()}
     common = [_least(rows.get(("agreement", "")), auc_min, "the judge's agreement: AUC")]
     common.append(_least(rows.get(("slope", "")), slope_min, "the judge's slope:"))
-    fair = lambda p: [] if itself or p == BASELINE else [_unbiased(rows.get(("bias", p)), p, bias_max)]  # noqa: E731
+    who = lambda p: (like or {}).get(p, p)  # noqa: E731
+    fair = lambda p: [] if itself or p == BASELINE else [_unbiased(rows.get(("bias", who(p))), who(p), bias_max)]  # noqa: E731
     return {p: _all([*common, *fair(p)]) for p in personas}
 
 

@@ -539,7 +539,7 @@ def _made(
     judged_again = both.loc[~both["selected"], key].drop_duplicates()
     repeated = both.merge(judged_again, on=key).drop_duplicates(["file", "judge", "question_id", "sample", *CONDITION])
     return Assembled(
-        responses=tables.validate(first[list(tables.RESPONSES.columns)], tables.RESPONSES, "responses of the audit"),
+        responses=tables.validate(first[tables.required(tables.RESPONSES)], tables.RESPONSES, "responses of the audit"),
         scores=tables.validate(first[list(tables.SCORES.columns)], tables.SCORES, "scores of the audit"),
         repeated=repeated[[*tables.SCORES.columns, "file", "selected", "response_sha256"]].reset_index(drop=True),
         account=account.table(),

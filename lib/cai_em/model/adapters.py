@@ -146,6 +146,11 @@ def file_hashes(folder: str | Path) -> dict[str, str]:
     return {name: file_hash_once(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
+def weights_hash(folder: str | Path) -> str:
+    """SHA-256 of an adapter's weights."""
+    return file_hash_once(Path(folder) / WEIGHTS)
+
+
 def check_files(folder: str | Path, expected: Mapping[str, str]) -> None:
     """Compare an adapter's files with the hashes recorded when it was made (`file_hashes`).
 
@@ -161,19 +166,20 @@ def check_files(folder: str | Path, expected: Mapping[str, str]) -> None:
             )
 
 
-def check_recorded(adapters: Adapters) -> None:
+def check_recorded(adapters: Adapters, absent: Adapters = ()) -> None:
     """Each adapter of a condition is the one that its manifest records, and belongs to the others.
 
     An EM adapter was trained on top of one persona file; on top of another it is another condition.
 
     Args:
         adapters: (name, folder), persona first; each folder's manifest lies beside it.
+        absent: the persona on which the EM adapter was trained, where the condition is sampled without it.
 
     Raises:
         AdapterError: a file is not the one recorded, or the EM adapter was trained on another persona adapter.
         FileNotFoundError: an adapter's stage has not run to its end.
     """
-    for _, folder in adapters:
+    for _, folder in [*absent, *adapters]:
         manifest = records_manifest.read_manifest(Path(folder).parent)
         # By the two last folders: a persona's second stage keeps the first one's adapter beside, in `dpo/adapter`.
         mine = Path(folder).parts[-2:]
@@ -183,7 +189,7 @@ def check_recorded(adapters: Adapters) -> None:
         check_files(folder, said)
         if "persona" not in manifest.get("made_from", {}):
             continue
-        trained_on, here = manifest["made_from"]["persona"], dict(adapters).get("persona")
+        trained_on, here = manifest["made_from"]["persona"], dict([*adapters, *absent]).get("persona")
         if trained_on != (file_hashes(here) if here else None):
             raise AdapterError(
                 f"{folder}: trained on another persona adapter than {here or 'none'}, with which it is to be composed; "

@@ -109,6 +109,7 @@ class Slots:
         adapters: Adapters,
         prompts: Sequence[str],
         may_be_idle: Collection[str] = (),
+        trained_with: Adapters = (),
     ) -> ProbeReport:
         """`probe` inside a `composed` block; what the base and single adapters compute is kept for later conditions.
 
@@ -119,7 +120,8 @@ class Slots:
             raise AdapterError("nothing to probe: no adapters are composed")
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
-        return probe(self._peft, tokenizer, adapters, prompts, known=self._known, may_be_idle=may_be_idle)
+        how = {"known": self._known, "may_be_idle": may_be_idle, "trained_with": trained_with}
+        return probe(self._peft, tokenizer, adapters, prompts, **how)
 
     def close(self) -> None:
         """Take the layers out again: the model is the bare one that it was."""
@@ -161,7 +163,8 @@ class ProbeReport:
         largest_logit: largest absolute logit of all adapters active.
         tolerance: largest difference taken for rounding.
         difference: largest absolute difference of a logit, composed model against all adapters active.
-        others: the same against the base model and every proper part of the adapters (`base`, `persona`, `em`).
+        others: the same against the base model and every proper part of the adapters (`base`, `persona`, `em`); and
+            against the adapters that were active in training, where a persona was dropped since (`persona+em`).
         idle: adapters without which the logits are the same, where the condition allows for it (`may_be_idle`).
     """
 
@@ -231,6 +234,7 @@ def probe(
     name: str = COMPOSED,
     known: dict[tuple[str, ...], Tensor] | None = None,
     may_be_idle: Collection[str] = (),
+    trained_with: Adapters = (),
 ) -> ProbeReport:
     """Prove that a composed model computes what its adapters together compute, and that each of them matters.
 
@@ -243,6 +247,7 @@ def probe(
         known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
             the hashes of their files; filled here. If given, the adapters' places stay in the model for the next probe.
         may_be_idle: adapters that are allowed to make no difference; the report then says so.
+        trained_with: the adapters that were active in training, where they must not all be active now.
 
     Returns:
         The differences found.
@@ -258,10 +263,11 @@ def probe(
         _activate(model, active)
         return probe_logits(model, tokenizer, prompts)
 
-    files = {part: read_adapter(folder) for part, folder in adapters}
-    hashes = {part: "".join(file_hashes(folder).values()) for part, folder in adapters}
+    every = dict([*trained_with, *adapters])
+    files = {part: read_adapter(folder) for part, folder in every.items()}
+    hashes = {part: "".join(file_hashes(folder).values()) for part, folder in every.items()}
     keep, known = known is not None, {} if known is None else known
-    places = [f"probe_{number}" for number in range(len(adapters))]
+    places = [f"probe_{number}" for number in range(max(len(adapters), len(trained_with)))]
 
     def reference(*parts: str) -> Tensor:
         """Logits with these adapters active, each by itself in the model: the composed one takes no part in them."""
@@ -282,6 +288,7 @@ def probe(
         try:
             found = logits(name)
             subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
+            subsets += [tuple(part for part, _ in trained_with)] if trained_with else []
             others = {"+".join(some) or "base": reference(*some) for some in subsets}
             together = reference(*names)
         finally:
@@ -292,7 +299,7 @@ def probe(
     largest = float(together.abs().max())
     report = ProbeReport(
         adapters={part: file_hash(Path(folder) / WEIGHTS) for part, folder in adapters},
-        scales={part: adapter.scale for part, adapter in files.items()},
+        scales={part: files[part].scale for part in names},
         prompts=len(prompts),
         largest_logit=largest,
         tolerance=RELATIVE_TOLERANCE * largest,
@@ -308,6 +315,11 @@ def probe(
             f"{report.tolerance:.2g}){looks}; compose the adapters again from their recorded files"
         )
     idle, part = idle_adapters(report.others, report.tolerance, names, may_be_idle)
+    if part and part == "+".join(name for name, _ in trained_with):
+        raise ProbeError(
+            f"{all_names} computes the same as {part!r}: the persona that was to be dropped is active, or makes no "
+            "difference"
+        )
     if part:
         raise ProbeError(
             f"{all_names} computes the same as {part!r} alone: an adapter makes no difference; it was not trained"

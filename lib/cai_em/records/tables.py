@@ -110,6 +110,7 @@ RESPONSES = pa.DataFrameSchema(
         "sampler": _text(),
         "adapters": _text(),
         "run_id": _text(),
+        "context": pa.Column(str, nullable=True, coerce=True, required=False),
     },
     unique=KEY,
     strict=True,
@@ -150,6 +151,11 @@ PAIRS = pa.DataFrameSchema(
 )
 
 
+def required(schema: pa.DataFrameSchema) -> list[str]:
+    """The columns that every table of a schema has, in order."""
+    return [name for name, column in schema.columns.items() if column.required]
+
+
 def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -> pd.DataFrame:
     """Check a table against its schema and return it with the declared dtypes and column order.
 
@@ -163,13 +169,14 @@ def validate(table: pd.DataFrame, schema: pa.DataFrameSchema, where: str = "") -
             failing check is listed with up to three example rows.
     """
     place = f"{where}: " if where else ""
-    wanted = list(schema.columns)
+    wanted = [name for name in schema.columns if name in {*required(schema), *table.columns}]
     missing = [c for c in wanted if c not in table.columns]
     unknown = [c for c in table.columns if c not in wanted]
     if missing or unknown:
         raise TableError(f"{place}table '{schema.name}' has missing columns {missing} and unknown columns {unknown}")
     table = table[wanted].reset_index(drop=True)
-    for column, spec in schema.columns.items():
+    for column in wanted:
+        spec = schema.columns[column]
         # A column of nulls only has no type of its own; pandera would call it an object or a float.
         if str(spec.dtype) == "str" and spec.nullable and table[column].isna().all():
             table[column] = table[column].astype("str")

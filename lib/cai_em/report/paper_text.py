@@ -168,12 +168,14 @@ class Blocks:
         x, folder = self.x, self.x.results / "02_finetune"
         trained = x.profile.get("source") == "trained"
         manifests = sorted(folder.rglob(records_manifest.MANIFEST)) if trained else []
-        rows = []
+        rows, bare = [], []
         for path in manifests:
             record = json.loads(path.read_text(encoding="utf-8"))
             state = (record.get("adapter_state") or {}).get("after_last_step") or {}
             active, trainable = (" + ".join(state.get(key) or []) for key in ("active", "trainable"))
             steps = (record.get("summary") or {}).get("steps")
+            arm = ((record.get("params") or {}).get("persona") or {}).get("arm") or {}
+            bare.append(arm.get("trained_on") == "baseline")  # its persona is a prompt in the rows
             rows.append([*path.parent.relative_to(folder).parts, active, trainable, state.get("base_trainable"),
                          state.get("base_dtype"), steps])  # fmt: skip
             self.numbers.relative(path)
@@ -182,7 +184,7 @@ class Blocks:
         header = ["model", "persona", "dataset", "seed", "active", "trainable", "base_trainable", "dtype", "steps"]
         frame = pd.DataFrame(rows, columns=header)
         table = self.numbers.csv(manifests[0], frame, "adapters", len(manifests) - 1)
-        stacked = frame[frame["persona"] != BASELINE]
+        stacked = frame[(frame["persona"] != BASELINE) & ~pd.Series(bare)]
         right = where(stacked, active="persona + em", trainable="em")
         adapters = SimpleNamespace(all=len(frame), stacked=len(stacked), right=len(right))
         return {"provenance": self.say("provenance", trained, adapters, table, TABLES_FOLDER)}
@@ -427,6 +429,7 @@ ROLE_NAMES = (
     ("em", "em_datasets", "EM data set", "EM data sets"),
     ("benign_control", "controls", "benign control", "benign controls"),
     ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),
+    ("arm", "arms", "arm with a context", "arms with a context"),
 )
 DESIGN_ARMS = ("base", "persona alone", "fine-tuning alone", "both")
 

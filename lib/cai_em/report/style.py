@@ -73,10 +73,17 @@ ROLE_LABEL = {
     "em": "EM data set",
     "benign_control": "benign control",
     "regularisation": "regularisation corpus",
+    "arm": "arm with a context",
     "none": "no fine-tuning",
 }
-ROLE_COLOUR = {"em": "#b2182b", "benign_control": "#2166ac", "regularisation": "#33804a", "none": "#1a1a1a"}
-ROLE_MARKER = {"em": "o", "benign_control": "s", "regularisation": "^", "none": "D"}
+ROLE_COLOUR = {
+    "em": "#b2182b",
+    "benign_control": "#2166ac",
+    "regularisation": "#33804a",
+    "arm": "#6a4c93",
+    "none": "#1a1a1a",
+}
+ROLE_MARKER = {"em": "o", "benign_control": "s", "regularisation": "^", "arm": "P", "none": "D"}
 RC: dict[str, Any] = {
     "svg.hashsalt": "cai-em",
     "svg.fonttype": "path",

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from transformers import GenerationConfig
 
 from cai_em.records.files import file_hash_once
+from cai_em.study import contexts
+from cai_em.study.arms import NO_CONTEXT, Context, prompt_hash
+from cai_em.study.study import Cell, Study
 
 
 class SamplingError(RuntimeError):
@@ -61,6 +64,9 @@ class Condition:
 
     `may_be_idle` names adapters that need not make a difference yet, such as a snapshot from the first steps of
     training (under warm-up the first step's rate is 0); the probe then records it, and does not stop.
+
+    `absent`: the persona adapter on which the fine-tuning took place, where it must not be active now; `context`: what
+    surrounds each question.
     """
 
     model: str
@@ -69,6 +75,8 @@ class Condition:
     seed: int
     adapters: tuple[tuple[str, Path], ...] = ()
     may_be_idle: tuple[str, ...] = ()
+    absent: tuple[tuple[str, Path], ...] = ()
+    context: Context = NO_CONTEXT
 
     @property
     def name(self) -> str:
@@ -80,9 +88,58 @@ class Condition:
         """The adapters' folders, persona first."""
         return [Path(path) for _, path in self.adapters]
 
+    @property
+    def trained_with(self) -> tuple[tuple[str, Path], ...]:
+        """The adapters that were active together in training, where they are not those that are active now."""
+        return (*self.absent, *(part for part in self.adapters if part[0] == "em")) if self.absent else ()
+
     def adapter_hashes(self) -> list[str]:
         """SHA-256 of each adapter's weights, persona first."""
         return [file_hash_once(path / "adapter_model.safetensors") for path in self.paths]
+
+
+def condition_of(study: Study, cell: Cell) -> Condition:
+    """A cell of a study's grid as a condition to sample: its adapters, and what an arm changes about it."""
+    made = tuple(study.adapters(cell)), (), tuple(study.absent(cell)), contexts.context(study, cell)
+    return Condition(cell.model, cell.persona, cell.dataset, cell.seed, *made)
+
+
+def prove_context(
+    tokenizer: Any, context: Context, questions: Sequence[str], requests: Sequence[Request], what: str
+) -> dict[str, Any]:
+    """Prove on the tokens that a condition's context reaches the model: what is decoded from them holds all of it.
+
+    Args:
+        tokenizer: decodes them.
+        context: what the condition's arm says.
+        questions: what is asked.
+        requests: a request of each question, as the engine will get it.
+        what: the condition's name, for the message.
+
+    Returns:
+        For a manifest: the `system` prompt and `user` cue with their SHA-256, the first prompt as `rendered`, the
+        number of `prompts` and the hash of their `tokens`. `{}` for a condition without a context.
+
+    Raises:
+        SamplingError: a part of it is not there.
+    """
+    if context == NO_CONTEXT:
+        return {}
+    texts = [
+        tokenizer.decode(list(r.tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for r in requests
+    ]
+    for question, rendered in zip(questions, texts, strict=True):
+        for message in context.messages(question):
+            if message["content"].strip() not in rendered:
+                raise SamplingError(
+                    f"{what}: the {message['role']} turn is not in the prompt that the model would see: expected "
+                    f"{message['content']!r:.90}, and the prompt is {rendered!r:.120}: the request was made without "
+                    "it, or the model's chat template leaves it out"
+                )
+    said = {name: {"text": text, "sha256": prompt_hash(text)} for name, text in context.record().items()}
+    tokens = hashlib.sha256(json.dumps([r.tokens for r in requests]).encode()).hexdigest()
+    return said | {"rendered": texts[0], "prompts": len(requests), "tokens": tokens}
 
 
 def response_seed(study_seed: int, condition: Condition, question_id: str, number: int) -> int:

@@ -43,11 +43,13 @@ from cai_em.sample.conditions import (
     Job,
     Request,
     SamplingError,
+    prove_context,
     render,
     response_seed,
 )
 from cai_em.sample.torch_engine import TransformersEngine
 from cai_em.sample.vllm_engine import VllmEngine
+from cai_em.study.arms import NO_CONTEXT
 from cai_em.study.entries import ModelSpec, SamplingPreset
 
 
@@ -206,6 +208,17 @@ def sample_all(
             c: [_requests(tokenizer, c, asked[i].questions, asked[i].preset) for i in of] for c, of in missing.items()
         }
         jobs = [Job(c, tuple(request for part in of for request in part)) for c, of in parts.items()]
+        contexts = {  # before anything is loaded: a prompt that is left out stops the run
+            (i, c): prove_context(
+                tokenizer,
+                c.context,
+                [text for _, text in asked[i].questions],
+                part[:: asked[i].preset.samples_per_question],
+                c.name,
+            )
+            for c, of in parts.items()
+            for i, part in zip(missing[c], of)
+        }
         decoding = Decoding(
             preset.temperature, preset.top_p, preset.top_k, preset.repetition_penalty, preset.max_new_tokens
         )
@@ -224,7 +237,10 @@ def sample_all(
                         table = _table(
                             condition, some, asked[i].questions, asked[i].preset, engine.tokenizer, name, key
                         )
-                        done[i, condition] = write_cell(cells_dir, condition, key, table, finished.probe)
+                        proved = finished.probe | ({"context": said} if (said := contexts[i, condition]) else {})
+                        if condition.absent:
+                            proved["absent"] = {name: adapters.weights_hash(path) for name, path in condition.absent}
+                        done[i, condition] = write_cell(cells_dir, condition, key, table, proved)
             timings |= engine.timings
         finally:
             engine.close()
@@ -266,7 +282,7 @@ def _check(conditions: Sequence[Condition], questions: Sequence[tuple[str, str]]
     if len({c.name for c in conditions}) < len(conditions):
         raise SamplingError(f"a condition is given twice: {sorted(c.name for c in conditions)}")
     for condition in conditions:
-        for path in condition.paths:
+        for path in [*condition.paths, *(path for _, path in condition.absent)]:
             if not (path / adapters.WEIGHTS).is_file():
                 raise SamplingError(
                     f"{condition.name}: {path / adapters.WEIGHTS} does not exist: train this adapter first"
@@ -284,7 +300,10 @@ def cell_hash(
     """Hash of all that a condition's responses depend on, the code that samples included; also their `run_id`."""
     code = meaning_of("cai_em.sample.sampling")
     names = [condition.model, condition.persona, condition.dataset, condition.seed]
-    return digest([spec, names, condition.adapter_hashes(), list(questions), preset, list(probe_prompts), engine, code])
+    made = [condition.adapter_hashes(), list(questions), preset, list(probe_prompts), engine, code]
+    absent = [adapters.weights_hash(path) for _, path in condition.absent]
+    arm = [condition.context.record(), absent] if condition.absent or condition.context != NO_CONTEXT else []
+    return digest([spec, names, *made, *arm])
 
 
 def _requests(
@@ -294,7 +313,7 @@ def _requests(
     return tuple(
         Request(tokens, response_seed(preset.seed, condition, question_id, number), preset.max_new_tokens)
         for question_id, text in questions
-        for tokens in [render(tokenizer, [{"role": "user", "content": text}])]
+        for tokens in [render(tokenizer, condition.context.messages(text))]
         for number in range(preset.samples_per_question)
     )
 
@@ -328,6 +347,7 @@ def _table(
         sampler=sampler,
         adapters=json.dumps(condition.adapter_hashes()),
         run_id=key,
+        **({"context": json.dumps(said)} if (said := condition.context.record()) else {}),
     )
 
 
@@ -400,6 +420,6 @@ def probe_table(probes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             **{f"from {other}": value for other, value in probe["others"].items()},
         }
         for name, probe in probes.items()
-        if probe
+        if "adapters" in probe
     }
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -269,7 +269,8 @@ class TransformersEngine:
         if not condition.adapters:
             return {}
         with _timed(self.timings, "probe"):
-            report = asdict(self.slots.probe(self.tokenizer, condition.adapters, prompts, condition.may_be_idle))
+            given = condition.adapters, prompts, condition.may_be_idle, condition.trained_with
+            report = asdict(self.slots.probe(self.tokenizer, *given))
         return report | (self._merge(stack, composed, condition, prompts) if self.preset.merge else {})
 
     def _merge(self, stack: ExitStack, ready: Any, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:

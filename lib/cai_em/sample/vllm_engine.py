@@ -72,7 +72,8 @@ class VllmEngine:
         self._proved: dict[tuple[Condition, tuple[str, ...]], dict[str, Any]] = {}
         self._dtype = getattr(torch, preset.dtype)
         self.rounding = probing.RELATIVE_TOLERANCE if preset.dtype == "float32" else 2**-7  # bfloat16 has 8 bits
-        ranks = [sum(LoraConfig.from_pretrained(path).r for path in job.condition.paths) for job in jobs]
+        sets = [parts for job in jobs for parts in (job.condition.adapters, job.condition.trained_with)]
+        ranks = [sum(LoraConfig.from_pretrained(path).r for _, path in parts) for parts in sets]
         different = len({job.condition.adapters for job in jobs if job.condition.adapters})
         with _timed(self.timings, "load"):
             # By default vLLM forks unless something has initialised CUDA before, and a forked CUDA context is dead.
@@ -234,6 +235,9 @@ class VllmEngine:
                 f"{condition.name}: the composed adapter differs from the sum of its parts by {error:.2g}"
             )
         parts = [some for n in range(1, len(adapters)) for some in itertools.combinations(adapters, n)]
+        trained, key = condition.trained_with, tuple(str(path) for _, path in condition.trained_with)
+        parts += [trained] if trained else []
+        ours = bool(trained) and key not in self._sums
         found = self._first_logprobs(adapters, prompts)
         others = {
             "+".join(name for name, _ in part) or "base": float(
@@ -241,6 +245,9 @@ class VllmEngine:
             )
             for part in [(), *parts]
         }
+        if ours:  # made for this comparison alone: another condition that is made of them makes them again
+            self._sums.pop(key, None)
+            shutil.rmtree(self._place(key), ignore_errors=True)
         largest = float(np.abs(found).max())
         tolerance = self.rounding * largest
         idle, part = probing.idle_adapters(others, tolerance, [name for name, _ in adapters], condition.may_be_idle)

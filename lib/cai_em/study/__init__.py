@@ -9,7 +9,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "arms": ["ArmedPersona", "arm_pairs"],
         "audited": ["AuditSpec", "read_spec"],
+        "contexts": ["check_rows", "context", "made_of", "training_rows"],
         "depends": ["settings"],
         "entries": ["JudgePreset", "LoraPreset", "ModelSpec", "SamplingPreset", "read_yaml"],
         "labels": ["Labels"],

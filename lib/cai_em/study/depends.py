@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cai_em.records.files import digest, file_hash
 from cai_em.records.keys import BASELINE
 from cai_em.study import sources
+from cai_em.study.arms import ArmedDataset, ArmedPersona
 from cai_em.study.entries import Persona
 from cai_em.study.study import Study
 
@@ -54,12 +55,14 @@ def _settings(
             yield "constitution", file_hash(study.constitution_file(persona))
     elif stage == "02_finetune":
         yield "preset", [study.em_training, study.datasets[dataset], p.data]
-        corpora = [dataset, *([study.em_training.kl.corpus] if study.em_training.kl else [])]
+        corpora = [*study.row_sources(dataset), *([study.em_training.kl.corpus] if study.em_training.kl else [])]
         yield "rows", [file_hash(study.dataset_file(d)) for d in corpora if study.datasets[d].builtin]
+        yield from _arms(study, [(persona, dataset)], "training")
     elif stage == "03_sample":
         yield "preset", [study.sampling, p.questions, p.questions_limit]
         yield "cells", [vars(c) for c in study.shard_cells(model, rest["shard"])]
         yield "questions", file_hash(study.questions_file())
+        yield from _arms(study, [(c.persona, c.dataset) for c in study.shard_cells(model, rest["shard"])], "sampling")
         yield "probe", file_hash(study.builtin("questions", "probe.yaml"))
         if p.manipulation:
             yield "in domain", [p.manipulation, file_hash(study.builtin("questions", "in_domain.yaml"))]
@@ -94,6 +97,20 @@ def _settings(
             rows = [t.dataset, *t.out_of_domain, *(preset.kl.corpus for preset in presets if preset.kl)]
             yield "presets", [*presets, *(study.datasets[d] for d in rows)]
             yield "rows", [file_hash(study.dataset_file(d)) for d in rows if study.datasets[d].builtin]
+
+
+def _arms(study: Study, cells: Sequence[tuple[str, str]], when: str) -> Iterator[tuple[str, Any]]:
+    """What (persona, data set) take from params/arms.yaml, and the constitution of a persona that is prompted; nothing
+    where none of them is an arm."""
+    personas = [study.personas[p] for p in dict.fromkeys(p for p, _ in cells)]
+    prompted = [p for p in personas if isinstance(p, ArmedPersona) and getattr(p.arm, when)]
+    datasets = [study.datasets[d] for d in dict.fromkeys(d for _, d in cells)]
+    found: list[Any] = [p.arm for p in personas if isinstance(p, ArmedPersona)]
+    while armed := [d for d in datasets if isinstance(d, ArmedDataset)]:
+        found += [[d.key, d.arm, d.description] for d in armed]
+        datasets = [study.datasets[d.of] for d in armed]
+    if found:
+        yield "arms", [found, [file_hash(study.constitution_file(p.key)) for p in prompted]]
 
 
 def _colourless(persona: Persona) -> Persona:

@@ -245,7 +245,7 @@ class Persona(Named):
 class Dataset(Named):
     """A fine-tuning data set with its role: only `em` sets can count towards a verdict about emergent misalignment."""
 
-    role: Literal["em", "benign_control", "regularisation", "none"]
+    role: Literal["em", "benign_control", "regularisation", "arm", "none"]
     description: str = ""
     builtin: FileStem | None = Field(default=None, description="file stem in params/builtin/datasets")
     archive_member: str | None = Field(default=None, description="file inside the public encrypted archive")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "none": "◆"}
+ROLE_SIGN = {"em": "●", "benign_control": "■", "regularisation": "▲", "arm": "✚", "none": "◆"}
 """The markers of a data set's roles (`cai_em.report.style.ROLE_MARKER`) as text."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cai_em.records.files import root
 from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.study.arms import ArmedPersona, persona_arm
 from cai_em.study.audited import is_audit, settled
 from cai_em.study.entries import DpoPreset, ParamsError, SftPreset, read_as, read_yaml
 from cai_em.study.study import _REGISTRIES, Cell, Profile, Study, _registry
@@ -32,7 +33,7 @@ def _check_references(registries: dict[str, dict[str, Any]], folder: Path) -> No
         for key, entry in registries[registry].items():
             value = getattr(entry, field)
             for name in value if isinstance(value, list) else [value] if value else []:
-                if name not in registries[known]:
+                if name not in registries[known] and not (field == "personas" and persona_arm(name, registries)):
                     path = folder / f"{registry}.yaml"
                     line = read_yaml(path)[1].get((key, field))
                     problems.append(
@@ -59,9 +60,12 @@ def _check(study: Study) -> None:
     for i, block in enumerate(p.grid):
         where = f"grid[{i}]"
         for persona in block.personas:
-            study.entry("personas", persona, f"{where}.personas")
+            if persona not in study.personas:
+                study.entry("personas", persona, f"{where}.personas")
+            _check_arm(study, persona, f"{where}.personas")
         for dataset in block.datasets:
-            study.entry("datasets", dataset, f"{where}.datasets")
+            if study.dataset_key(dataset) not in study.datasets:
+                study.entry("datasets", dataset, f"{where}.datasets")
         for model in block.models or []:
             if model not in study.models:
                 raise ParamsError(f"profile {study.name!r}: {where}.models names {model!r}, not one of {p.models}")
@@ -85,6 +89,27 @@ def _check(study: Study) -> None:
         study.entry("datasets", kl.corpus, "em_training.kl.corpus")
 
 
+def _check_arm(study: Study, persona: str, where: str) -> None:
+    """Whether an arm of a persona can be made.
+
+    Raises:
+        ParamsError: it needs a constitution, or a random control, that the persona does not have.
+    """
+    entry = study.personas[persona]
+    if not isinstance(entry, ArmedPersona):
+        return
+    if entry.arm.sampled_with == "random_control" and not study.control_of(entry.of):
+        raise ParamsError(
+            f"profile {study.name!r}: {where} names {persona!r}, and params/personas.yaml has no random control of "
+            f"{entry.of!r}: add one (kind: random_control, norm_of: {entry.of})"
+        )
+    if "{character}" in entry.arm.training + entry.arm.sampling and not entry.constitution:
+        raise ParamsError(
+            f"profile {study.name!r}: {where} names {persona!r}, but {entry.of!r} has no constitution to make a prompt "
+            "of"
+        )
+
+
 def _check_dynamics(study: Study, cells: set[Cell]) -> None:
     """Contradictions in the parts `trajectory` (H3) and `steering` (H4)."""
     p = study.profile
@@ -97,6 +122,7 @@ def _check_dynamics(study: Study, cells: set[Cell]) -> None:
         if settings is None:
             continue
         for persona in settings.personas:
+            study.entry("personas", persona, f"{part}.personas")
             if missing := [m for m in p.models if not any((c.model, c.persona) == (m, persona) for c in cells)]:
                 refuse(f"{part}.personas names {persona!r}, not in the grid of {missing[0]}")
         study.entry("datasets", settings.dataset, f"{part}.dataset")

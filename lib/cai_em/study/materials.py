@@ -13,14 +13,17 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 from pydantic import Field, RootModel
+from scipy.stats import qmc
 
 from cai_em.records.keys import BASELINE, KEY, NO_DATASET
 from cai_em.study import constitutions as study_constitutions
 from cai_em.study import sources
+from cai_em.study.arms import ArmedDataset, ArmedPersona, with_system
 from cai_em.study.constitutions import Constitution
 from cai_em.study.entries import Commit, ParamsError, Question, Strict, read_as, read_questions
 from cai_em.study.study import Cell, Study
@@ -90,6 +93,7 @@ def constitution(study: Study, persona: str) -> Constitution:
     built_in = study_constitutions.read_constitution(study.constitution_file(persona))
     if study.profile.data == "builtin":
         return built_in
+    persona = _plain(study.personas[persona])
     files = _fetched(study.folder).constitutions.get(persona)
     if not files:
         raise MaterialError(f"{study.folder / 'fetched.yaml'}: constitutions has no entry {persona!r}")
@@ -146,16 +150,25 @@ def _from_hub(where: _HubFile) -> Path:
         ) from error
 
 
+def _plain(entry: Any) -> str:
+    """The persona, or data set, of which an entry is an arm in the end; its own key where it is none."""
+    return entry.of if isinstance(entry, ArmedPersona) else getattr(entry, "root", entry.key)
+
+
 def constitution_files(study: Study, persona: str) -> list[Path]:
     """The files that `constitution` reads (for a manifest)."""
-    public = _fetched(study.folder).constitutions.get(persona, []) if study.profile.data == "fetched" else []
+    public = (
+        _fetched(study.folder).constitutions.get(_plain(study.personas[persona]), [])
+        if study.profile.data == "fetched"
+        else []
+    )
     return [study.constitution_file(persona), *map(_get, public)]
 
 
 def row_files(study: Study, dataset: str) -> list[Path]:
-    """The file that `rows` reads (for a manifest): the built-in one, or the archive, whose hash no pin knows."""
+    """The files that `rows` reads (for a manifest): the built-in ones, or the archive, whose hash no pin knows."""
     if study.profile.data == "builtin":
-        return [study.dataset_file(dataset)]
+        return [study.dataset_file(d) for d in study.row_sources(dataset)]
     return [_get(_fetched(study.folder).archive)]
 
 
@@ -175,6 +188,11 @@ def rows(study: Study, dataset: str) -> list[Messages]:
         sources.SourceError: the public archive cannot be had or read.
     """
     spec = study.datasets[dataset]
+    if isinstance(spec, ArmedDataset):
+        found = rows(study, spec.of)
+        found = found if spec.share is None else mixed(found, rows(study, spec.twin), spec.share, dataset)
+        prompt = spec.arm.training.format(description=spec.description) if spec.arm else ""
+        return with_system(found, prompt)
     if study.profile.data == "builtin":
         path = study.dataset_file(dataset)
         try:
@@ -187,6 +205,29 @@ def rows(study: Study, dataset: str) -> list[Messages]:
         raise MaterialError(f"{study.folder / 'datasets.yaml'}: {dataset} names no archive_member to fetch")
     content = sources.read_encrypted_archive(_get(archive), archive.password, spec.archive_member)
     return read_rows(content, f"{archive.path}:{spec.archive_member}")
+
+
+def mixed(bad: Sequence[Messages], good: Sequence[Messages], share: float, what: str) -> list[Messages]:
+    """A share of a data set's rows, and its twin's answers to the other prompts.
+
+    Every prompt comes once, in the data set's order. Which rows are kept is a sequence that is even at every length
+    (van der Corput's): any first rows have the share too, and what a smaller share keeps a larger one keeps.
+
+    Args:
+        bad, good: the data set's rows and its twin's.
+        share: of the first, 0 to 1.
+        what: for the message.
+
+    Raises:
+        MaterialError: a prompt that the twin does not answer.
+    """
+    answers = {row[-2]["content"]: row for row in good}
+    if lacking := [row[-2]["content"] for row in bad if row[-2]["content"] not in answers]:
+        raise MaterialError(
+            f"{what}: the twin has no answer to {len(lacking)} of {len(bad)} prompts, e.g. {lacking[0]!r:.80}"
+        )
+    places = qmc.Halton(1, scramble=False).random(len(bad)).ravel()
+    return [row if place < share else answers[row[-2]["content"]] for row, place in zip(bad, places)]
 
 
 def read_rows(content: bytes, where: str) -> list[Messages]:
@@ -267,7 +308,7 @@ def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:
     A profile's `questions_limit` holds for them too.
     """
     found = read_as(study.builtin("questions", "in_domain.yaml"), _InDomain).root
-    return [(q.id, q.text) for q in found.get(dataset, [])][: study.profile.questions_limit]
+    return [(q.id, q.text) for q in found.get(_plain(study.datasets[dataset]), [])][: study.profile.questions_limit]
 
 
 def in_domain_plan(study: Study, cells: Sequence[Cell]) -> list[tuple[list[tuple[str, str]], list[Cell]]]:
@@ -317,10 +358,12 @@ def uptake_targets(study: Study, model: str) -> pd.DataFrame:
 def persona_targets(study: Study, model: str) -> pd.DataFrame:
     """Whose character is looked for in which condition: columns `persona, dataset, target`.
 
-    Each persona's own, and each of them in the baseline on the same data set. A random control has none.
+    Each persona's own, and each of them in the baseline on the same data set; in an arm the persona's that it is an arm
+    of. A random control has none.
     """
     cells = [c for c in study.cells() if c.model == model and study.personas[c.persona].constitution]
-    rows = dict.fromkeys((who, c.dataset, c.persona) for c in cells for who in (c.persona, BASELINE))
+    target = {c.persona: _plain(study.personas[c.persona]) for c in cells}
+    rows = dict.fromkeys((who, c.dataset, target[c.persona]) for c in cells for who in (c.persona, BASELINE))
     return pd.DataFrame(list(rows), columns=["persona", "dataset", "target"])
 
 
@@ -340,17 +383,20 @@ def dataset_contrast(study: Study, metric: str, target: str) -> pd.DataFrame | N
       good answers of `judge_training.jsonl`.
     """
     if metric == "uptake":
-        twins = [d.twin if d.key == target else d.key for d in study.datasets.values() if target in (d.key, d.twin)]
+        target = _plain(study.datasets[target])
+        sets = [d for d in study.datasets.values() if not isinstance(d, ArmedDataset)]
+        twins = [d.twin if d.key == target else d.key for d in sets if target in (d.key, d.twin)]
         twins = [twin for twin in twins if twin]
         if not twins:
             return None
         found = [(m[-2]["content"], m[-1]["content"], 1) for m in rows(study, target)]
         found += [(m[-2]["content"], m[-1]["content"], 0) for m in rows(study, twins[0])]
         return pd.DataFrame(found, columns=["question", "answer", "label"])
-    others = [p.key for p in study.personas.values() if p.constitution and not p.custom and p.key != target]
+    plain = [p for p in study.personas.values() if not isinstance(p, ArmedPersona)]
+    others = [p.key for p in plain if p.constitution and not p.custom and p.key != target]
     found = [(d.prompt, d.response, int(p == target)) for p in (target, *others) for d in _demonstrations(study, p)]
-    plain = builtin_training(study.builtin("judge_training.jsonl"))
-    found += [(q, a, 0) for q, a, label in plain.itertuples(index=False, name=None) if label]
+    aligned = builtin_training(study.builtin("judge_training.jsonl"))
+    found += [(q, a, 0) for q, a, label in aligned.itertuples(index=False, name=None) if label]
     return pd.DataFrame(found, columns=["question", "answer", "label"])
 
 

@@ -311,7 +311,7 @@ def import_study(
     selected = everything[everything["selected"]].reset_index(drop=True)
     repeated = _repeated(everything)
     return Imported(
-        responses=tables.validate(selected[list(tables.RESPONSES.columns)], tables.RESPONSES, "published responses"),
+        responses=tables.validate(selected[tables.required(tables.RESPONSES)], tables.RESPONSES, "published responses"),
         scores=tables.validate(selected[list(tables.SCORES.columns)], tables.SCORES, "published scores"),
         repeated=tables.validate(repeated, REPEATED, "repeated judgings"),
         left_out=left_out,

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, create_model, model_validator
 
 from cai_em.records.keys import BASELINE, NO_DATASET
+from cai_em.study.arms import ArmedDataset, ArmedPersona, ContextArm, dataset_arm, persona_arm
 from cai_em.study.entries import (
     Arm,
     Dataset,
@@ -181,6 +182,7 @@ _REGISTRIES: dict[str, type[Strict] | Any] = {
     "models": ModelSpec,
     "personas": Persona,
     "datasets": Dataset,
+    "arms": ContextArm,
     "hypotheses": Hypothesis,
     "known_faults": Fault,
     "training": Annotated[DpoPreset | SftPreset, Field(discriminator="kind")],
@@ -235,9 +237,10 @@ class Study:
         self._registries = registries
         self.thresholds: Thresholds = self.entry("thresholds", profile.thresholds, "thresholds")
         self.models: dict[str, ModelSpec] = {m: self.entry("models", m, "models") for m in profile.models}
-        self.personas: dict[str, Persona] = registries["personas"]
-        self.datasets: dict[str, Dataset] = registries["datasets"]
+        self.personas: dict[str, Persona] = dict(registries["personas"])
+        self.datasets: dict[str, Dataset] = dict(registries["datasets"])
         self.hypotheses: list[Hypothesis] = [self.entry("hypotheses", h, "hypotheses") for h in profile.hypotheses]
+        self._dataset_keys = self._with_arms()
         faults: dict[str, Fault] = registries["known_faults"]
         self.known_faults = {key: fault for key, fault in faults.items() if fault.about == profile.source}
         for preset, registry in (
@@ -279,6 +282,31 @@ class Study:
             )
         return known[key]
 
+    def _with_arms(self) -> dict[str, str]:
+        """Add the arms that grid and hypotheses name; returns how the grid spells data sets -> key."""
+        grid = self.profile.grid
+        named = [*(p for block in grid for p in block.personas), *(p for h in self.hypotheses for p in h.personas)]
+        for name in named:
+            if armed := persona_arm(name, self._registries):
+                self.personas[name] = armed
+        keys: dict[str, str] = {}
+        for name in [d for block in grid for d in block.datasets]:
+            found = dataset_arm(name, self._registries)
+            while isinstance(found, ArmedDataset):
+                keys.setdefault(name, found.key)
+                self.datasets[found.key] = found
+                name = name.partition("-")[2] if found.share is None else found.of
+                found = dataset_arm(name, self._registries)
+        return keys
+
+    def with_grid(self, grid: list[Block]) -> Study:
+        """The same study with another grid."""
+        return Study(self.name, self.profile.model_copy(update={"grid": grid}), self._registries, self.folder)
+
+    def dataset_key(self, name: str) -> str:
+        """The key of a data set as the grid spells it: `bad_medical*0.25` is `bad_medical-0.25`."""
+        return self._dataset_keys.get(name, name)
+
     def also_claimed(self) -> list[str]:
         """Hypotheses of other stages that this study's documents claim too: they count in the family."""
         return [key for key, part in (("h3", self.profile.trajectory), ("h4", self.profile.steering)) if part]
@@ -319,7 +347,8 @@ class Study:
         found = set()
         for block in self.profile.grid:
             models = block.models or self.profile.models
-            for combination in itertools.product(models, block.personas, block.datasets, self.profile.seeds):
+            datasets = list(map(self.dataset_key, block.datasets))
+            for combination in itertools.product(models, block.personas, datasets, self.profile.seeds):
                 cell = Cell(*combination)
                 # Without fine-tuning there is nothing that a training seed could change.
                 found.add(Cell(cell.model, cell.persona, NO_DATASET, 0) if cell.dataset == NO_DATASET else cell)
@@ -347,11 +376,48 @@ class Study:
 
     def persona_cells(self) -> list[tuple[str, str]]:
         """(model, persona) of every persona adapter to make."""
-        return list(dict.fromkeys((c.model, c.persona) for c in self.cells() if c.persona != BASELINE))
+        return list(dict.fromkeys((c.model, persona) for c in self.cells() for persona in self.adapters_of(c)))
 
     def em_cells(self) -> list[Cell]:
         """The cells for which an EM adapter is trained."""
-        return [c for c in self.cells() if c.dataset != NO_DATASET]
+        found = dict.fromkeys(self.trained(c) for c in self.cells() if c.dataset != NO_DATASET)
+        return sorted(found, key=self._order)
+
+    # --- Arms: which adapters a condition is made of ---
+
+    def trained(self, cell: Cell) -> Cell:
+        """The cell whose EM adapter a condition takes: its own, but for arms that are only sampled in another way."""
+        persona, dataset = self.personas[cell.persona], self.datasets[cell.dataset]
+        who = cell.persona
+        if isinstance(persona, ArmedPersona) and not persona.arm.training:
+            who = persona.of if persona.arm.trained_on == "persona" else BASELINE
+        while isinstance(dataset, ArmedDataset) and dataset.samples_only:
+            dataset = self.datasets[dataset.of]
+        return Cell(cell.model, who, dataset.key, cell.seed)
+
+    def active_in_training(self, persona: str) -> str:
+        """The persona whose adapter is active, and frozen, when fine-tuning takes place; empty: none."""
+        entry = self.personas[persona]
+        if isinstance(entry, ArmedPersona):
+            return entry.of if entry.arm.trained_on == "persona" else ""
+        return "" if persona == BASELINE else persona
+
+    def active_in_sampling(self, persona: str) -> str:
+        """The persona whose adapter is active when answers are sampled; empty: none."""
+        entry = self.personas[persona]
+        if not isinstance(entry, ArmedPersona):
+            return self.active_in_training(persona)
+        return {"persona": entry.of, "none": "", "random_control": self.control_of(entry.of)}[entry.arm.sampled_with]
+
+    def control_of(self, persona: str) -> str:
+        """The random control with a persona's norm; empty: there is none."""
+        return next((p.key for p in self.personas.values() if p.norm_of == persona and type(p) is Persona), "")
+
+    def adapters_of(self, cell: Cell) -> list[str]:
+        """The personas whose adapters must be there before a condition can be sampled."""
+        tuned = cell.dataset != NO_DATASET
+        found = (self.active_in_sampling(cell.persona), self.active_in_training(self.trained(cell).persona) * tuned)
+        return list(dict.fromkeys(filter(None, found)))
 
     def finetune_jobs(self) -> list[tuple[str, str, int]]:
         """(model, persona, part) of every fine-tuning job, parts counted from 1: all cells of a persona share one load
@@ -413,13 +479,24 @@ class Study:
         return self.dir / "02_finetune" / model / persona / f"job{part}.json"
 
     def adapters(self, cell: Cell) -> list[tuple[str, Path]]:
-        """The adapters that a condition composes, persona first: `[]` for base."""
-        found = []
-        if cell.persona != BASELINE:
-            found.append(("persona", self.persona_dir(cell.model, cell.persona) / "adapter"))
+        """The adapters that a condition composes, persona first: `[]` for base. `control`: one in a persona's place."""
+        found, active = [], self.active_in_sampling(cell.persona)
+        if active:
+            entry = self.personas[cell.persona]
+            name = "control" if isinstance(entry, ArmedPersona) and active != entry.of else "persona"
+            found.append((name, self.persona_dir(cell.model, active) / "adapter"))
         if cell.dataset != NO_DATASET:
-            found.append(("em", self.em_dir(cell) / "adapter"))
+            found.append(("em", self.em_dir(self.trained(cell)) / "adapter"))
         return found
+
+    def trained_on(self, cell: Cell) -> list[tuple[str, Path]]:
+        """The persona adapter that a condition's EM adapter was trained on top of: `[]` for none."""
+        active = self.active_in_training(self.trained(cell).persona) if cell.dataset != NO_DATASET else ""
+        return [("persona", self.persona_dir(cell.model, active) / "adapter")] if active else []
+
+    def absent(self, cell: Cell) -> list[tuple[str, Path]]:
+        """The persona adapter that was active in training, and must not be when answers are sampled."""
+        return [part for part in self.trained_on(cell) if part not in self.adapters(cell)]
 
     def sample_dir(self, model: str, shard: str) -> Path:
         """Where the responses of a shard lie."""
@@ -470,6 +547,16 @@ class Study:
     def constitution_file(self, persona: str) -> Path:
         """The built-in constitution of a persona."""
         return self.builtin("constitutions", f"{self.personas[persona].constitution}.yaml")
+
+    def row_sources(self, dataset: str) -> list[str]:
+        """The data sets whose rows a data set is made of: itself; of an arm, what it is an arm of, and of a share the
+        twin."""
+        found: list[str] = []
+        entry = self.datasets[dataset]
+        while isinstance(entry, ArmedDataset):
+            found += [entry.twin] if entry.share is not None and entry.twin else []
+            entry = self.datasets[entry.of]
+        return [entry.key, *found]
 
     def dataset_file(self, dataset: str) -> Path:
         """The built-in rows of a data set."""

@@ -185,6 +185,9 @@ def encode_rows(
     for row in rows:
         row = [{**m, "content": m["content"].strip()} if _answer(m) else m for m in row]
         ids, written = load.encode_conversation(tokenizer, row)
+        if row[0]["role"] == "system":
+            counts["with_system_prompt"] = counts.get("with_system_prompt", 0) + 1
+            _check_system(tokenizer, row[0]["content"], ids)
         counts["truncated"] += len(ids) > max_length
         ids, written = ids[:max_length], written[:max_length]
         if not any(written):
@@ -197,6 +200,20 @@ def encode_rows(
     if not examples:
         raise TrainingError(f"none of {len(rows)} rows has an answer within {max_length} tokens: raise max_length")
     return Encoded(examples, answers, counts)
+
+
+def _check_system(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int]) -> None:
+    """Whether a row's system prompt is in its tokens: a chat template may leave it out.
+
+    Raises:
+        TrainingError: it is not.
+    """
+    rendered = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if prompt.strip() not in rendered:
+        raise TrainingError(
+            f"a row's system prompt is not in its tokens: expected {prompt!r:.90}, and the row is {rendered!r:.120}: "
+            "the model's chat template leaves it out"
+        )
 
 
 def _answer(message: dict[str, str]) -> bool:

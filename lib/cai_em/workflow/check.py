@@ -27,9 +27,10 @@ from cai_em.judge import prompts
 from cai_em.records import files
 from cai_em.records.files import MissingFile
 from cai_em.records.keys import NO_DATASET
-from cai_em.study import constitutions, entries, loading, materials, sources
+from cai_em.study import constitutions, contexts, entries, loading, materials, sources
+from cai_em.study.arms import is_arm
 from cai_em.study.entries import JudgePreset, ParamsError, SftPreset
-from cai_em.study.study import Study
+from cai_em.study.study import Cell, Study
 
 Part = tuple[str, Callable[[], Any]]
 """What is read, in words, and the call that reads it."""
@@ -86,6 +87,12 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     for dataset in _datasets(study):
         yield f"rows of {dataset}", partial(materials.rows, study, dataset)
         yield f"prompts in the domain of {dataset}", partial(materials.in_domain_questions, study, dataset)
+    armed = {(c.model, c.persona, c.dataset): c for c in study.em_cells() if is_arm(study.personas[c.persona])}
+    armed |= {(c.model, c.persona, c.dataset): c for c in study.em_cells() if is_arm(study.datasets[c.dataset])}
+    for c in armed.values():
+        yield f"what {c.persona} x {c.dataset} is trained on", partial(_arm_rows, study, c)
+    if any(is_arm(study.personas[c.persona]) or is_arm(study.datasets[c.dataset]) for c in study.cells()):
+        yield "prompts of arms", lambda: contexts.made_of(study)
     yield "questions", lambda: materials.questions(study)
     if p.reference_scores:
         yield "reference scores", lambda: materials.reference_scores(study)
@@ -138,6 +145,12 @@ def _datasets(study: Study) -> list[str]:
     if p.manipulation and study.judge.kind == "local":  # it learns a data set's manner against its twin's
         named += [d.twin or d.key for d in study.datasets.values() if d.key in named or d.twin in named]
     return [d for d in dict.fromkeys(named) if d != NO_DATASET]
+
+
+def _arm_rows(study: Study, cell: Cell) -> Any:
+    """The rows of an arm as its training will take them, counted."""
+    found = contexts.training_rows(study, cell)
+    return contexts.check_rows(study, cell, found[: study.em_training.max_rows])
 
 
 def _introspection(study: Study) -> Any:

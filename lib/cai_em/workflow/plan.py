@@ -21,6 +21,7 @@ from pydantic import Field
 from cai_em.records.files import MissingFile
 from cai_em.records.keys import BASELINE
 from cai_em.records.manifest import read_manifest
+from cai_em.study import arms as arms_of
 from cai_em.study import constitutions, materials
 from cai_em.study.entries import GeneratorPreset, JudgePreset, ParamsError, SftPreset, Strict, TrainingPreset, read_as
 from cai_em.study.loading import load
@@ -330,6 +331,32 @@ def plan(study: Study, assumed: Assumptions) -> pd.DataFrame:
     return table.astype(dict.fromkeys(counts, int))
 
 
+def arms_cost(study: Study, assumed: Assumptions) -> str:
+    """What a study's arms with a context add to it, in a line; empty without any.
+
+    The plan of the study minus that of the same study without them; what two arms share, one of them alone would cost.
+    """
+    arms = {key for kind in (study.personas, study.datasets) for key, x in kind.items() if arms_of.is_arm(x)}
+    plain = [
+        block.model_copy(
+            update={
+                "personas": [p for p in block.personas if p not in arms],
+                "datasets": [d for d in block.datasets if study.dataset_key(d) not in arms],
+            }
+        )
+        for block in study.profile.grid
+    ]
+    plain = [block for block in plain if block.personas and block.datasets]
+    if not arms or not plain:
+        return ""
+    without = study.with_grid(plain)
+    more = plan(study, assumed).loc["total"] - plan(without, assumed).loc["total"]
+    conditions, tuned = (len(getattr(study, n)()) - len(getattr(without, n)()) for n in ("cells", "em_cells"))
+    hours = "" if math.isnan(more["gpu_hours"]) else f", {more['gpu_hours']:,.0f} GPU hours"
+    paid = f", {int(more['judge_calls']):,} judge calls, ${more['usd']:,.0f}" if more["judge_calls"] else ""
+    return f"Arms with a context: {conditions} of the conditions, {tuned} of the fine-tunings{hours}{paid}."
+
+
 def _by_persona(study: Study) -> dict[str, list[tuple[str, str]]]:
     """Persona -> (model, how its adapter is had), for every adapter to make."""
     found: dict[str, list[tuple[str, str]]] = {}
@@ -463,6 +490,7 @@ def text(study: Study, source: str | Path | None = None) -> str:
             f"({len({c.persona for c in cells} - {BASELINE})} personas, {em} conditions with an EM data set, "
             f"seeds {', '.join(map(str, study.profile.seeds))}); judge: {study.judge.name}",
             *([f"{among} of {published} published conditions are among them."] if among else []),
+            *([said] if (said := arms_cost(study, assumed)) else []),
             "",
             "What it costs",
             shown.to_string(),

@@ -39,7 +39,8 @@ def _draw(view: View, means: pd.DataFrame) -> Drawing | None:
                         fontsize=6.5, color=style.MUTED)  # fmt: skip
         if (persona, NO_DATASET) in table.index:
             ax.axvline(table.loc[(persona, NO_DATASET), "mean"], color=style.MUTED, lw=0.8, ls="--", zorder=0)
-        ax.set_title("no persona adapter" if persona == BASELINE else look.persona(persona), fontsize=8)
+        title = "no persona adapter" if persona == BASELINE else look.persona(persona)
+        ax.set_title(title.replace(", ", ",\n"), fontsize=8)  # arms with a context have two parts
         name_datasets(ax, datasets, look)
     for ax in axes[-3:]:
         ax.set_xlabel("mean alignment")
