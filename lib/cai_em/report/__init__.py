@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
         "markdown": ["escape"],
+        "page": ["facts_of", "write_page"],
         "paper": ["generate"],
         "render": ["check_paper", "generated_of"],
         "replication": ["as_published", "compare_printed", "printed_differences", "read_golden", "replication_check"],
