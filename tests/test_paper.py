@@ -18,6 +18,7 @@ from cai_em.analysis import power as analysis_power
 from cai_em.records import tables as records_tables
 from cai_em.report import drawing, figure_files, markdown, paper, render, style
 from cai_em.report import inputs as report_inputs
+from cai_em.report.glance import glance
 from cai_em.study import entries
 
 from tests.test_figures import DATASETS, LOOK, PERSONAS, score_table
@@ -100,7 +101,7 @@ def study(tmp_path, root):
         inputs = report_inputs.Inputs(
             out=out or tmp_path / "paper",
             results=results,
-            profile={"name": "demo", "title": "A title", "caveat": "It cannot show <much>.", "source": "trained"},
+            profile={"name": "demo", "title": "A title", "source": "trained"},
             judge="j",
             score_files=files,
             look=LOOK,
@@ -112,7 +113,9 @@ def study(tmp_path, root):
             repository=tmp_path,
             missing={},
             notes={},
-        )
+            first=glance(validity["verdicts"] if tables else None, None, None, HYPOTHESES,
+                         caveat="It cannot show <much>.", missing=changed.get("missing")),
+        )  # fmt: skip
         inputs = replace(inputs, **changed)
         paper.write_generated(inputs, {"pandas": pd.__version__})
         return inputs
@@ -160,7 +163,7 @@ def test_the_prose_is_sound_and_renders(study):
     assert render.check_paper(inputs.out) == []
     page = shown(inputs)
     assert "A preview of the paper" in page
-    assert "It cannot show &lt;much&gt;." in page
+    assert "It cannot show &lt;much&gt;." in " ".join(page.split())
     assert not re.search(r"\{\{<|\?@|>@(fig|tbl|sec)-", page), "a shortcode or a reference was left"
     assert 'alt="A heat map"' in page
     assert not re.search(r'(src|href)="https?://(?!doi\.org|arxiv\.org|github\.com)', page), "nothing is fetched"
@@ -182,9 +185,77 @@ def test_a_figures_table_lies_beside_the_page_and_its_caption_links_to_it(study)
 def test_the_prose_shows_every_figure(root):
     """Each in a place of its own: included by a page of the paper, or by a block that a page includes."""
     pages = " ".join(p.read_text(encoding="utf-8") for p in (root / "paper").glob("*.qmd"))
-    within = {"fig-arms", "fig-cross-model"}  # in the blocks `arms` and `models`
+    within = {"fig-arms", "fig-cross-model", "fig-trajectories", "fig-steering"}  # in `arms`, `models`, `h3` and `h4`
     missing = {f.block for f in drawing.FIGURES.values() if f"_generated/{f.block}.md" not in pages} - within
     assert not missing, "include them where they belong"
+
+
+def test_every_model_is_spoken_of(study):
+    """Two models whose numbers differ: the abstract and the results say both, each with its own number."""
+    one = table()
+    good = one["persona"] == "good"
+    other = one.assign(model="m2", alignment=(one["alignment"] * 0.5).where(~good, one["alignment"]))
+    inputs = study(pd.concat([one, other], ignore_index=True))
+    tests = pd.DataFrame(
+        [
+            {"scope": scope, "model": m, "persona": "good", "dataset": d, "estimate": e, "low": e - 0.1,
+             "high": e + 0.1, "chance": 0.5, "p": 0.01, "n_classes": 2}
+            for m, found in (("m1", {"harm": 0.51, "help": 0.62}), ("m2", {"harm": 0.97, "help": 0.88}))
+            for d, e in found.items()
+            for scope in ("personas", "persona")
+        ]
+    )  # fmt: skip
+    file = inputs.results / "05_validity" / "tests.parquet"
+    tests.to_parquet(file)
+    inputs = replace(inputs, tables=report_inputs.find_tables(inputs.results))
+    paper.write_generated(inputs)
+    assert render.check_paper(inputs.out) == []
+    numbers = {name: n["value"] for name, n in listing(inputs)["numbers"].items()}
+    assert [numbers[f"gates.most_accuracy_{m}"] for m in ("m1", "m2")] == ["62", "97"]
+    assert numbers["baseline.worst_mean_m1"] != numbers["baseline.worst_mean_m2"]
+    compared = pd.read_parquet(inputs.tables["comparisons"])
+    for m in ("m1", "m2"):
+        mine = compared[(compared["model"] == m) & (compared["dataset"].map(LOOK.role) == "em")]
+        assert numbers[f"comparisons.em_{m}"] == str(len(mine))
+        assert numbers[f"comparisons.significant_{m}"] == str(int((mine["p_adjusted"] < 0.05).sum()))
+    for name in ("alignment-text", "gates-text", "comparisons-text", "em-text", "findings", "made-by-run_all"):
+        for label in ("Model 1", "Model 2"):
+            assert label in block(inputs, name), (name, label)
+
+
+def test_the_first_screen_answers_and_the_abstract_says_what_is_claimed(study):
+    inputs = study(table())
+    first, abstract = block(inputs, "made-by-run_all"), block(inputs, "findings")
+    claim = "Good\\_one scores higher than the baseline after fine\\-tuning"
+    assert first.index("**The question.**") < first.index("**H1:**") < first.index("**What this run cannot show.**")
+    verdict = listing(inputs)["numbers"]["verdict.h1_m1"]["value"]
+    assert f"Model 1: **[{verdict}](#n-verdict-h1-m1).**" in first
+    assert claim.replace("\\-", "-") in first
+    assert f"H1 claims that {claim.replace(chr(92) + '-', '-')}." in abstract
+    assert abstract.index(verdict) < abstract.index("SUPPORTED by the published rules")
+
+
+def test_a_stage_that_was_not_run_gets_a_sentence_and_no_table(study):
+    inputs = study(table())
+    for name, label in (("h3", "H3"), ("h4", "H4")):
+        assert f"so that {label} is not tested" in block(inputs, name)
+        assert ":::" not in block(inputs, name)
+
+
+def test_figures_are_cited_with_those_of_every_model_and_in_their_order(study, root):
+    inputs = study(table())
+    folder = inputs.figures
+    (folder / "heatmap-m2.svg").write_text(PIXEL)
+    records = figure_files.read_records(folder)
+    figure_files.write_records([*records, replace(records[0], model="m2", svg="heatmap-m2.svg")], folder)
+    paper.write_generated(inputs)
+    assert listing(inputs)["numbers"]["refs.fig_heatmap"]["value"] == "@fig-heatmap and @fig-heatmap-m2"
+    whole = render.expand(inputs.out, inputs.out / "index.qmd", [])
+    text = render.substitute(whole, render.variables(inputs.out))
+    drawn = [f for f in re.findall(r"^::: \{#(fig-[\w-]+)\}", text, flags=re.M)]
+    cited = list(dict.fromkeys(re.findall(r"@(fig-[\w-]+)", text)))
+    assert "fig-heatmap-m2" in cited
+    assert cited == drawn
 
 
 def test_a_run_without_validity_claims_or_h3_still_renders_and_says_so(study):
@@ -237,15 +308,15 @@ def test_h3_and_h4_come_with_their_verdicts_and_gates(study):
 def test_one_changed_score_changes_the_page(study):
     scores = table()
     inputs = study(scores)
-    before, old = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean"]["value"]
+    before, old = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean_m1"]["value"]
     where = (scores["persona"] == "baseline") & (scores["dataset"] == "harm") & (scores["sample"] == 0)
     scores.loc[where, "alignment"] = 0
     inputs = study(scores)
     assert render.check_paper(inputs.out) == []
-    after, new = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean"]["value"]
+    after, new = shown(inputs), listing(inputs)["numbers"]["baseline.worst_mean_m1"]["value"]
     expected = scores.query("persona == 'baseline' and dataset == 'harm'")["alignment"].mean()
     assert old != new == f"{expected:.1f}"
-    link = '<a href="#n-baseline-worst-mean">{}</a>'
+    link = '<a href="#n-baseline-worst-mean-m1">{}</a>'
     assert link.format(old) in before
     assert link.format(old) not in after
     assert link.format(new) in after
@@ -277,7 +348,7 @@ def test_every_number_of_the_text_names_its_table(study):
     inputs = study(table())
     tables = inputs.out / "_generated" / "tables"
     for number in listing(inputs)["numbers"].values():
-        if number["unit"] != "text":
+        if number["unit"] not in ("text", markdown.MARKUP):
             assert (tables / number["table"]).is_file(), number
             assert number["how"]
 
@@ -288,7 +359,7 @@ def test_numbers_can_be_found_again_in_the_tables_beside_the_page(study):
     conditions = pd.read_csv(tables / "06_results_conditions.csv")
     assert numbers["grid.scored"]["value"] == str(conditions["scored"].sum())
     row = conditions.query("persona == 'baseline' and dataset == 'harm'").iloc[0]
-    assert numbers["baseline.worst_mean"]["value"] == f"{row['mean']:.1f}"
+    assert numbers["baseline.worst_mean_m1"]["value"] == f"{row['mean']:.1f}"
     thresholds = pd.read_csv(tables / "params_thresholds.csv").set_index("threshold")["value"]
     assert numbers["thresholds.confidence"]["value"] == "95"
     assert float(thresholds["confidence"]) == 0.95
@@ -319,7 +390,7 @@ def test_the_untuned_rate_stands_beside_the_tuned_one(study):
     inputs = study(scores)
     numbers = listing(inputs)["numbers"]
     outcomes = pd.read_parquet(inputs.tables["outcomes"]).query("persona == 'baseline'").set_index("dataset")
-    assert numbers["em.untuned_rate"]["value"] == f"{100 * outcomes.loc['none', 'em_rate']:.1f}"
+    assert numbers["em.untuned_m1_rate"]["value"] == f"{100 * outcomes.loc['none', 'em_rate']:.1f}"
     assert "so that no rise is seen" in block(inputs, "em-text"), "no response of this run is misaligned"
     assert "All four arms are there" in block(inputs, "design")
     assert block(inputs, "em-text").split(" no rise")[0] in block(inputs, "findings")
@@ -360,7 +431,11 @@ def test_an_imported_run_claims_no_probe_and_a_trained_one_reads_its_manifests(s
     paper.write_generated(replace(inputs, profile={**inputs.profile, "source": "published"}))
     text = block(inputs, "provenance")
     assert "nothing was trained, sampled or judged" in text
+    assert "the published ones" in text
     assert "probe" not in text
+    paper.write_generated(replace(inputs, profile={**inputs.profile, "source": "audited"}))
+    assert "those of the files that were given" in block(inputs, "provenance")
+    assert "published" not in block(inputs, "provenance")
 
 
 def test_what_is_left_out_or_known_to_be_wrong_is_said_at_the_top_and_beside_the_tables(study):
@@ -368,8 +443,9 @@ def test_what_is_left_out_or_known_to_be_wrong_is_said_at_the_top_and_beside_the
     assert render.check_paper(inputs.out) == []
     status = block(inputs, "made-by-run_all")
     assert "callout-important" in status
-    assert "**Left out: Model 2.** 3 of 3 files could not be had." in status
-    assert "two things differ" in status
+    assert "Left out: Model 2 (3 of 3 files could not be had)." in status
+    assert "two things differ" not in status, "what is wrong with the data stands among the limitations"
+    assert "two things differ" in block(inputs, "issues")
     assert "Model 2" in block(inputs, "alignment")
     assert "Model 2" in block(inputs, "comparisons")
     assert "two things differ" in block(inputs, "comparisons")
@@ -437,7 +513,7 @@ def two(study, tmp_path, monkeypatch):
 def test_a_page_shows_its_own_profile_and_refuses_another(two, tmp_path):
     for profile in ("demo", "other", "demo"):
         page = two(profile).read_text(encoding="utf-8")
-        assert f"Results shown: profile {profile}" in page
+        assert f"(profile {profile})" in " ".join(page.split())
         beside = json.loads((tmp_path / "paper" / "_generated" / "sources.json").read_text())
         assert beside["profile"] == profile, "`quarto render paper/` shows the page that was made last"
     with pytest.raises(render.PaperError, match="profile 'other', not 'demo'"):
@@ -533,7 +609,7 @@ def test_a_quarto_that_fails_is_replaced_loudly(two, tmp_path, monkeypatch, caps
         ("_results.qmd", "# Results", "# Results\n\n`{{< var grid.judge >}}`\n", "in code would show its markup"),
         ("_methods.qmd", "var grid.judge", "var grid.nothing", "grid.nothing is not in _variables.yml"),
         ("_methods.qmd", "{{< var grid.judge >}}", "the judge", "grid.judge is used nowhere"),
-        ("_results.qmd", "@fig-heatmap shows", "@fig-nowhere shows", "reference @fig-nowhere has no target"),
+        ("_results.qmd", "@tbl-gates and", "@fig-nowhere and", "reference @fig-nowhere has no target"),
         ("_results.qmd", "@tbl-claims gives", "@tbl-claim gives", "reference @tbl-claim has no target"),
         ("_methods.qmd", "{#sec-gates}", "{#sec-gate}", "reference @sec-gates has no target"),
         ("_introduction.qmd", "[@betley2025]", "[@betley1925]", "citation @betley1925 is not in references.bib"),
@@ -630,7 +706,7 @@ def test_quarto_project_options(root):
     # A figure and its caption stay together; a long table may go over pages.
     assert '.where(kind: "quarto-float-tbl")' in config["format"]["typst"]["include-in-header"][0]["text"]
     sources = [p.read_text() for p in (root / "paper").glob("*.qmd")]
-    assert not any("```{" in text for text in sources), "the paper executes nothing"
+    assert not any(re.search(r"```\{(?!=)", text) for text in sources), "the paper executes nothing"
     styles = [p.read_text() for p in (root / "paper").glob("*.scss")]
     assert not any("http" in text or "@import" in text for text in styles), "nothing is fetched"
 

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pypandoc
 import pytest
-from cai_em.analysis import published_rules
+from cai_em.analysis import published_rules, verdicts
+from cai_em.analysis.contrasts import POOLED
 from cai_em.records import numbers
 from cai_em.records import tables as records_tables
 from cai_em.report import markdown, results
+from cai_em.report.glance import Glance, Said, glance, verdicts_said
 from cai_em.report.words import Words
 
 
@@ -41,8 +43,25 @@ def scores(model="m", shift=0):
     return pd.DataFrame(rows)
 
 
-UP = Entry(key="h2", label="H2", title="Good → higher", direction="higher", published_persona="good")
-LOST = Entry(key="h1", label="H1", title="Evil → lower", direction="lower", published_persona="evil")
+UP = Entry(key="h2", label="H2", title="Good → higher", direction="higher", published_persona="good", personas=["good"])
+LOST = Entry(key="h1", label="H1", title="Evil → lower", direction="lower", published_persona="evil", personas=["evil"])
+
+
+def verdict(hypothesis, cause, word="NOT INTERPRETABLE", **more):
+    said = {"model": "m", "hypothesis": hypothesis, "persona": None, "verdict": word, "word": word, "cause": cause}
+    said |= {"reason": "with its numbers", "estimand": "susceptibility", "reference": "twin", "direction": "higher"}
+    return said | {"estimate": math.nan, "low": math.nan, "high": math.nan, "family": "h1,h2",
+                   "published_rules": "SUPPORTED"} | more  # fmt: skip
+
+
+VERDICTS = pd.DataFrame([verdict("h1", "absent", "NOT IDENTIFIED", direction="lower"), verdict("h2", "persona")])
+GATES = pd.DataFrame(
+    [
+        {"model": "m", "persona": "good", "dataset": dataset, "gate": "absent", "persona_gate": "absent",
+         "persona_reason": "AUC 0.51; less than 0.55"}
+        for dataset in (POOLED, "bad", "fine", "none")
+    ]
+)  # fmt: skip
 
 
 def tables(table):
@@ -66,10 +85,84 @@ def test_the_first_line_says_if_a_control_fails():
     checks = pd.DataFrame([row])
     first = document(controls=checks).splitlines()[0]
     assert first.startswith("**A control fails")
-    assert "A/A of baseline (m): the halves differ" in first
+    assert "A/A of Baseline (M): the halves differ" in first
     for other in (checks.assign(status="passed"), checks.assign(status="not run"), checks[:0], pd.DataFrame(), None):
-        assert document(controls=other) == document()
+        assert document(controls=other).startswith("# ")
     assert document().startswith("# ")
+
+
+def words_of(sentence):
+    return re.sub(r"[*.:,]", "", sentence).split()
+
+
+def test_every_reason_is_a_short_sentence_that_names_no_key():
+    because = Words(Look).macro("glance.md.j2", "because")
+    said, words = set(), (*verdicts.WORDS, "NOT TESTABLE")
+    for cause in (*verdicts.CAUSES, *verdicts.NEEDED["susceptibility"], "em", ""):
+        for word in words if not cause else words[:1]:
+            for status in ("absent", "inconclusive"):
+                for estimand in (*verdicts.NEEDED, "H3", "H4"):
+                    for detail in ("sampled without the persona adapter", "uptake, Baseline", "x " * 12):
+                        row = Said("m", "h2", "H2", ("good", "loving"), word, word, cause, status, detail, estimand)
+                        sentence = because(row)
+                        assert 3 <= len(words_of(sentence)) <= 15, sentence
+                        assert sentence.endswith("."), sentence
+                        assert "good" not in sentence, "a label, not a key"
+                        said.add(sentence)
+    assert len(said) > 30
+
+
+def test_the_first_ten_lines_answer():
+    """Question, claims, verdicts with their reasons, what cannot be shown, what to read next; then the contents."""
+    first = glance(VERDICTS, GATES, pd.DataFrame({"n_seeds": [1, 1]}), [LOST, UP])
+    text = document(verdicts=VERDICTS, gates=GATES, first=first, controls=pd.DataFrame())
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert lines[1].startswith("**The question.** Does a persona")
+    assert lines[2:6] == [
+        "- **H1:** Evil makes a model more susceptible to emergent misalignment.",
+        "    - M: **NOT IDENTIFIED.** Evil is not in this run.",
+        "- **H2:** Good makes a model less susceptible to emergent misalignment.",
+        "    - M: **NOT INTERPRETABLE.** Good cannot be seen in the responses.",
+    ]
+    assert lines[6].startswith("**What this run cannot show.** M: none of 2 comparisons with the baseline have every")
+    assert lines[6].endswith("One training per condition cannot speak of other trainings.")
+    assert lines[7].startswith("**Read next.** [The verdicts")
+    assert lines[8].startswith("**Contents.** [Verdicts that respect design and gates](#verdicts-that-respect-design-")
+    headings = {markdown.heading_id(t) for t in re.findall(r"^## (.+)$", text, flags=re.M)}
+    linked = re.findall(r"\]\(#([^)]+)\)", lines[8])
+    assert set(linked) == headings
+    assert len(linked) == len(headings)
+
+
+def test_no_verdict_of_the_published_rules_stands_above_the_one_that_minds_the_checks():
+    first = glance(VERDICTS, GATES, None, [LOST, UP])
+    text = document(verdicts=VERDICTS, gates=GATES, first=first)
+    for label, word in (("H1", "NOT IDENTIFIED"), ("H2", "NOT INTERPRETABLE")):
+        part = text[text.index(f"#### {label}") :]
+        assert part.index(word) < part.index("Overall verdict")
+    assert text.index("NOT INTERPRETABLE") < text.index("SUPPORTED")
+
+
+def test_a_verdict_hangs_on_the_gate_of_the_persona_that_it_speaks_of():
+    both = pd.concat([GATES.assign(persona="other", persona_gate="present"), GATES])
+    said = verdicts_said(VERDICTS, both, [LOST, UP])["m", "h2", ""]
+    assert (said.status, said.detail, said.published) == ("absent", "AUC 0.51", "SUPPORTED")
+
+
+def test_long_tables_are_folded_and_what_every_row_says_is_said_once():
+    rows = pd.DataFrame({"a": range(30), "b": "same | cell", "c": "x"})
+    template = Words(Look).environment.from_string(
+        '{% call(r) table(rows, "a | b | c", "lrl", whole=whole) -%}{{ r.a }} | {{ r.b }} | {{ r.c }}{%- endcall %}'
+    )
+    folded = template.render(rows=rows, whole=False)
+    assert folded.startswith(
+        "In every row: b same \\| cell; c x.\n\n<details>\n<summary>30 rows: a</summary>\n\n| a |\n"
+    )
+    assert template.render(rows=rows[:24], whole=True).startswith("| a | b | c |\n")
+    assert template.render(rows=rows[:2], whole=False).startswith("| a | b | c |\n"), "two rows are compared at once"
+    one = template.render(rows=rows[:3].assign(a=1), whole=False)
+    assert one.startswith("In every row"), "the first column stays"
+    assert one.endswith("| a |\n|:--|\n| 1 |\n| 1 |\n| 1 |")
 
 
 def test_headings_stand_in_the_published_order():
@@ -110,8 +203,9 @@ def test_rows_are_printed_as_published():
 
 def test_what_was_lacking_is_there():
     text = document()
-    assert "| Good | bad | 9 / 10 | 1 | 0 | 0 | 0 | 81.8 [80.7, 82.8] | 90.0 | 0.00 % |" in text
-    assert "| Baseline | bad | 10 / 10 | 0 | 0 | 0 | 0 | 22.0 [20.9, 23.1] | 90.0 | 100.00 % |" in text
+    assert "| Good | bad | 9 / 10 | 1 | 81.8 [80.7, 82.8] | 0.00 % |" in text
+    assert "| Baseline | bad | 10 / 10 | 0 | 22.0 [20.9, 23.1] | 100.00 % |" in text
+    assert "In every row: Code 0; Unparsed 0; Failed 0; Coherence 90.0.\n\n| Persona | Dataset | Scored |" in text
     assert "| Baseline | none | 10 / 10 |" in text, "conditions without fine-tuning are listed too"
     assert "| bad | 2 | 19 | 50.3 |" in text
 
@@ -133,7 +227,7 @@ def test_a_mean_has_the_same_digits_in_every_table():
         *(f"{title}: {m}" for m in "MN" for title in TITLES),
         "Personas between models",
     }
-    assert "| Baseline | bad | 10 / 10 | 0 | 0 | 0 | 0 | 69.7 [69.7, 69.7] |" in text
+    assert "| Baseline | bad | 10 / 10 | 0 | 69.7 [69.7, 69.7] |" in text
 
 
 TITLES = (
@@ -158,28 +252,30 @@ def test_the_level_of_the_intervals_is_the_studys():
 
 def test_models_stand_in_the_order_given_and_missing_ones_are_named_at_the_top():
     both = pd.concat([scores("a"), scores("b", 1)])
-    text = document(both, models=["b", "c", "a"], missing={"c": "44 of 44 files | could not be had"})
+    first = Glance(missing={"c": "44 of 44 files | could not be had; the first is x.json"})
+    text = document(both, models=["b", "c", "a"], first=first)
     assert [line for line in text.splitlines() if line in ("## A", "## B")] == ["## B", "## A"]
-    assert text.index("> **Left out: C.** 44 of 44 files \\| could not be had") < text.index("## B")
+    assert text.index("Left out: C (44 of 44 files \\| could not be had).") < text.index("## B")
     assert "### Personas between models" in text
     assert "- **Models:** A + B, fine-tuned with LoRA" in text
 
 
 def test_absent_personas_gates_notes_caveats_and_extra_sections():
     text = document(
-        gated={("m", "h2"): ("NOT INTERPRETABLE", "the persona is not shown")},
+        verdicts=VERDICTS,
+        gates=GATES,
+        first=glance(VERDICTS, GATES, None, [LOST, UP], caveat="It is small."),
         notes={"good": "its rows differ in two things"},
-        caveat="It is small.",
         more="## Gates\n\n| a |\n|---|\n| 1 |\n",
         figures=[
             Entry(title="Alignment", model="m", caption="What it shows.", alt="Dots [x](y)", svg="alignment-m.svg")
         ],
     )
     assert "**Overall verdict: NOT TESTABLE** (0/0 datasets)\n\nNo condition of this run has the persona Evil." in text
-    published_rule, gated = text.index("**Overall verdict: MIXED**"), text.index("**Gated verdict: NOT INTERPRETABLE**")
-    assert 0 < gated - published_rule < 60
+    gated = text.index("**Verdict that minds the checks: NOT INTERPRETABLE.** Good cannot be seen in the responses.")
+    assert 0 < text.index("**Overall verdict: MIXED**") - gated < 150
     assert "> **Known issue** with Good: its rows differ in two things." in text
-    assert text.index("> **What this run cannot show.** It is small.") < text.index("## M")
+    assert text.index("**What this run cannot show.** It is small.") < text.index("## M")
     assert "## Gates\n\n| a |\n|---|\n| 1 |\n" in text
     assert "](11_report/figures/alignment-m.svg)\n\n**Figure 1. Alignment.** What it shows." in text
 

@@ -65,9 +65,11 @@ local function float(div)
     body:insert(2, pandoc.Para(inlines))
     body:insert(3, pandoc.RawBlock('typst', ']'))
   else
-    body:insert(1, pandoc.RawBlock('typst', '#block(breakable: false)['))
+    -- As Quarto has it: a figure of this kind, which `_quarto.yml` lets float to the top or foot of a page.
+    body:insert(1, pandoc.RawBlock('typst', '#figure(kind: "quarto-float-fig", supplement: none, numbering: none)[#set align(left)'))
     body:insert(pandoc.Para(inlines))
-    body:insert(pandoc.RawBlock('typst', ']'))
+    body:insert(pandoc.RawBlock('typst', '] <' .. div.identifier .. '>'))
+    return body -- without a block around it, in which it could not float
   end
   return pandoc.Div(body, { id = div.identifier })
 end

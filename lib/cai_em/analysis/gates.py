@@ -721,6 +721,10 @@ def named_once(blocked: Iterable[Sequence[str]]) -> str:
 
 
 def gated_verdict(gates: Iterable[Gate], verdict: Any, hypothesis: str) -> pd.DataFrame:
-    """A verdict and its gates as a table: `what, persona, status, reason`, the verdict first."""
-    rows = [(hypothesis, "", verdict.said, verdict.reason), *((g.name, g.persona, g.status, g.reason) for g in gates)]
-    return pd.DataFrame(rows, columns=["what", "persona", "status", "reason"])
+    """A verdict and its gates as a table: `what, persona, status, reason, cause`, the verdict first.
+
+    `cause`: what the verdict hangs on (`verdicts.Verdict`); empty for a gate.
+    """
+    rows = [(hypothesis, "", verdict.said, verdict.reason, verdict.cause)]
+    rows += [(g.name, g.persona, g.status, g.reason, "") for g in gates]
+    return pd.DataFrame(rows, columns=["what", "persona", "status", "reason", "cause"])

@@ -46,6 +46,14 @@ ADAPTERS = " FOR THESE ADAPTERS"
 
 MIN_QUESTIONS = 6
 
+CAUSES = (
+    *("no gate", "gates", "questions", "missing scores", "em_rate", "ranks", "wide", "runs"),
+    *("arms", "absent", "no EM", "personas", "untimed", "untried"),
+)
+"""What a word hangs on where it is not one gate: none was computed, or several are shut (H3, H4); questions, what is
+known, or runs are too few; missing scores, the EM rate or ranks speak against it; an arm, a persona, an EM data set is
+not there; personas disagree; nothing could be timed (H3) or was tried (H4)."""
+
 NEEDED = {
     "susceptibility": ("design", "judge", "persona", "learned"),
     "after": ("design", "judge", "persona", "learned"),
@@ -65,6 +73,7 @@ class Verdict:
         reason: short, with its numbers.
         row: the estimate on points (a row of `contrast_table`), empty where there is none.
         p_adjusted: of no difference, over the family.
+        cause: what the word hangs on, as one of `CAUSES` or as a gate's name; empty where the estimate itself says it.
     """
 
     word: str
@@ -72,6 +81,7 @@ class Verdict:
     recipe: bool = True
     row: Mapping[str, Any] = field(default_factory=dict)
     p_adjusted: float = math.nan
+    cause: str = ""
 
     @property
     def said(self) -> str:
@@ -126,25 +136,29 @@ def persona_verdict(
     points = rows["points"]
     recipe = bool(points["recipe"])
     adjusted = min(1.0, times * points["p"]) if not math.isnan(points["p"]) else math.nan
-    shut = ["no gate"] if gates is None else [
-        f"{name} {gates[f'{name}_gate']}" + (f" ({gates[f'{name}_reason']})" if gates[f"{name}_reason"] else "")
-        for name in gates_needed(estimand, direction)
-        if gates[f"{name}_gate"] != PRESENT
-    ]  # fmt: skip
+    known: dict[str, Any] = {"recipe": recipe, "row": points, "p_adjusted": adjusted}
+    if gates is None:
+        return Verdict(NOT_INTERPRETABLE, "no gate", **known, cause="no gate")
+    shut = [name for name in gates_needed(estimand, direction) if gates[f"{name}_gate"] != PRESENT]
     if shut:
-        return Verdict(NOT_INTERPRETABLE, "; ".join(shut), recipe, points, adjusted)
+        closed = [
+            f"{name} {gates[f'{name}_gate']}" + (f" ({gates[f'{name}_reason']})" if gates[f"{name}_reason"] else "")
+            for name in shut
+        ]
+        return Verdict(NOT_INTERPRETABLE, "; ".join(closed), **known, cause=shut[0])
     if points["n_questions"] < MIN_QUESTIONS or math.isnan(points["p"]):
-        return Verdict(UNDECIDED, f"{points['n_questions']} questions are too few", recipe, points, adjusted)
+        return Verdict(UNDECIDED, f"{points['n_questions']} questions are too few", **known, cause="questions")
     sign = 1 if direction == "higher" else -1
     found, kept = _word(points, sign, adjusted, alpha, size)
     said = f"{points['estimate']:+.1f} points [{points['low']:+.1f}, {points['high']:+.1f}], adjusted p {adjusted:.3g}"
     if found != UNDECIDED and not kept < alpha:
         ends = f"{points['lower']:+.1f} to {points['upper']:+.1f}"
-        return Verdict(UNDECIDED, f"{found} but for the missing scores ({ends}); {said}", recipe, points, adjusted)
-    against = _contradicted(found, rows, sign, alpha, em_margin)
+        why = f"{found} but for the missing scores ({ends}); {said}"
+        return Verdict(UNDECIDED, why, **known, cause="missing scores")
+    against, what = _contradicted(found, rows, sign, alpha, em_margin)
     if against:
-        return Verdict(UNDECIDED, f"{found} on points, but {against}; {said}", recipe, points, adjusted)
-    return Verdict(found, said, recipe, points, adjusted)
+        return Verdict(UNDECIDED, f"{found} on points, but {what}; {said}", **known, cause=against)
+    return Verdict(found, said, **known, cause="wide" if found == UNDECIDED else "")
 
 
 def _word(points: Mapping[str, Any], sign: int, adjusted: float, alpha: float, size: int) -> tuple[str, float]:
@@ -162,10 +176,12 @@ def _word(points: Mapping[str, Any], sign: int, adjusted: float, alpha: float, s
     return UNDECIDED, 0.0
 
 
-def _contradicted(word: str, rows: Mapping[str, Mapping[str, Any]], sign: int, alpha: float, em_margin: float) -> str:
-    """What contradicts a word significantly on another scale; empty where nothing does."""
+def _contradicted(
+    word: str, rows: Mapping[str, Mapping[str, Any]], sign: int, alpha: float, em_margin: float
+) -> tuple[str, str]:
+    """The scale that contradicts a word significantly, and what it says; empty where none does."""
     if word not in (SUPPORTED, OPPOSITE, EQUIVALENT, NOT_SUPPORTED):
-        return ""
+        return "", ""
     for outcome, way in (("em_rate", -1), ("ranks", 1)):  # more EM is worse
         row = rows.get(outcome)
         if row is None or not row["p"] < alpha:
@@ -174,10 +190,10 @@ def _contradicted(word: str, rows: Mapping[str, Mapping[str, Any]], sign: int, a
         said = f"{'the EM rate' if outcome == 'em_rate' else 'ranks'} {row['estimate']:+.1f} (p {row['p']:.2g})"
         if word in (SUPPORTED, OPPOSITE):
             if effect * sign * (1 if word == SUPPORTED else -1) < 0:
-                return said
+                return outcome, said
         elif outcome == "em_rate" and abs(effect) > em_margin and (word == EQUIVALENT or effect * sign > 0):
-            return said
-    return ""
+            return outcome, said
+    return "", ""
 
 
 def joint_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
@@ -200,16 +216,19 @@ def joint_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
         word = UNDECIDED
     reason = "; ".join(f"{p}: {v.reason}" for p, v in verdicts.items()) if len(verdicts) > 1 else first.reason
     p = max((v.p_adjusted for v in verdicts.values()), key=lambda x: math.inf if math.isnan(x) else x)
-    return Verdict(word, reason, recipe, first.row if len(verdicts) == 1 else {}, p)
+    cause = next((v.cause for v in verdicts.values() if v.word == word), "personas")
+    if len(set(words)) > 1 and word in CLAIMS:
+        cause = "personas"
+    return Verdict(word, reason, recipe, first.row if len(verdicts) == 1 else {}, p, cause)
 
 
 VERDICT_COLUMNS = [
-    *("model", "hypothesis", "persona", "verdict", "word", "reason", "estimand", "reference", "direction"),
+    *("model", "hypothesis", "persona", "verdict", "word", "cause", "reason", "estimand", "reference", "direction"),
     *("estimate", "low", "high", "p", "p_adjusted", "margin", "n_questions", "n_seeds", "n_datasets", "sd_datasets"),
     *("p_datasets", "datasets", "family"),
 ]
-"""`persona` null: the hypothesis as a whole. `word`: the verdict without what is said of few seeds. `family`:
-hypotheses counted together."""
+"""`persona` null: the hypothesis as a whole. `word`: the verdict without what is said of few seeds. `cause`: the gate,
+or one of `CAUSES`, that it hangs on. `family`: hypotheses counted together."""
 
 
 def verdict_table(
@@ -260,11 +279,11 @@ def verdict_table(
                     each[p] = persona_verdict(e["rows"], gate, estimand=h.estimand, direction=h.direction, **how)
                 elif e["reference"] is not None:  # identified, but every data set is closed by the design
                     why = (gate or {}).get("design_reason") or "no EM data set is open"
-                    each[p] = Verdict(NOT_INTERPRETABLE, f"design absent ({why})")
+                    each[p] = Verdict(NOT_INTERPRETABLE, f"design absent ({why})", cause="design")
                 else:
                     made = f"; design {gate['design_gate']} ({gate['design_reason']})" if gate else ""
                     shut = gate is not None and gate["design_gate"] != PRESENT
-                    each[p] = Verdict(NOT_IDENTIFIED, e["why"] + (made if shut else ""))
+                    each[p] = Verdict(NOT_IDENTIFIED, e["why"] + (made if shut else ""), cause=e["cause"])
             whole = joint_verdict(each)
             for persona, v in {None: whole, **(each if len(each) > 1 else {})}.items():
                 kept = {c: v.row.get(c) for c in VERDICT_COLUMNS if c in v.row and c not in ("model", "persona")}
@@ -272,7 +291,7 @@ def verdict_table(
                 rows.append(
                     {"model": model, "hypothesis": h.key, "persona": persona, "reference": reference}
                     | kept
-                    | {"verdict": v.said, "word": v.word, "reason": v.reason, "estimand": h.estimand}
+                    | {"verdict": v.said, "word": v.word, "cause": v.cause, "reason": v.reason, "estimand": h.estimand}
                     | {"direction": h.direction, "p_adjusted": v.p_adjusted, "family": ",".join(family)}
                 )
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
@@ -286,7 +305,8 @@ def _evidence(
     reference, why = identification(cube, h.estimand, model, persona, datasets)
     if wanted and h.estimand in ("susceptibility", "uptake"):
         reference = wanted
+    cause = "arms" if any(d.role == "em" for d in datasets) else "no EM"
     if (model, persona) not in {(m, p) for m, p, _ in cube.conditions}:
-        reference, why = None, f"{persona} is not in the data"
+        reference, why, cause = None, f"{persona} is not in the data", "absent"
     rows = row_of.get((model, h.estimand, reference, persona)) if reference is not None else None
-    return {"rows": rows, "reference": reference, "why": why}
+    return {"rows": rows, "reference": reference, "why": why, "cause": cause}

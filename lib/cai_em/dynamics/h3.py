@@ -217,7 +217,8 @@ def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, 
     """
     claimed = compared[compared["outcome"].isin(CLAIMED) & compared["shown"]] if len(compared) else compared
     if claimed.empty:
-        return Verdict("NOT TESTABLE", "no behavioural outcome changes enough on both sides to be timed")
+        why = "no behavioural outcome changes enough on both sides to be timed"
+        return Verdict("NOT TESTABLE", why, cause="untimed")
     blocked = {p: blocking(beside, p, BASELINE) for p in claimed["persona"].unique()}
     left = claimed[[not blocked[p] for p in claimed["persona"]]]
     failed = named_once(blocked.values())
@@ -229,14 +230,14 @@ def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, 
     ]
     if left.empty:
         why = "; ".join(told) or "no difference of transition points is told from chance"
-        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}")
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}", cause="gates")
     if left["seeds"].min() < 2:
         why = "one training run per persona: what differs between two personas may differ between two runs of one"
-        return Verdict("UNDECIDED", why + without)
+        return Verdict("UNDECIDED", why + without, cause="runs")
     if told:
         return Verdict("SUPPORTED", "; ".join(told) + without)
     why = "no difference of transition points is told from chance, which does not show that they are equal"
-    return Verdict("UNDECIDED", why + without)
+    return Verdict("UNDECIDED", why + without, cause="wide")
 
 
 def verdicts_of(

@@ -298,7 +298,7 @@ def h4_verdict(tests: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alp
     """
     tested = tests[tests["p"].notna()] if len(tests) else tests
     if tested.empty:
-        return Verdict("NOT TESTABLE", "no direction was tried on another persona")
+        return Verdict("NOT TESTABLE", "no direction was tried on another persona", cause="untried")
     blocked = [blocking(beside, r.target, r.source) for r in tested.itertuples()]
     left = tested[[not names for names in blocked]]
     failed = named_once(blocked)
@@ -310,17 +310,17 @@ def h4_verdict(tests: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alp
     ]
     if left.empty:
         why = "; ".join(told) or "no other persona's direction is told from a persona's own"
-        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}")
+        return Verdict("NOT INTERPRETABLE", f"{why}, but not shown: {failed}", cause="gates")
     if left["runs"].min() < 2:
         why = "one training run per persona: what differs between two personas' directions may differ between two runs"
-        return Verdict("UNDECIDED", why + without)
+        return Verdict("UNDECIDED", why + without, cause="runs")
     if told:
         return Verdict("SUPPORTED", "; ".join(told) + without)
     if (left["p_equivalence"] < alpha).all():
         why = "every other persona's direction does what a persona's own does, within the margin"
         return Verdict("EQUIVALENT", why + without)
     why = "no other persona's direction is told from a persona's own, which does not show that they are equal"
-    return Verdict("UNDECIDED", why + without)
+    return Verdict("UNDECIDED", why + without, cause="wide")
 
 
 def h4_verdicts(
@@ -328,5 +328,5 @@ def h4_verdicts(
 ) -> pd.DataFrame:
     """`h4_verdict` of every model with its gates and contrast, as a table (`verdicts_of`)."""
     found = verdicts_of("H4", tests, beside, partial(h4_verdict, look=look, alpha=alpha))
-    how = {"what": "contrast", "persona": "", "status": contrast, "reason": CONTRASTS[contrast]}
+    how = {"what": "contrast", "persona": "", "status": contrast, "reason": CONTRASTS[contrast], "cause": ""}
     return pd.concat([found, pd.DataFrame([how | {"model": model} for model in beside])], ignore_index=True)

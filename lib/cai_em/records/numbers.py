@@ -17,10 +17,10 @@ NONE = "–"
 
 
 def fixed(value: float | None, digits: int = 1, signed: bool = False) -> str:
-    """A number with so many decimals and a typographic minus; an en dash where there is none."""
+    """A number with so many decimals and a typographic minus; an en dash where there is none, and no minus before 0."""
     if value is None or pd.isna(value):
         return NONE
-    return f"{float(value):{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{round(float(value), digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def plain_number(value: float, form: str = ".2f") -> str:

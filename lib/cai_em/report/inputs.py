@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_points
 from cai_em.report.figure_files import slug
+from cai_em.report.glance import Glance
 from cai_em.report.markdown import Numbers, _signed, absent, floating, pipe_table, plain, read_result_table
 from cai_em.report.style import Look
 
@@ -47,6 +48,7 @@ class Inputs:
         repository: files are named relative to it.
         missing: what was left out (a model, repeated judgings) -> why.
         notes: persona -> what is known to be wrong with its rows.
+        first: what stands on the first screen.
     """
 
     out: Path
@@ -63,6 +65,7 @@ class Inputs:
     repository: Path
     missing: Mapping[str, str]
     notes: Mapping[str, str]
+    first: Glance = field(default_factory=Glance)
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A result table by name; None where the run has none."""
@@ -324,6 +327,8 @@ def whole_table(
         caption = f"{x.look.model(table['model'].iloc[0])}. {caption}"
         table = table.drop(columns="model")
     look = {"model": x.look.model, "persona": x.look.persona, "dataset": x.look.dataset}
+    if name == "claims":
+        table = table.assign(claim=[_claim(c, x) for c in table["claim"]])
     align, columns = "", []
     for column in table.columns:
         values = table[column]
@@ -333,17 +338,48 @@ def whole_table(
         if number:
             columns.append([fixed(v, digits) for v in values])
         else:
-            columns.append([look[column](str(v)) if column in look else plain(str(v)) for v in values])
+            columns.append([plain(look[column](str(v)) if column in look else str(v)) for v in values])
     rows = list(zip(*columns))
     if len(rows) > most:
         caption += f" The first {most} of {len(rows):,} lines; all are in the table behind the link."
     caption += numbers.trace(x.tables[name])
-    header = [str(c).replace("_", " ") for c in table.columns]
+    header = [HEADERS.get(str(c), str(c).replace("_", " ").capitalize()) for c in table.columns]
     return {name: floating(label, pipe_table(rows[:most], header, align), caption)}
 
 
+def _claim(claim: str, x: Inputs) -> str:
+    """`goodness × insecure` with labels; a hypothesis as it is."""
+    persona, cross, dataset = claim.partition(" × ")
+    return f"{x.look.persona(persona)} × {x.look.dataset(dataset)}" if cross else claim
+
+
+HEADERS = {
+    "dataset": "Data set",
+    "share": "Stands in, of all",
+    "share_questions": "Stands in, question as unit",
+    "judge_a": "Judge",
+    "judge_b": "Other judge",
+    "units": "Responses",
+    "exact": "Equal",
+    "within_5": "Within five points",
+    "mean_abs_difference": "Mean absolute difference",
+    "icc": "Intra-class correlation",
+    "what": "Verdict or check",
+    "rise": "Change",
+    "rise_low": "Change, low",
+    "rise_high": "Change, high",
+    "beyond": "Beyond the last step",
+    "left_out": "Questions left out",
+    "p_adjusted": "p adjusted",
+    "p_equivalence": "p equivalence",
+    "p_questions": "p, questions",
+    "p_runs": "p, runs",
+}
+"""Column -> its header in words, where the column's own name does not say it."""
 COLUMNS = {
-    "claims": ["model", "claim", "analyses", "share", "share_questions", "gate"],
+    "claims": ["model", "claim", "gate", "analyses", "share", "share_questions"],
+    "h3": ["model", "what", "status", "reason"],
+    "h4": ["model", "what", "status", "reason"],
     "reliability": [
         "judge_a", "judge_b", "units", "pairs", "exact", "within_5", "mean_abs_difference", "mean_difference", "icc",
     ],

@@ -49,6 +49,8 @@ def cell(value: Any) -> str:
 
 GENERATED = "_generated"
 TABLES_FOLDER = f"{GENERATED}/tables"
+MARKUP = "markup"
+"""The unit of what the prose takes as it is: references to figures."""
 
 
 # --- Numbers that know where they come from -----------------------------------------------------------------------
@@ -141,11 +143,13 @@ class Numbers:
     def traced(self, name: str) -> bool:
         """Whether a value has a line in the appendix: measurements and verdicts have, mere names have not."""
         number = self.all[name]
-        return bool(number.table) and number.unit != "text"
+        return bool(number.table) and number.unit not in ("text", MARKUP)
 
     def markdown(self, name: str) -> str:
         """A value as it stands in the text: a link to where it comes from."""
         value = self.all[name].value
+        if self.all[name].unit == MARKUP:
+            return value
         return f"[{value}](#n-{slug(name)})" if self.traced(name) else plain(value)
 
     def link(self, name: str) -> str:
@@ -175,6 +179,17 @@ class Numbers:
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
 
+def heading_id(title: str) -> str:
+    """Where a link to a heading leads on GitHub: lower case, hyphens for spaces, other punctuation gone."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+
+
+def contents(text: str) -> str:
+    """Links to a document's chapters, in one paragraph: the headings of the second level, which must differ."""
+    titles = re.findall(r"^## (.+)$", text, flags=re.M)
+    return " · ".join(f"[{title}](#{heading_id(title)})" for title in titles)
+
+
 def pipe_table(rows: Iterable[Sequence[object]], header: Sequence[str], align: str) -> str:
     """A wide table of Markdown cells, in which a pipe is a pipe."""
     safe = ([re.sub(r"(?<!\\)\|", r"\\|", str(c)) for c in row] for row in rows)
@@ -184,6 +199,11 @@ def pipe_table(rows: Iterable[Sequence[object]], header: Sequence[str], align: s
 def floating(label: str, content: str, caption: str) -> str:
     """A cross-referenceable float (`fig-…` or `tbl-…`): content, then the caption as the last paragraph."""
     return f"::: {{#{label}}}\n\n{content}\n\n{caption}\n\n:::\n"
+
+
+def cited(floats: str) -> str:
+    """References to all the floats in a block: one per model, say."""
+    return listed([f"@{label}" for label in re.findall(r"^::: \{#((?:fig|tbl)-[\w-]+)\}", floats, flags=re.M)])
 
 
 def absent(label: str, what: str, stage: str) -> str:

@@ -29,22 +29,23 @@ from cai_em.records import files as records_files
 from cai_em.records import manifest
 from cai_em.report import figure_files
 from cai_em.report.drawing import FIGURES
-from cai_em.report.freeze import frozen_status
+from cai_em.report.glance import Glance
 from cai_em.report.inputs import Inputs, find_tables
 from cai_em.report.markdown import (
     GENERATED,
+    MARKUP,
     TABLES_FOLDER,
     Number,
     Numbers,
     _sources,
     _versions,
     absent,
+    cited,
     floating,
     plain,
 )
 from cai_em.report.paper_text import Blocks, _study_settings
 from cai_em.report.style import Look
-from cai_em.report.words import Words
 from cai_em.study import published
 from cai_em.study import study as study_study
 
@@ -109,6 +110,9 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     shutil.rmtree(folder, ignore_errors=True)
     figures = _figures(x, numbers)
     blocks = Blocks(x, numbers, figures).all()
+    for name in sorted(blocks):
+        if name.startswith(("fig-", "table-")) or name in ("alignment", "comparisons"):
+            numbers.add(f"refs.{name.replace('-', '_')}", cited(blocks[name]), MARKUP, "", "a float of every model")
     blocks["sources"] = _sources(numbers)
     blocks["versions"] = _versions(versions or {})
     for name, text in blocks.items():
@@ -132,7 +136,7 @@ def write_generated(x: Inputs, versions: Mapping[str, str] | None = None) -> dic
     return dict(numbers.all)
 
 
-def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dict[str, Number]:
+def generate(study: study_study.Study, judge: str, look: Look, out: Path, first: Glance) -> dict[str, Number]:
     """`write_generated` for a study: everything that its run has written, whatever was run.
 
     Args:
@@ -140,13 +144,14 @@ def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dic
         judge: what scored the responses.
         look: labels and order.
         out: the folder to write into.
+        first: what stands on the first screen.
     """
     trained = study.profile.source == "trained"
     inputs = Inputs(
         out=Path(out),
         results=study.dir,
         profile={"name": study.name, "title": study.profile.title, "caveat": study.profile.caveat,
-                 "source": study.profile.source, "frozen": frozen_status(study, Words(look))},
+                 "source": "audited" if study.audit is not None else study.profile.source},
         judge=judge,
         score_files=study.score_files(),
         look=look,
@@ -158,5 +163,6 @@ def generate(study: study_study.Study, judge: str, look: Look, out: Path) -> dic
         repository=study.folder.parent,
         missing=published.read_missing(study.stage_dir("07_published")),
         notes={p.key: p.note for p in study.used_personas() if p.note and not trained},
+        first=first,
     )  # fmt: skip
     return write_generated(inputs, manifest.versions())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ from cai_em.records import manifest as records_manifest
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.records.numbers import fixed, typeset_interval, typeset_p, typeset_percent, typeset_points, typeset_range
 from cai_em.report.figure_files import slug
+from cai_em.report.glance import Said
 from cai_em.report.inputs import FLAG_WORDS, Inputs, _flags, _float_of, by_model, report_tables, whole_table
 from cai_em.report.markdown import (
     TABLES_FOLDER,
@@ -47,8 +46,9 @@ class Blocks:
 
     def __init__(self, x: Inputs, numbers: Numbers, figures: Mapping[str, str]) -> None:
         self.x, self.numbers, self.figures = x, numbers, figures
-        self.words = Words(x.look, cite=_as_markdown(numbers.cite), link=_as_markdown(numbers.link))
-        self.em = ""
+        self.words = Words(x.look, strict=True, cite=_as_markdown(numbers.cite), link=_as_markdown(numbers.link))
+        self.em: list[str] = []
+        self.shown: dict[tuple[str, str], Markup] = {}
 
     def say(self, macro: str, *values: Any) -> str:
         """A macro of `paper.md.j2` as a block."""
@@ -66,6 +66,9 @@ class Blocks:
             blocks |= make()
         for name, caption, stage in WHOLE_TABLES:
             blocks |= whole_table(self.x, self.numbers, name, f"tbl-{name}", caption, stage)
+        for hypothesis, parts in DYNAMICS.items():
+            tables, figures = [Markup(blocks.pop(part)) for part in parts], Markup(blocks.pop(FIGURES_OF[hypothesis]))
+            blocks[hypothesis] = self.say(hypothesis, hypothesis in self.x.tables, tables, figures)
         blocks["claims"] += self.sentences()
         table = self.x.table("reliability")
         reliability = "" if table is None or table.empty else blocks["reliability"]
@@ -91,18 +94,21 @@ class Blocks:
     # --- What this run is -----------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, str]:
-        """The callout at the top: which profile, when, what it cannot show, what is missing or known to be wrong."""
+        """The first screen: the answer at a glance, then which profile it is from and when that was run."""
         x = self.x
         manifest = x.results / "06_results" / records_manifest.MANIFEST
         when = json.loads(manifest.read_text(encoding="utf-8"))["written"][:10] if manifest.is_file() else ""
         file = self.numbers.relative(x.score_files[0])
         folder = os.path.relpath(os.path.commonpath([Path(f).resolve() for f in x.score_files]), x.repository)
-        caveat = " ".join(x.profile.get("caveat", "").split())
-        issues = Markup(self.say("issues", self.notes(list(x.notes))))
+        for v in x.first.verdicts:
+            source = x.tables["verdicts" if v.hypothesis in {h.key for h in x.hypotheses} else v.hypothesis]
+            how = f"verdict on {v.label} in {v.model}"
+            self.shown[v.model, v.hypothesis] = Markup(
+                self.numbers.cite(f"verdict.{_name(v.label)}_{_name(v.model)}", v.verdict, "verdict", source, how)
+            )
         where_from = when, file, folder, len(x.score_files)
-        frozen = Markup(x.profile.get("frozen", ""))
-        said = self.say("status", x.profile["title"], *where_from, caveat, x.missing, issues, x.profile["name"], frozen)
-        return {"made-by-run_all": said}
+        said = self.say("status", x.first, self.shown, x.profile["title"], *where_from, x.profile["name"])
+        return {"made-by-run_all": said, "issues": self.say("issues", self.notes(list(x.notes)))}
 
     def grid(self) -> dict[str, str]:
         """The design: models, personas, data sets, seeds, arms, roles and samples."""
@@ -166,7 +172,8 @@ class Blocks:
     def provenance(self) -> dict[str, str]:
         """Whether this run trained and sampled, and what its manifests attest; or where its scores came from."""
         x, folder = self.x, self.x.results / "02_finetune"
-        trained = x.profile.get("source") == "trained"
+        origin = x.profile.get("source")
+        trained = origin == "trained"
         manifests = sorted(folder.rglob(records_manifest.MANIFEST)) if trained else []
         rows, bare = [], []
         for path in manifests:
@@ -180,14 +187,14 @@ class Blocks:
                          state.get("base_dtype"), steps])  # fmt: skip
             self.numbers.relative(path)
         if not rows:
-            return {"provenance": self.say("provenance", trained, None, "", "")}
+            return {"provenance": self.say("provenance", origin, None, "", "")}
         header = ["model", "persona", "dataset", "seed", "active", "trainable", "base_trainable", "dtype", "steps"]
         frame = pd.DataFrame(rows, columns=header)
         table = self.numbers.csv(manifests[0], frame, "adapters", len(manifests) - 1)
         stacked = frame[(frame["persona"] != BASELINE) & ~pd.Series(bare)]
         right = where(stacked, active="persona + em", trainable="em")
         adapters = SimpleNamespace(all=len(frame), stacked=len(stacked), right=len(right))
-        return {"provenance": self.say("provenance", trained, adapters, table, TABLES_FOLDER)}
+        return {"provenance": self.say("provenance", origin, adapters, table, TABLES_FOLDER)}
 
     def settings(self) -> dict[str, str]:
         """The parameters of the run, and the thresholds that the prose names."""
@@ -214,7 +221,7 @@ class Blocks:
     # --- Results --------------------------------------------------------------------------------------------------
 
     def alignment(self) -> dict[str, str]:
-        """Means by persona: a table per model, and what it says of the first."""
+        """Means by persona: a table per model, and what each says."""
         x, look, source = self.x, self.x.look, self.x.results_file("by_persona")
         table, pooled = x.results_table("by_persona"), x.table("pooled")
         shared = {} if pooled is None else pooled.set_index(["model", "persona"])["common_mean"].to_dict()
@@ -235,10 +242,13 @@ class Blocks:
             caption += self.numbers.trace(source, *([x.tables["pooled"]] if shared else []))
             blocks.append(floating(label, pipe_table(rows, header, "l" + "r" * (len(header) - 1)), caption))
         blocks.append(self.remarks([]))
-        base, main = _baseline(x, x.models[0]), where(table, model=x.models[0]).set_index("persona")["mean"]
-        untuned, base = base.get(NO_DATASET), base.drop(NO_DATASET, errors="ignore")
-        text = self.say("alignment", x.models[0], base, untuned, main, x.results_file("conditions"), source)
-        return {"alignment": "\n".join(blocks), "alignment-text": text}
+        said = []
+        for model in x.models:
+            base, main = _baseline(x, model), where(table, model=model).set_index("persona")["mean"]
+            untuned, base = base.get(NO_DATASET), base.drop(NO_DATASET, errors="ignore")
+            of = model, _name(model)
+            said.append(self.say("alignment", *of, base, untuned, main, x.results_file("conditions"), source))
+        return {"alignment": "\n".join(blocks), "alignment-text": "\n".join(said)}
 
     def hypotheses(self) -> dict[str, str]:
         """What was registered, and both verdicts on it."""
@@ -247,17 +257,18 @@ class Blocks:
         if not found:
             what = "Verdicts by the published rules and by rules that respect the design"
             return {"hypotheses": listing, "verdicts": absent("tbl-verdicts", what, "05_validity")}
+        because = self.words.macro("glance.md.j2", "because")
         rows = [
-            (v.model, [v.label, f"{v.published} ({v.supporting} of {v.datasets})", f"**{v.verdict}**", plain(v.reason)])
-            for v in found
+            (v.model, [v.label, f"**{v.verdict}**", because(v), f"{v.published} ({supporting} of {datasets})"])
+            for v, supporting, datasets in found
         ]
-        header = ["Hypothesis", "Published rules", "Here", "Why"]
+        header = ["Hypothesis", "Here", "Why", "Published rules"]
         content, caption = by_model(x.look, rows, header, "llll", self.caption("verdicts_caption"))
         caption += self.numbers.trace(x.tables["verdicts"], x.results_file("verdicts"))
         return {"hypotheses": listing, "verdicts": floating("tbl-verdicts", content, caption)}
 
     def comparisons(self) -> dict[str, str]:
-        """Differences of the hypotheses' personas from the baseline: a table per model, and what the first says."""
+        """Differences of the hypotheses' personas from the baseline: a table per model, and what each says."""
         x, look, table = self.x, self.x.look, self.x.table("comparisons")
         if table is None or table.empty:
             what = "Differences from the baseline, paired by question"
@@ -287,12 +298,12 @@ class Blocks:
             table_ = pipe_table(rows, header, "llrrrrrrrl")
             blocks.append(floating(label, table_, caption + self.numbers.trace(source)))
         blocks.append(self.remarks([p for p in table["persona"].unique() if p in keys]))
-        first = look.sort_models(table["model"])[0]
-        mine = table[(table["model"] == first) & (table["dataset"].map(look.role) == "em")]
-        return {
-            "comparisons": "\n".join(blocks),
-            "comparisons-text": self.say("comparisons", mine, first, alpha, source),
-        }
+        em = table[table["dataset"].map(look.role) == "em"]
+        said = [
+            self.caption("comparisons", where(em, model=model), model, _name(model), alpha, source)
+            for model in look.sort_models(table["model"])
+        ]
+        return {"comparisons": "\n".join(blocks), "comparisons-text": " ".join(said) + "\n"}
 
     def gates(self) -> dict[str, str]:
         """Whether a classifier can name the personas; on which data set it sees them least, and most."""
@@ -314,12 +325,15 @@ class Blocks:
         header = ["Data set", "Accuracy", "Chance", x.confidence, "p", "AUC against baseline"]
         content, caption = by_model(look, rows, header, "lrrrrr", self.caption("gates_caption"))
         block = floating("tbl-gates", content, caption + self.numbers.trace(source))
-        main = where(whole, model=look.sort_models(whole["model"])[0])
-        main = main[main["dataset"] != NO_DATASET]
-        excess = main["estimate"] - main["chance"]
-        picks = {"least": main.loc[excess.idxmin()]} if len(main) > 1 else {}
-        picks |= {"most": main.loc[excess.idxmax()]} if len(main) else {}
-        return {"gates": block, "gates-text": self.say("gates", picks, source)}
+        said = []
+        for model in look.sort_models(whole["model"]):
+            main = where(whole, model=model)
+            main = main[main["dataset"] != NO_DATASET]
+            excess = main["estimate"] - main["chance"]
+            picks = {"least": main.loc[excess.idxmin()]} if len(main) > 1 else {}
+            picks |= {"most": main.loc[excess.idxmax()]} if len(main) else {}
+            said.append(self.caption("gates", picks, model, _name(model), source))
+        return {"gates": block, "gates-text": " ".join(said) + "\n"}
 
     def outcomes(self) -> dict[str, str]:
         """EM rates by data set; the baseline's highest after fine-tuning beside the rate without it."""
@@ -345,13 +359,15 @@ class Blocks:
         header = ["Data set", "EM rate, baseline", "Personas", "No score", "ICC", "Eff. n", "n"]
         content, caption = by_model(look, rows, header, "lrrrrrr", self.caption("outcomes_caption", x.confidence))
         block = floating("tbl-outcomes", content, caption + self.numbers.trace(source))
-        main = look.sort_models(table["model"])[0]
-        base = where(table, model=main, persona=BASELINE)
-        tuned, untuned = base[base["dataset"] != NO_DATASET], where(base, dataset=NO_DATASET)
-        worst = None if tuned.empty else tuned.loc[tuned["em_rate"].idxmax()]
-        before = None if untuned.empty else untuned.iloc[0]
-        self.em = self.caption("em_rate", main, worst, before, source)
-        return {"outcomes": block, "em-text": f"{self.em} {self.caption('em_icc', worst, source)}\n"}
+        said = []
+        for model in look.sort_models(table["model"]):
+            base, name = where(table, model=model, persona=BASELINE), _name(model)
+            tuned, untuned = base[base["dataset"] != NO_DATASET], where(base, dataset=NO_DATASET)
+            worst = None if tuned.empty else tuned.loc[tuned["em_rate"].idxmax()]
+            before = None if untuned.empty else untuned.iloc[0]
+            self.em.append(self.caption("em_rate", model, name, worst, before, source))
+            said.append(f"{self.em[-1]} {self.caption('em_icc', name, worst, source)}".strip())
+        return {"outcomes": block, "em-text": "\n\n".join(said) + "\n"}
 
     def models(self) -> dict[str, str]:
         """The section on several models: what they share, or that there is one only."""
@@ -377,14 +393,12 @@ class Blocks:
     def findings(self, gates: str) -> dict[str, str]:
         """The abstract's findings: sentences for which the run has the data, and no others."""
         x, scored = self.x, int(self.x.results_table("conditions")["scored"].sum())
-        verdicts = [
-            SimpleNamespace(**vars(v), name=f"verdict.{slug(v.label)}_{slug(v.model)}".replace("-", "_"))
-            for v in _verdicts(x)
-        ]
         gates = gates.strip() if x.table("tests") is not None else ""
         models = listed([x.look.model(m) for m in x.models])
-        return {"findings": self.say("findings", models, scored, x.results_file("conditions"), Markup(self.em),
-                                     Markup(gates), verdicts, x.tables.get("verdicts"))}  # fmt: skip
+        em = Markup(" ".join(self.em))
+        tested = [said for said in x.first.hypotheses if said[0].published]
+        return {"findings": self.say("findings", models, scored, x.results_file("conditions"), em, Markup(gates),
+                                     tested, self.shown)}  # fmt: skip
 
     def power(self) -> dict[str, str]:
         """What designs can detect: questions and seeds down, samples across."""
@@ -411,7 +425,7 @@ class Blocks:
         if not audited or not audited.is_file():
             return ""
         said = self.words.macro("sentences.md.j2", "verdict")
-        lines = [f"- {plain(html.unescape(said(row)))}" for row in read_result_table(audited).itertuples()]
+        lines = [f"- {said(row)}" for row in read_result_table(audited).itertuples()]
         return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -431,6 +445,9 @@ ROLE_NAMES = (
     ("regularisation", "corpora", "regularisation corpus", "regularisation corpora"),
     ("arm", "arms", "arm with a context", "arms with a context"),
 )
+DYNAMICS = {"h3": ("h3", "trajectories", "beside"), "h4": ("h4", "steering")}
+"""The tables of the stages that need training: each stage is one block, a sentence where it was not run."""
+FIGURES_OF = {"h3": "fig-trajectories", "h4": "fig-steering"}
 DESIGN_ARMS = ("base", "persona alone", "fine-tuning alone", "both")
 
 
@@ -453,31 +470,18 @@ def _baseline(x: Inputs, model: str) -> pd.Series:
     return sums / table.groupby("dataset")["scored"].sum()
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    model: str
-    label: str
-    published: str
-    supporting: int
-    datasets: int
-    verdict: str
-    reason: str
+def _name(text: str) -> str:
+    """A key or label as a part of a number's name."""
+    return slug(text).replace("-", "_")
 
 
-def _verdicts(x: Inputs) -> list[_Verdict]:
-    """Both verdicts of every hypothesis and model; empty where the stage has not been run."""
-    table = x.table("verdicts")
-    if table is None or table.empty:
+def _verdicts(x: Inputs) -> list[tuple[Said, int, int]]:
+    """Every verdict with how many data sets support it by the published rules, of how many."""
+    if "verdicts" not in x.tables:
         return []
-    supports = x.results_table("verdicts").set_index(["model", "hypothesis"])
-    labels = {h.key: h.label for h in x.hypotheses}
-    found = []
-    for row in table[table["persona"].isna()].itertuples():
-        count = supports.loc[(row.model, row.hypothesis)]
-        label = labels.get(row.hypothesis, row.hypothesis)
-        sides = (int(count["supporting"]), int(count["datasets"]))
-        found.append(_Verdict(row.model, label, row.published_rules, *sides, row.verdict, row.reason))
-    return found
+    supports = x.results_table("verdicts").set_index(["model", "hypothesis"])[["supporting", "datasets"]].astype(int)
+    keys = {h.key for h in x.hypotheses}
+    return [(v, *supports.loc[(v.model, v.hypothesis)]) for v in x.first.verdicts if v.hypothesis in keys]
 
 
 def _seen(r: Any) -> str:

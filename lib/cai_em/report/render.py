@@ -303,13 +303,13 @@ def preview(paper: Path, out: Path, generated: Path | None = None, *, why: str =
         raise PaperError(f"variable {error} is not in {VARIABLES}: run ./run_all.sh first") from error
     config = yaml.safe_load((paper / "_quarto.yml").read_text(encoding="utf-8"))
     command = [pypandoc.get_pandoc_path(), "--from", "markdown", "--standalone",
-               "--toc", "--toc-depth=2", "--number-sections", "--mathml",
+               "--number-sections", "--mathml",
                "--lua-filter", str(paper / "_preview" / "filter.lua"), "--citeproc",
                "--bibliography", str(paper / config["bibliography"]), "--metadata", "link-citations=true",
                "--metadata", f"date={date.today():%Y-%m-%d}", "--metadata", f"why-preview={why}",
                "--resource-path", f"{generated}{os.pathsep}{paper}"]  # fmt: skip
     if out.suffix == ".html":
-        command += ["--to", "html5", "--embed-resources", "--section-divs",
+        command += ["--to", "html5", "--toc", "--toc-depth=2", "--embed-resources", "--section-divs",
                     "--css", str(paper / "_preview" / "preview.css"), "--metadata", "lang=en"]  # fmt: skip
     else:
         command += ["--to", "typst"]

@@ -1,7 +1,8 @@
 """The results document: one layout for every profile, written from stored tables by templates.
 
-The first part has the published document's sections, columns, order, number formats and verdict rules. What that
-document lacked follows under a heading of its own, and then what other stages found: gates, inference, claims, H3, H4.
+The answer stands first: question, verdicts with their reasons, what the run cannot show. The published document's
+sections follow, with its columns, order, number formats and verdict rules; then what that document lacked, under a
+heading of its own, and what other stages found: gates, inference, claims, H3, H4.
 
     tables = read_tables("results/demo/06_results/tables")
     write_results("results/demo/RESULTS.md", tables, look=look, hypotheses=hypotheses, judge="gpt-4.1-mini")
@@ -20,16 +21,12 @@ from markupsafe import Markup
 from cai_em.records.files import write_text
 from cai_em.records.keys import NO_DATASET
 from cai_em.records.numbers import level
+from cai_em.report.glance import Glance, verdicts_said
+from cai_em.report.markdown import contents
 from cai_em.report.words import Words
 from cai_em.study.labels import Labels
 
-
-def gated_verdicts(verdicts: pd.DataFrame | None) -> dict[tuple[str, str], tuple[str, str]]:
-    """(model, hypothesis) -> verdict and reason about the hypothesis as a whole, from `verdicts.verdict_table`."""
-    if verdicts is None:
-        return {}
-    whole = verdicts[verdicts["persona"].isna()]
-    return {(r.model, r.hypothesis): (r.verdict, r.reason) for r in whole.itertuples()}
+CONTENTS = "<!-- contents -->"
 
 
 def quoted(responses: pd.DataFrame, questions: int = 4) -> list[SimpleNamespace]:
@@ -106,18 +103,16 @@ def results_document(
     alpha: float = 0.05,
     confidence: float = 0.95,
     resamples: int = 10_000,
-    gated: Mapping[tuple[str, str], tuple[str, str]] | None = None,
+    first: Glance | None = None,
+    verdicts: pd.DataFrame | None = None,
     gates: pd.DataFrame | None = None,
     controls: pd.DataFrame | None = None,
     notes: Mapping[str, str] | None = None,
-    caveat: str = "",
-    missing: Mapping[str, str] | None = None,
     more: str = "",
     figures: Sequence[Any] = (),
     figures_folder: str = "11_report/figures",
     about: str | None = None,
     top: str = "",
-    frozen: str = "",
 ) -> str:
     """The whole results document as Markdown.
 
@@ -126,23 +121,21 @@ def results_document(
         look: labels of personas, data sets and models.
         hypotheses: objects with `key, label, title`, in order.
         judge: the judge's name.
-        models: order; those without data are left out (name them in `missing`).
+        models: order; those without data are left out (`first` names them).
         generated: date and time of the run (ISO 8601), printed to the minute; no line where empty.
         alpha: level of the significant comparisons.
         confidence: of the intervals in the tables.
         resamples: of the bootstrap, for the methodology.
-        gated: (model, hypothesis key) -> verdict that minds the gates, and its reason.
+        first: what stands on the first screen.
+        verdicts: that mind the gates (`analysis.verdict_table`): each stands above the published rules' own.
         gates: the gate of every comparison (`analysis.gate_table`), named under the published tables.
         controls: the run's controls (`analysis.controls`): the first line says if one fails.
         notes: persona -> what is known to be wrong with its rows.
-        caveat: what this run cannot show; stands at the top.
-        missing: model, or whatever else is left out -> why; stands at the top too.
         more: further sections, Markdown with headings (`sections.stages`).
         figures: records (`figure_files.FigureRecord`).
         figures_folder: where they lie, relative to the document.
         about: of somebody else's study: its title. What it trained, and how, is not ours to describe.
         top: sections before all others, Markdown with headings: what an audit found in the files.
-        frozen: whether this was fixed before the data (`freeze.status`).
     """
     there = list(tables["design"]["model"])
     text = Words(look, alpha=alpha, level=level(confidence)).render(
@@ -153,20 +146,20 @@ def results_document(
         judge=judge,
         generated=generated,
         resamples=resamples,
-        gated=gated or {},
+        first=first,
+        verdicts=verdicts,
+        said=verdicts_said(verdicts, gates, hypotheses),
         gates=gates,
         controls=controls,
         notes=notes or {},
-        caveat=caveat,
-        missing=missing or {},
+        CONTENTS=Markup(CONTENTS),
         more=Markup(more),
         figures=figures,
         folder=figures_folder,
         about=about,
         top=Markup(top),
-        frozen=Markup(frozen),
     )
-    return text + "\n"
+    return text.replace(CONTENTS, contents(text)) + "\n"
 
 
 def write_results(path: str | Path, tables: Mapping[str, pd.DataFrame], **how: Any) -> Path:

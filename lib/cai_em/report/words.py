@@ -36,7 +36,7 @@ from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
 from cai_em.records.keys import FLAGS, NO_DATASET
-from cai_em.report.markdown import cell, escape, judge_label, listed, markdown_table
+from cai_em.report.markdown import cell, cited, escape, heading_id, judge_label, listed, markdown_table
 from cai_em.study.labels import Labels
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -54,13 +54,38 @@ def where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return table
 
 
+LONG = 24
+"""A table of more rows is folded: whoever wants it opens it."""
+REPEATED = 3
+"""From so many rows on, a column that says the same in each is said once, above the table."""
+
+
 def table(
-    found: pd.DataFrame | Iterable[Any], header: str, align: str, *, caller: Callable[[Any], str], wide: bool = False
+    found: pd.DataFrame | Iterable[Any], header: str, align: str, *, caller: Callable[[Any], str], whole: bool = False
 ) -> Markup:
-    """A table as a template writes it: for each row, `caller` gives its cells with ` | ` between them."""
+    """A table as a template writes it: for each row, `caller` gives its cells with ` | ` between them.
+
+    A long one is folded, and a column that says the same in every row stands above it instead.
+
+    Args:
+        whole: leave every column where it is, as in the published tables.
+    """
     split = lambda line: re.split(r"(?<!\\)\|(?= |$)", line)  # noqa: E731
-    cells = ([c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in as_rows(found))
-    return Markup(markdown_table(cells, [c.strip() for c in split(header)], align, wide=wide))
+    cells = [[c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in as_rows(found)]
+    names, said = [c.strip() for c in split(header)], ""
+    if not whole and len(cells) >= REPEATED:
+        same = [i for i in range(1, len(names)) if names[i] and len({row[i] for row in cells}) == 1]
+        kept = [i for i in range(len(names)) if i not in same]
+        if same:
+            said = "In every row: " + "; ".join(f"{names[i]} {cells[0][i]}" for i in same) + ".\n\n"
+            align = "".join(align[i] for i in kept)
+            cells, names = [[row[i] for i in kept] for row in cells], [names[i] for i in kept]
+    text = markdown_table(cells, names, align)
+    if len(cells) > LONG:
+        text = (
+            f"<details>\n<summary>{len(cells)} rows: {', '.join(filter(None, names))}</summary>\n\n{text}\n\n</details>"
+        )
+    return Markup(said + text)
 
 
 def _finalize(value: Any) -> Any:
@@ -159,6 +184,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "set_range": numbers.typeset_range,
     "starred": lambda words: listed([f"*{w}*" for w in words]),
     "markdown": str,
+    "cited": cited,
     "quotation": _quotation,
 }  # fmt: skip
 """Filters that write Markdown: numbers as text (`records.numbers`), and foreign text made harmless."""
@@ -173,6 +199,7 @@ TEXTS: dict[str, Callable[..., Any]] = {
     "how": _how,
     "listed": lambda words: listed([str(w) for w in words]),
     "judge_label": judge_label,
+    "heading_id": heading_id,
     "or_none": lambda value: numbers.NONE if _missing(value) else value,
     "counted": lambda values, noun: [f"{v} {noun}{'s' if v > 1 else ''}" for v in values],
 }
@@ -184,10 +211,11 @@ class Words:
 
     Args:
         look: labels.
+        strict: nothing in a label or a reason may be markup (`text` is `foreign`): for documents that pandoc reads.
         settings: what every template may use: `alpha`, `level`.
     """
 
-    def __init__(self, look: Labels, **settings: Any) -> None:
+    def __init__(self, look: Labels, *, strict: bool = False, **settings: Any) -> None:
         self.environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES),
             undefined=jinja2.StrictUndefined,
@@ -197,7 +225,7 @@ class Words:
             lstrip_blocks=True,
         )
         trusted = {name: _trusted(write) for name, write in NUMBERS.items()}
-        self.environment.filters |= trusted | TEXTS
+        self.environment.filters |= trusted | TEXTS | {"text": trusted["foreign"] if strict else str}
         self.environment.filters |= {
             "persona": look.persona,
             "dataset": look.dataset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -225,7 +226,8 @@ def heat(
     ax.grid(visible=False)
     for side in ax.spines.values():
         side.set_visible(False)
-    fig.colorbar(image, ax=ax, label=label, pad=0.015, fraction=0.035)
+    # A bar is as high as the rows are many: beside few of them a long label would be cut off.
+    fig.colorbar(image, ax=ax, label=fill(label, max(12, 4 * len(personas))), pad=0.015, fraction=0.035)
     handles: list[Any] = role_handles(datasets, look)
     if np.isnan(data).any():
         handles.append(Patch(fc=style.EMPTY, ec=style.PALE, hatch="////", label="no such condition"))

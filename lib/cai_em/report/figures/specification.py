@@ -32,12 +32,21 @@ def _draw(view: View, specifications: pd.DataFrame) -> Drawing:
     )
     x = np.arange(len(table))
     supports = table["supports"].astype(bool).to_numpy()
-    top.vlines(x, table["low"], table["high"], color=style.PALE, lw=min(1.2, 250 / max(len(table), 1)))
+    top.vlines(x, table["low"], table["high"], color=style.PALE, lw=min(1.2, 250 / max(len(table), 1)), rasterized=True)
     for mask, colour, marker, label in (
         (~supports, style.MUTED, "o", "does not support"),
         (supports, style.SUPPORTS, "^", "supports"),
     ):
-        top.plot(x[mask], table["estimate"][mask], marker=marker, ms=2.6, color=colour, ls="none", label=label)
+        top.plot(
+            x[mask],
+            table["estimate"][mask],
+            marker=marker,
+            ms=2.6,
+            color=colour,
+            ls="none",
+            label=label,
+            rasterized=True,
+        )
     top.axhline(0, color=style.INK, lw=0.8)
     top.set_ylabel("persona − baseline\n(points)")
     top.set_title(title)
@@ -47,7 +56,16 @@ def _draw(view: View, specifications: pd.DataFrame) -> Drawing:
         for option in options:
             used = (table[choice].astype(str) == option).to_numpy()
             for mask, colour in ((used & ~supports, style.MUTED), (used & supports, style.SUPPORTS)):
-                below.plot(x[mask], np.full(mask.sum(), y), marker="|", ms=4.5, mew=0.7, color=colour, ls="none")
+                below.plot(
+                    x[mask],
+                    np.full(mask.sum(), y),
+                    marker="|",
+                    ms=4.5,
+                    mew=0.7,
+                    color=colour,
+                    ls="none",
+                    rasterized=True,
+                )
             ticks.append((y, f"{choice}: {option}"))
             y += 1
         y += 0.6
@@ -58,8 +76,8 @@ def _draw(view: View, specifications: pd.DataFrame) -> Drawing:
     share = 100 * supports.mean()
     against = table["estimate"] > 0 if asked.direction == "lower" else table["estimate"] < 0
     caption = (
-        f"{title}: {len(table):,} defensible analyses, sorted by estimate; {share:.0f} % support the hypothesis, and "
-        f"in {100 * against.mean():.0f} % the estimate has the opposite sign (median "
+        f"{asked.label}: {len(table):,} defensible analyses, sorted by estimate; {share:.0f} % support the hypothesis, "
+        f"and in {100 * against.mean():.0f} % the estimate has the opposite sign (median "
         f"{table['estimate'].median():+.1f} points)."
     )
     return Drawing(
