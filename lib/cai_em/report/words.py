@@ -77,7 +77,8 @@ def table(
         same = [i for i in range(1, len(names)) if names[i] and len({row[i] for row in cells}) == 1]
         kept = [i for i in range(len(names)) if i not in same]
         if same:
-            said = "In every row: " + "; ".join(f"{names[i]} {cells[0][i]}" for i in same) + ".\n\n"
+            once = (f"{names[i]} {cells[0][i]}" if cells[0][i] != numbers.NONE else f"no {names[i]}" for i in same)
+            said = "In every row: " + "; ".join(once) + ".\n\n"
             align = "".join(align[i] for i in kept)
             cells, names = [[row[i] for i in kept] for row in cells], [names[i] for i in kept]
     text = markdown_table(cells, names, align)
