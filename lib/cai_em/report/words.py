@@ -54,9 +54,9 @@ def where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return table
 
 
-LONG = 24
+FOLDED_BEYOND = 24
 """A table of more rows is folded: whoever wants it opens it."""
-REPEATED = 3
+SAID_ONCE_FROM = 3
 """From so many rows on, a column that says the same in each is said once, above the table."""
 
 
@@ -73,7 +73,7 @@ def table(
     split = lambda line: re.split(r"(?<!\\)\|(?= |$)", line)  # noqa: E731
     cells = [[c.strip() for c in split(str(caller(row)).replace("\n", " "))] for row in as_rows(found)]
     names, said = [c.strip() for c in split(header)], ""
-    if not whole and len(cells) >= REPEATED:
+    if not whole and len(cells) >= SAID_ONCE_FROM:
         same = [i for i in range(1, len(names)) if names[i] and len({row[i] for row in cells}) == 1]
         kept = [i for i in range(len(names)) if i not in same]
         if same:
@@ -82,7 +82,7 @@ def table(
             align = "".join(align[i] for i in kept)
             cells, names = [[row[i] for i in kept] for row in cells], [names[i] for i in kept]
     text = markdown_table(cells, names, align)
-    if len(cells) > LONG:
+    if len(cells) > FOLDED_BEYOND:
         text = (
             f"<details>\n<summary>{len(cells)} rows: {', '.join(filter(None, names))}</summary>\n\n{text}\n\n</details>"
         )
