@@ -54,7 +54,7 @@ def where(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return table
 
 
-FOLDED_FROM = 24
+FOLDED_BEYOND = 24
 """A table of more rows is folded: whoever wants it opens it."""
 SAID_ONCE_FROM = 3
 """From so many rows on, a column that says the same in each is said once, above the table."""
@@ -77,11 +77,12 @@ def table(
         same = [i for i in range(1, len(names)) if names[i] and len({row[i] for row in cells}) == 1]
         kept = [i for i in range(len(names)) if i not in same]
         if same:
-            said = "In every row: " + "; ".join(f"{names[i]} {cells[0][i]}" for i in same) + ".\n\n"
+            once = (f"{names[i]} {cells[0][i]}" if cells[0][i] != numbers.NONE else f"no {names[i]}" for i in same)
+            said = "In every row: " + "; ".join(once) + ".\n\n"
             align = "".join(align[i] for i in kept)
             cells, names = [[row[i] for i in kept] for row in cells], [names[i] for i in kept]
     text = markdown_table(cells, names, align)
-    if len(cells) > FOLDED_FROM:
+    if len(cells) > FOLDED_BEYOND:
         text = (
             f"<details>\n<summary>{len(cells)} rows: {', '.join(filter(None, names))}</summary>\n\n{text}\n\n</details>"
         )
