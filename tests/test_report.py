@@ -124,7 +124,7 @@ def test_the_first_ten_lines_answer():
         "- **H2:** Good makes a model less susceptible to emergent misalignment.",
         "    - M: **NOT INTERPRETABLE.** Good cannot be seen in the responses.",
     ]
-    assert lines[6].startswith("**What this run cannot show.** Not one comparison of a persona with the baseline has every")
+    assert lines[6].startswith("**What this run cannot show.** Not one comparison of a persona with the baseline has")
     assert lines[6].endswith("One training per condition cannot speak of other trainings.")
     assert lines[7].startswith("**Read next.** [The verdicts")
     assert lines[8].startswith("**Contents.** [Verdicts that respect design and gates](#verdicts-that-respect-design-")
