@@ -146,9 +146,10 @@ class Progress:
             study: the study.
             jobs: rule and wildcards of every job to run.
         """
-        total: Counter[str] = Counter()
+        total = Counter(dict.fromkeys([*STAGES.values(), REST], 0))  # in the order of the work
         for job in (job_of(study, rule, wildcards) for rule, wildcards in jobs if rule != "all"):
             total[job.stage] += job.cells
+        total += Counter()  # without those that have nothing to do
         judge = study.judge
         if study.profile.source != "trained" or judge is None or judge.kind != "openai":
             return cls(total)
