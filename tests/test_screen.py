@@ -53,7 +53,7 @@ def test_cells_within_a_job_count_and_those_of_an_earlier_run_do_not(tmp_path):
     clock = Clock()
     progress = screen.Progress(Counter({"fine-tuning": 4, "judging": 2}), clock=clock)
     made = [tmp_path / name for name in "abcd"]
-    progress.begin(7, screen.Shown("fine-tuning", 4, lambda: made, "finetune m: p"))
+    progress.begin(7, screen.Underway("fine-tuning", 4, lambda: made, "finetune m: p"))
     for path, at in ((made[0], 990), (made[1], 1010)):  # one from before: its job makes it again
         path.touch()
         os.utime(path, (at, at))
@@ -63,8 +63,8 @@ def test_cells_within_a_job_count_and_those_of_an_earlier_run_do_not(tmp_path):
     clock.now = 1040
     progress.end(7)
     assert progress.done() == {"fine-tuning": 4}
-    progress.begin(8, screen.Shown("judging", 1))
-    progress.begin(9, screen.Shown("judging", 1))
+    progress.begin(8, screen.Underway("judging", 1))
+    progress.begin(9, screen.Underway("judging", 1))
     clock.now = 1050
     progress.end(8)
     # One of two took 10 s, the other has run for 10 s: (10 + 10) s a cell, and two ran at once.
@@ -129,7 +129,7 @@ def test_a_log_gets_a_line_for_each_job_and_nothing_of_snakemakes_own():
     assert "\x1b" not in said
     assert "done: persona {'model': 'tiny', 'persona': 'sycophancy'}" in said
     assert "1 of 2 cells" in said
-    assert "FAILED: validity {}; its log: logs/05.log" in said
+    assert "FAILED: validity; its log: logs/05.log" in said
     assert "a warning" in said
     assert "Nothing to be done" in said
 
@@ -153,7 +153,7 @@ def test_a_dry_run_counts_jobs_by_stage_and_reason():
 @pytest.mark.parametrize("width", [80, 140])
 def test_bars_fit_the_terminal(width):
     progress = screen.Progress(Counter({"fine-tuning": 34, "judging": 648}), clock=Clock())
-    progress.begin(1, screen.Shown("fine-tuning", 17, name="finetune qwen2.5-7b: " + "a long persona's name " * 8))
+    progress.begin(1, screen.Underway("fine-tuning", 17, name="finetune qwen2.5-7b: " + "a long persona's name " * 8))
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
     with console.capture() as caught:
         console.print(progress)

@@ -251,6 +251,9 @@ class Explorer:
 
     def _of_model(self) -> None:
         """Another model: its heat map; and, where it lacks the chosen condition, one that it has."""
+        self._draw_heat()
+        if self._busy:
+            return  # whoever sets several controls has chosen the condition too
         here = self.of_model()
         there = set(zip(here["persona"], here["dataset"]))
         persona, dataset = self.persona.value, self.dataset.value
@@ -260,7 +263,6 @@ class Explorer:
             dataset = self.look.sort_datasets(known)[0]
             if (persona, dataset) not in there and persona != ALL:
                 persona = self.look.sort_personas([p for p, d in there if d == dataset])[0]
-        self._draw_heat()
         self._set(persona=persona, dataset=dataset)
 
     def of_model(self) -> pd.DataFrame:
@@ -291,7 +293,8 @@ class Explorer:
         ]
         lines = [widgets.HBox([widgets.HTML("", layout={**label, "height": "30px"}), *names], layout=line)]
         for persona in personas:
-            row: list[widgets.Widget] = [widgets.HTML(shown(self.look.persona(persona)), layout=label)]
+            name = shown(self.look.persona(persona))
+            row: list[widgets.Widget] = [widgets.HTML(f'<span title="{name}">{name}</span>', layout=label)]
             for dataset in datasets:
                 mean = means.get((persona, dataset))
                 if mean is None or pd.isna(mean):

@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class Shown:
+class Underway:
     """A job under way or to come.
 
     Attributes:
@@ -101,18 +101,18 @@ class Shown:
         return min(self.cells, sum(path.is_file() and path.stat().st_mtime >= self.begun for path in self.made()))
 
 
-def job_of(study: Study, rule: str, wildcards: Mapping[str, str]) -> Shown:
+def job_of(study: Study, rule: str, wildcards: Mapping[str, str]) -> Underway:
     """A job by its rule and wildcards: its stage and its cells."""
     model, shard = wildcards.get("model", ""), wildcards.get("shard", "")
     if rule == "finetune":
         cells = study.finetune_job(model, wildcards["persona"], int(wildcards["part"]))
-        return Shown(stage_of(rule), len(cells), lambda: [study.em_dir(c) / "manifest.json" for c in cells])
+        return Underway(stage_of(rule), len(cells), lambda: [study.em_dir(c) / "manifest.json" for c in cells])
     if rule == "sample":
         place = study.sample_dir(model, shard) / "cells"
-        return Shown(stage_of(rule), len(study.shard_cells(model, shard)), lambda: place.glob("*.parquet"))
+        return Underway(stage_of(rule), len(study.shard_cells(model, shard)), lambda: place.glob("*.parquet"))
     if rule == "judge":
-        return Shown(stage_of(rule), len(study.shard_cells(model, shard)))
-    return Shown(stage_of(rule))
+        return Underway(stage_of(rule), len(study.shard_cells(model, shard)))
+    return Underway(stage_of(rule))
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Progress:
     def __post_init__(self) -> None:
         self.finished: Counter[str] = Counter()
         self.spent: dict[str, float] = defaultdict(float)
-        self.running: dict[int, Shown] = {}
+        self.running: dict[int, Underway] = {}
         self.most_at_once = 1
         self.begun = self.clock()
         self.dollars_before = self.dollars() if self.dollars else 0.0
@@ -146,9 +146,10 @@ class Progress:
             study: the study.
             jobs: rule and wildcards of every job to run.
         """
-        total: Counter[str] = Counter()
+        total = Counter(dict.fromkeys([*STAGES.values(), REST], 0))  # in the order of the work
         for job in (job_of(study, rule, wildcards) for rule, wildcards in jobs if rule != "all"):
             total[job.stage] += job.cells
+        total += Counter()  # without those that have nothing to do
         judge = study.judge
         if study.profile.source != "trained" or judge is None or judge.kind != "openai":
             return cls(total)
@@ -162,13 +163,13 @@ class Progress:
 
         return cls(total, dollars, judge.cost_cap_usd)
 
-    def begin(self, number: int, job: Shown) -> None:
+    def begin(self, number: int, job: Underway) -> None:
         """A job has begun."""
         job.begun = self.clock()
         self.running[number] = job
         self.most_at_once = max(self.most_at_once, len(self.running))
 
-    def end(self, number: int, *, failed: bool = False) -> Shown | None:
+    def end(self, number: int, *, failed: bool = False) -> Underway | None:
         """A job has ended; None where it was not known, or has ended before."""
         job = self.running.pop(number, None)
         if job and not failed:
