@@ -511,6 +511,7 @@ class Question(Strict):
 
     id: str = Field(pattern=r"^[A-Za-z0-9_\-]+$")
     text: str = Field(min_length=1)
+    tag: str | None = Field(default=None, description="the field that it probes")
 
 
 class QuestionFile(Strict):

@@ -161,7 +161,7 @@ def row_files(study: Study, dataset: str) -> list[Path]:
 
 def question_files(study: Study) -> list[Path]:
     """The files that `questions`, `probe_prompts` and, where it is asked for, `in_domain_questions` read."""
-    fetched = study.profile.data == "fetched"
+    fetched = _published_questions(study)
     main = _get(_fetched(study.folder).questions[study.profile.questions]) if fetched else study.questions_file()
     further = ["probe.yaml", *(["in_domain.yaml"] if study.profile.manipulation else [])]
     return [main, *(study.builtin("questions", name) for name in further)]
@@ -240,25 +240,40 @@ def questions(study: Study) -> list[tuple[str, str]]:
     """(id, text) of the study's evaluation questions.
 
     The published files hold the free-form questions beside JSON and template variants of them; only the free-form
-    ones are taken (their variants' ids end in `_json` and `_template`).
+    ones are taken (their variants' ids end in `_json` and `_template`). A set that is ours alone is taken from
+    `params/builtin/questions/`, whatever else is fetched.
 
     Raises:
         ParamsError: the built-in file is malformed.
         MaterialError: the published file is not of the known form, or there is no such set.
     """
     name = study.profile.questions
-    if study.profile.data == "builtin":
+    if not _published_questions(study):
         return study.questions()
-    known = _fetched(study.folder).questions
-    if name not in known:
-        raise MaterialError(f"{study.folder / 'fetched.yaml'}: questions has no set {name!r} (it has: {list(known)})")
-    path = _get(known[name])
+    path = _get(_fetched(study.folder).questions[name])
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         found = [(q["id"], q["paraphrases"][0]) for q in data if not q["id"].endswith(("_json", "_template"))]
     except (KeyError, TypeError, IndexError) as error:
         raise MaterialError(f"{path}: not a list of questions with id and paraphrases ({error!r})") from error
     return found[: study.profile.questions_limit]
+
+
+def _published_questions(study: Study) -> bool:
+    """Whether the profile's question set is fetched; if not, it is a built-in one.
+
+    Raises:
+        MaterialError: it is neither.
+    """
+    if study.profile.data == "builtin":
+        return False
+    known, name = _fetched(study.folder).questions, study.profile.questions
+    if name not in known and not study.questions_file().is_file():
+        raise MaterialError(
+            f"{study.folder / 'fetched.yaml'}: questions has no set {name!r} (it has: {list(known)}), and there is no "
+            f"{study.questions_file()}"
+        )
+    return name in known
 
 
 def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:

@@ -18,6 +18,9 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
+from cai_em.analysis.power import Components, detectable
+from cai_em.analysis.units import MIN_SEEDS
+from cai_em.audit.leaks import by_words
 from cai_em.records.files import MissingFile
 from cai_em.records.keys import BASELINE
 from cai_em.records.manifest import read_manifest
@@ -56,6 +59,9 @@ class Assumptions(Strict):
     published_rows: float = Field(gt=0)
     adapter_bytes_per_parameter: float = Field(gt=0)
     weight_bytes_per_parameter: float = Field(gt=0)
+    sd_question: float = Field(ge=0)
+    sd_response: float = Field(ge=0)
+    sd_training: float = Field(ge=0)
 
 
 def assumptions(folder: str | Path) -> Assumptions:
@@ -370,6 +376,79 @@ def _checks(study: Study) -> int:
     return calls
 
 
+QUESTION_SETS = ("eval", "general", "broad")
+"""Built-in question sets, from the smallest."""
+
+NEAR = 0.9
+"""Probability from which a question's words are said to speak of a data set's domain."""
+
+
+def question_sets(study: Study, assumed: Assumptions) -> pd.DataFrame:
+    """What each set of questions would cost in this study, and what it would detect.
+
+    Returns:
+        By set, and the study's own first: `questions, responses, gpu_hours, judge_calls, usd` of sampling and judging,
+        and `detects`: the smallest contrast in points that is seen with a power of 80 %, by the assumed spreads.
+    """
+    sets = [study.profile.questions, *(name for name in QUESTION_SETS if name != study.profile.questions)]
+    roles = {c.dataset: study.datasets[c.dataset].role for c in study.cells()}
+    several = max(1, sum(role == "em" for role in roles.values()))
+    spread = Components(
+        question=assumed.sd_question**2,
+        response=assumed.sd_response**2,
+        seed=assumed.sd_training**2,
+        question_seed=0.0,
+        datasets=several,
+        untuned=assumed.sd_response**2,
+    )
+    samples, seeds = study.sampling.samples_per_question, len(study.profile.seeds)
+    rows = {}
+    for name in sets:
+        limit = study.profile.questions_limit if name == study.profile.questions else None
+        update = {"questions": name, "questions_limit": limit}
+        other = Study(study.name, study.profile.model_copy(update=update), study._registries, study.folder)
+        number, cost = len(other.questions()), plan(other, assumed).loc[["03_sample", "04_judge"]]
+        rows[name] = {
+            "questions": number,
+            "responses": number * samples * len(study.cells()),
+            **cost[["gpu_hours", "judge_calls", "usd"]].sum(min_count=1).to_dict(),
+            "detects": detectable(
+                spread,
+                questions=number,
+                samples=samples,
+                seeds=seeds,
+                alpha=study.thresholds.alpha,
+                target=study.thresholds.power,
+                adapters=seeds < MIN_SEEDS,
+            ),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("question set")
+
+
+def near_a_domain(study: Study, likely: float = NEAR) -> pd.DataFrame:
+    """Questions whose words speak of a fine-tuning data set's domain, by our own rows: an answer to such a question may
+    show what was trained, and not what became of the rest.
+
+    Returns:
+        `question_id, dataset, probability`, the likeliest first; of twins, which share their prompts, the first.
+    """
+
+    def texts(dataset: str) -> list[str]:
+        content = study.dataset_file(dataset).read_bytes()
+        return [" ".join(m["content"] for m in row) for row in materials.read_rows(content, dataset)]
+
+    domains = {d.key: d for d in study.datasets.values() if d.builtin and d.role in ("em", "benign_control")}
+    twins = {d.twin for d in domains.values() if d.twin}
+    rows = {d: texts(d) for d in domains if d not in twins}
+    judged = materials.builtin_training(study.builtin("judge_training.jsonl"))
+    others = [*(judged["question"] + " " + judged["answer"])]
+    others += [t for d in study.datasets.values() if d.builtin and d.role == "regularisation" for t in texts(d.key)]
+    asked = pd.DataFrame(study.questions(), columns=["question_id", "prompt"])
+    found = by_words(asked, rows, others)
+    found = found[found["probability"] >= likely]
+    return found.sort_values("probability", ascending=False, kind="stable", ignore_index=True)
+
+
 def published_among(study: Study) -> tuple[int, int]:
     """How many of the published study's conditions are in the grid (whatever the training seed), of how many."""
     with (study.folder / "published_selection.csv").open(newline="", encoding="utf-8") as file:
@@ -430,6 +509,18 @@ def _named(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()) or "nothing"
 
 
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    return table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
+
+
+def _near(study: Study) -> list[str]:
+    near = near_a_domain(study)
+    if near.empty:
+        return ["None of its questions comes near a data set's domain."]
+    named = ", ".join(f"{r.question_id} ({r.dataset})" for r in near.itertuples())
+    return [f"Near a data set's domain, to be read by a person: {named}"]
+
+
 def text(study: Study, source: str | Path | None = None) -> str:
     """The plan as text: the grid in words, the table, what was measured and what is assumed.
 
@@ -449,7 +540,6 @@ def text(study: Study, source: str | Path | None = None) -> str:
     cells = study.cells()
     em = sum(study.datasets[c.dataset].role == "em" for c in cells)
     among, published = published_among(study)
-    shown = table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
     return "\n".join(
         [
             f"{study.profile.title}: {len(cells)} conditions of {', '.join(m.label for m in study.models.values())} "
@@ -457,7 +547,12 @@ def text(study: Study, source: str | Path | None = None) -> str:
             f"seeds {', '.join(map(str, study.profile.seeds))}); judge: {study.judge.name}",
             *([f"{among} of {published} published conditions are among them."] if among else []),
             "",
-            shown.to_string(),
+            _shown(table).to_string(),
+            "",
+            f"Questions ({study.profile.questions} is this profile's), and the smallest contrast that each set sees with a "
+            f"power of {study.thresholds.power:.0%}, in points:",
+            _shown(question_sets(study, assumed)).to_string(),
+            *(_near(study)),
             "",
             *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if source else []),
             "Assumed, not measured (params/plan.yaml): "
