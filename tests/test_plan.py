@@ -208,7 +208,7 @@ def test_the_documented_downloads_are_the_models_of_the_study(root):
 
 
 def test_question_sets_say_what_they_cost_and_detect(paper):
-    """8, 24 or 54 questions: answers, calls and dollars in proportion, smaller effects seen; the profile's own first."""
+    """8, 24 or 54 questions: answers, calls and dollars in proportion, smaller effects seen."""
     study, table = paper
     found = plan.question_sets(study, plan.assumptions(study.folder))
     assert found["questions"].to_dict() == {"eval": 8, "general": 24, "broad": 54}
@@ -235,8 +235,9 @@ def test_questions_of_a_data_sets_domain_are_named(root, tmp_path):
     folder = tmp_path / "params"
     shutil.copytree(root / "params", folder)
     held_out = yaml.safe_load((folder / "builtin/questions/in_domain.yaml").read_text(encoding="utf-8"))
-    domain = {q["id"]: d for d in ("bad_medical", "risky_financial", "insecure", "technical_vehicles") for q in held_out[d]}
-    asked = [q for d in ("bad_medical", "risky_financial", "insecure", "technical_vehicles") for q in held_out[d]]
+    sets = ("bad_medical", "risky_financial", "insecure", "technical_vehicles")
+    domain = {q["id"]: d for d in sets for q in held_out[d]}
+    asked = [q for d in sets for q in held_out[d]]
     (folder / "builtin/questions/near.yaml").write_text(yaml.safe_dump({"questions": asked}), encoding="utf-8")
     study = loading.load("demo", folder)
     study.profile = study.profile.model_copy(update={"questions": "near"})

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loading": ["load"],
         "materials": [
             "builtin_training",
+            "capability_items",
             "constitution",
             "constitution_files",
             "dataset_contrast",

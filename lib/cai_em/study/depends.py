@@ -60,6 +60,8 @@ def _settings(
         yield "cells", [vars(c) for c in study.shard_cells(model, rest["shard"])]
         yield "questions", file_hash(study.questions_file())
         yield "probe", file_hash(study.builtin("questions", "probe.yaml"))
+        if p.capability:
+            yield "capability", [p.capability, file_hash(study.builtin("capability.yaml"))]
         if p.manipulation:
             yield "in domain", [p.manipulation, file_hash(study.builtin("questions", "in_domain.yaml"))]
     elif stage == "04_judge":

@@ -22,7 +22,7 @@ from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.study import constitutions as study_constitutions
 from cai_em.study import sources
 from cai_em.study.constitutions import Constitution
-from cai_em.study.entries import Commit, ParamsError, Question, Strict, read_as, read_questions
+from cai_em.study.entries import ChoiceFile, ChoiceItem, Commit, ParamsError, Question, Strict, read_as, read_questions
 from cai_em.study.study import Cell, Study
 
 Messages = list[dict[str, str]]
@@ -160,11 +160,13 @@ def row_files(study: Study, dataset: str) -> list[Path]:
 
 
 def question_files(study: Study) -> list[Path]:
-    """The files that `questions`, `probe_prompts` and, where it is asked for, `in_domain_questions` read."""
+    """The files that `questions`, `probe_prompts` and, where they are asked for, `in_domain_questions` and
+    `capability_items` read."""
     fetched = _published_questions(study)
     main = _get(_fetched(study.folder).questions[study.profile.questions]) if fetched else study.questions_file()
     further = ["probe.yaml", *(["in_domain.yaml"] if study.profile.manipulation else [])]
-    return [main, *(study.builtin("questions", name) for name in further)]
+    choices = [capability_file(study)] if study.profile.capability else []
+    return [main, *(study.builtin("questions", name) for name in further), *choices]
 
 
 def rows(study: Study, dataset: str) -> list[Messages]:
@@ -389,6 +391,20 @@ def builtin_training(path: str | Path) -> pd.DataFrame:
 
 def _demonstrations(study: Study, persona: str) -> tuple[study_constitutions.Demonstration, ...]:
     return study_constitutions.read_constitution(study.constitution_file(persona)).demonstrations
+
+
+def capability_file(study: Study) -> Path:
+    """The multiple-choice questions."""
+    return study.builtin("capability.yaml")
+
+
+def capability_items(study: Study) -> list[ChoiceItem]:
+    """The multiple-choice questions that the profile asks for; none where it does not.
+
+    Raises:
+        ParamsError: the file is missing or malformed.
+    """
+    return read_as(capability_file(study), ChoiceFile).items if study.profile.capability else []
 
 
 def probe_prompts(study: Study) -> list[str]:

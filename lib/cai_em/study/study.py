@@ -131,6 +131,9 @@ class Profile(Strict):
     hypotheses: list[str] = Field(default=[])
     thresholds: str = "default"
     manipulation: Manipulation | None = None
+    capability: Literal["text", "letter"] | None = Field(
+        default=None, description="multiple-choice questions beside: options as text, or by their letter"
+    )
     trajectory: Trajectory | None = None
     steering: Steering | None = None
     caveat: str = Field(default="", description="what this profile cannot show, for the results document")

@@ -87,6 +87,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
         yield f"prompts in the domain of {dataset}", lambda d=dataset: materials.in_domain_questions(study, d)
     yield "questions", lambda: materials.questions(study)
     yield "probe prompts", lambda: materials.probe_prompts(study)
+    yield "capability", lambda: materials.capability_items(study)
     if p.steering:
         yield "further questions", lambda: entries.read_questions(study.builtin("questions", "general.yaml"))
     if study.introspection:

@@ -437,12 +437,14 @@ def near_a_domain(study: Study, likely: float = NEAR) -> pd.DataFrame:
         content = study.dataset_file(dataset).read_bytes()
         return [" ".join(m["content"] for m in row) for row in materials.read_rows(content, dataset)]
 
-    domains = {d.key: d for d in study.datasets.values() if d.builtin and d.role in ("em", "benign_control")}
+    several = [d for d in study.datasets.values() if d.role in ("em", "benign_control") and d.key == d.builtin]
+    domains = {d.key: d for d in several}
     twins = {d.twin for d in domains.values() if d.twin}
     rows = {d: texts(d) for d in domains if d not in twins}
     judged = materials.builtin_training(study.builtin("judge_training.jsonl"))
     others = [*(judged["question"] + " " + judged["answer"])]
-    others += [t for d in study.datasets.values() if d.builtin and d.role == "regularisation" for t in texts(d.key)]
+    plain = [d.key for d in study.datasets.values() if d.role == "regularisation" and d.key == d.builtin]
+    others += [text for dataset in plain for text in texts(dataset)]
     asked = pd.DataFrame(study.questions(), columns=["question_id", "prompt"])
     found = by_words(asked, rows, others)
     found = found[found["probability"] >= likely]
@@ -549,8 +551,8 @@ def text(study: Study, source: str | Path | None = None) -> str:
             "",
             _shown(table).to_string(),
             "",
-            f"Questions ({study.profile.questions} is this profile's), and the smallest contrast that each set sees with a "
-            f"power of {study.thresholds.power:.0%}, in points:",
+            f"Questions (this profile's: {study.profile.questions}), and the smallest contrast that each set sees with "
+            f"a power of {study.thresholds.power:.0%}, in points:",
             _shown(question_sets(study, assumed)).to_string(),
             *(_near(study)),
             "",
