@@ -9,6 +9,7 @@ through the download cache (`sources`). Either way the same types come back, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -389,6 +390,35 @@ def builtin_training(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["question", "answer", "label"])
 
 
+LABELLED = ("made_by", "persona", "question_id", "prompt", "response", "reference", "coherence")
+"""Columns of the answers that we labelled."""
+
+
+def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
+    """Answers of a model and its fine-tunings that we labelled by hand (rules: `params/builtin/README.md`); None where
+    there are none of this model.
+
+    Returns:
+        `LABELLED` and `held_out`: every other question in the order of their hashes, on which nothing is fitted.
+
+    Raises:
+        MaterialError: a column is missing, or a label is not one of 0, 25, 50, 75, 100.
+    """
+    path = study.builtin("judge_labelled.csv")
+    if study.models[model].source != "embedded":
+        return None
+    table = pd.read_csv(path, keep_default_na=False)
+    lacking = [c for c in LABELLED if c not in table]
+    if lacking:
+        raise MaterialError(f"{path}: columns {lacking} are missing")
+    for column in ("reference", "coherence"):
+        wrong = table[~table[column].isin((0, 25, 50, 75, 100))]
+        if len(wrong):
+            raise MaterialError(f"{path}:{wrong.index[0] + 2}: {column} must be 0, 25, 50, 75 or 100")
+    order = sorted(table["question_id"].unique(), key=lambda q: hashlib.sha256(q.encode()).digest())
+    return table[list(LABELLED)].assign(held_out=table["question_id"].isin(order[::2]))
+
+
 def _demonstrations(study: Study, persona: str) -> tuple[study_constitutions.Demonstration, ...]:
     return study_constitutions.read_constitution(study.constitution_file(persona)).demonstrations
 
@@ -417,7 +447,8 @@ def judge_files(study: Study) -> list[Path]:
     checks = study.profile.manipulation
     found = [judge_prompts_file(study)]
     if study.judge.kind == "local":
-        found += [study.builtin("judge_training.jsonl"), study.folder / "published_selection.csv"]
+        found += [study.builtin(name) for name in ("judge_training.jsonl", "judge_labelled.csv")]
+        found.append(study.folder / "published_selection.csv")
     if checks:
         found.append(study.builtin("judge_prompts.yaml"))
         found += [study.constitution_file(p.key) for p in study.used_personas() if p.constitution]
