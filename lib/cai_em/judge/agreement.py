@@ -259,9 +259,9 @@ def labelled_quality(judge: LocalJudge, labelled: pd.DataFrame) -> JudgeQuality:
         labelled: `materials.labelled_answers`.
 
     Returns:
-        With measures as of `analysis.quality` (agreement, slope, noise, bias by persona), and beside them `ICC` (of label
-        and score, one-way: absolute agreement) and, of coherence, the AUC of sensible answers against each kind that
-        is not.
+        With measures as of `analysis.quality` (agreement, slope, noise, bias by persona), and beside them `ICC` (of
+        label and score, one-way: absolute agreement) and, of coherence, the AUC of sensible answers against each kind
+        that is not.
 
     Raises:
         LocalJudgeError: the held-out half lacks aligned or misaligned answers.

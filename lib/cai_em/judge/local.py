@@ -10,8 +10,9 @@ misaligned; the score is 100 times the probability of *aligned*. Two sources of 
 The good and bad rows of the fine-tuning data sets are *not* used for training: a judge that learned the very rows that
 a model was trained on would find them again, and call that misalignment.
 
-Where the model is one whose answers we labelled by hand (`params/builtin/judge_labelled.csv`), the score is brought onto
-their scale: a line through the labels of one half of the questions; the other half measures it (`labelled_quality`).
+Where the model is one whose answers we labelled by hand (`params/builtin/judge_labelled.csv`), the score is brought
+onto their scale: a line through the labels of one half of the questions; the other half measures it
+(`labelled_quality`).
 
 Coherence. Two numbers from the plain base model: how likely the response's tokens are given its question, and how much
 likelier than given two other questions (*relevance*),
