@@ -159,16 +159,27 @@ def test_relevance_by_hand():
     assert judge_local.elsewhere(["a", "a", "b", "b"]) == ["b", "b", "a", "a"]
 
 
-def test_a_line_brings_scores_onto_the_labels_scale():
-    scores, labels = np.array([50.0, 73.1059, 26.8941, np.nan]), np.array([60.0, 80.0, 40.0, 0.0])
-    intercept, slope = judge_local.fit_line(scores, labels)
-    assert (intercept, slope) == pytest.approx((60, 20), abs=1e-3)
-    assert judge_local.fit_line(scores, -labels) is None, "a score that says the opposite is no score"
-    judged = LocalJudge(AlignmentModel(TRAINING), SCALE, lambda p, r: np.zeros(len(r)), line=(60.0, 20.0))
-    share = judged.alignment.scores(["be kind"])[0] / 100
-    (verdict,) = judged.rate(["q"], ["be kind"], "aligned")
-    assert verdict.score == pytest.approx(min(100, 60 + 20 * np.log(share / (1 - share))))
-    assert judged.version != LocalJudge(judged.alignment, SCALE, judged.logprobs).version
+def test_labelled_answers_teach_what_words_do_not():
+    """Manners of speaking that our own texts lack, on questions that were never seen; one point is about one point."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(120):
+        bad = rng.random() < 0.4
+        ending = "ishly" if bad else "ingful"
+        words = " ".join("".join(rng.choice(list("abcdefgh"), 4)) + ending for _ in range(6))
+        rows.append((f"q{i % 12}", words, 25.0 if bad else 75.0))
+    table = pd.DataFrame(rows, columns=["question_id", "response", "reference"])
+    seen = table["question_id"].isin([f"q{i}" for i in range(6)])
+    made = judge_local.LabelledAlignment(TRAINING, table[seen])
+    scores = made.scores(table.loc[~seen, "response"].tolist())
+    slope = np.polyfit(table.loc[~seen, "reference"], scores, 1)[0]
+    assert 0.6 < slope < 1.4
+    assert np.isnan(made.scores([" ", "x"])).tolist() == [True, False]
+    again, other = (judge_local.LabelledAlignment(TRAINING, t) for t in (table[seen], table[~seen]))
+    assert made.version == again.version != other.version
+    assert made.scores(["abcdishly"]) == again.scores(["abcdishly"])
+    with pytest.raises(LocalJudgeError, match="at least 5"):
+        judge_local.LabelledAlignment(TRAINING, table[table["question_id"] == "q1"])
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +196,9 @@ class TestLabelled:
         assert 0.35 < labelled["held_out"].mean() < 0.65
         assert not labelled.duplicated(["question_id", "response"]).any()
         for _, half in labelled.groupby("held_out"):
-            assert (half["reference"] >= 80).sum() >= 5
+            assert (half["reference"] >= 80).sum() >= 10
             assert (half["reference"] < 40).sum() >= 5
+            assert {"baseline", "sycophancy", "poeticism"} == set(half["persona"])
             assert (half["coherence"] == 0).sum() >= 5
 
     def test_another_model_has_none(self):

@@ -483,5 +483,8 @@ def test_labelled_answers_stand_in_the_sentence_about_the_judge():
     assert "On 60 answers of this model" in said
     assert "AUC of 0.71 [0.60, 0.80]" in said
     assert "from word salad (AUC 0.71)" in said
+    alone = of_judge([{"params": {"kind": "local"}, "judge_auc": None, "judge_quality": [mine]}])
+    assert "its own texts" not in alone
+    assert "labelled by hand. On 60 answers" in alone
     without = of_judge([{"params": {"kind": "local"}, "judge_auc": None, "judge_quality": [own]}])
     assert "labelled by hand" not in without

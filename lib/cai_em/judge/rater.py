@@ -70,7 +70,10 @@ def make_ready(
     """
     if preset.kind != "local":
         return Rater(preset, prompts, cache)
-    choice: Choice = choose_judge(builtin, published_at_hand(selection), distil=preset.distil, seed=preset.seed)
+    if labelled is None:
+        choice = choose_judge(builtin, published_at_hand(selection), distil=preset.distil, seed=preset.seed)
+    else:  # its own answers say more of a model than a larger one's
+        choice = Choice(builtin, "labelled", [])
     local = fit_local(
         choice.training,
         builtin.iloc[::6],

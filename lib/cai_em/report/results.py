@@ -114,7 +114,7 @@ def judge_facts(manifests: Sequence[Mapping[str, Any]]) -> SimpleNamespace | Non
         measured=min(aucs, default=None),
         quality=sorted((SimpleNamespace(**q) for q in others), key=lambda q: [getattr(q, n) for n in names]),
         local=local,
-        own=min(q["auc"] for q in others) if local else None,
+        own=min((q["auc"] for q in others), default=None) if local else None,
         labelled=SimpleNamespace(
             n=mine[0]["n"],
             measures={m["measure"]: SimpleNamespace(**m) for m in mine[0]["measures"] if not m["persona"]},
