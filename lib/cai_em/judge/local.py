@@ -320,8 +320,10 @@ def fit_local(
         found = {"word salad": salad, "another question": judge.read(elsewhere(asked), said)}
         return found | ({"nonsense": judge.read(*nonsense)} if nonsense[0] else {})
 
-    mine = labelled.head(0) if labelled is None else labelled[~labelled["held_out"]]
-    good, bad = (_texts(mine, mine["coherence"] == level) if len(mine) else ([], []) for level in (100, 0))
+    good, bad = ([], []), ([], [])
+    if labelled is not None:
+        mine = labelled[~labelled["held_out"]]
+        good, bad = (_texts(mine, mine["coherence"] == level) for level in (100, 0))
     sensible = [*questions, *good[0]], [*answers, *good[1]]
     scale = fit_coherence(judge.read(*sensible), *kinds(sensible, bad).values())
     if labelled is None:

@@ -412,7 +412,8 @@ def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
     if lacking:
         raise MaterialError(f"{path}: columns {lacking} are missing")
     for column in ("reference", "coherence"):
-        wrong = table[~table[column].isin((0, 25, 50, 75, 100))]
+        labels = pd.to_numeric(table[column], errors="coerce")
+        wrong = table[~labels.isin((0, 25, 50, 75, 100))]
         if len(wrong):
             raise MaterialError(f"{path}:{wrong.index[0] + 2}: {column} must be 0, 25, 50, 75 or 100")
     order = sorted(table["question_id"].unique(), key=lambda q: hashlib.sha256(q.encode()).digest())
