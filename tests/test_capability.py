@@ -15,8 +15,8 @@ from cai_em.model import load, stacking
 from cai_em.model.activations import _encode, mean_logprobs
 from cai_em.records import tables
 from cai_em.sample import sampling
-from cai_em.sample.capability import answers, choices, option_logprobs
-from cai_em.sample.conditions import Choice, Condition
+from cai_em.sample.capability import choices, option_logprobs, options_chosen
+from cai_em.sample.conditions import Condition, MultipleChoice
 from cai_em.study import loading, materials
 from cai_em.study.entries import ChoiceFile, LoraPreset, ModelSpec, ParamsError, SamplingPreset, read_as
 
@@ -103,9 +103,9 @@ class TestLogprobs:
 
 
 def test_what_was_chosen():
-    asked = [Choice(i, "s", "q", ("x", "y"), right) for i, right in (("a", 1), ("b", 1), ("tie", 1))]
+    asked = [MultipleChoice(i, "s", "q", ("x", "y"), right) for i, right in (("a", 1), ("b", 1), ("tie", 1))]
     unseen = -math.inf
-    table = answers(BARE, asked, [(-3.0, -1.0), (-1.0, unseen), (unseen, unseen)])
+    table = options_chosen(BARE, asked, [(-3.0, -1.0), (-1.0, unseen), (unseen, unseen)])
     assert table["correct"].tolist() == [True, False, False]
     assert table["chosen"].tolist()[:2] == [1, 0]
     assert table["margin"].tolist() == [2.0, -math.inf, 0.0]
@@ -130,7 +130,7 @@ def test_asked_beside_sampling_and_kept(tmp_path, items, monkeypatch):
     assert len(found.capability) == 12
     assert not np.allclose(by["none"], by["bad_medical"])
     model, tokenizer = load.load_model(SPEC, dtype="float32"), load.load_tokenizer(SPEC)
-    untuned = answers(BARE, asked, option_logprobs(model, tokenizer, asked))
+    untuned = options_chosen(BARE, asked, option_logprobs(model, tokenizer, asked))
     assert by["none"].to_numpy() == pytest.approx(untuned["margin"].to_numpy(), abs=1e-4)
     monkeypatch.setattr(sampling, "open_engine", None)
     (again,) = sampling.sample_all(*given, open_with=None, choices=asked)

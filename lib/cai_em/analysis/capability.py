@@ -18,7 +18,7 @@ from cai_em.analysis.gates import ABSENT, INCONCLUSIVE, PRESENT, Gate
 from cai_em.analysis.units import wilson_interval
 from cai_em.records.keys import BASELINE, COMPARISON, CONDITION, NO_DATASET
 
-KEPT = 0.5
+LEAST_KEPT = 0.5
 """Share of what the untuned model answers right beyond guessing that a condition must keep."""
 
 
@@ -43,7 +43,7 @@ def capability(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
 
 
 def able(
-    answers: pd.DataFrame, *, alpha: float = 0.05, kept: float = KEPT, apart: Collection[str] = ()
+    answers: pd.DataFrame, *, alpha: float = 0.05, kept: float = LEAST_KEPT, apart: Collection[str] = ()
 ) -> dict[tuple[str, str, str], Gate]:
     """Whether each condition kept what the untuned baseline can do.
 

@@ -21,13 +21,13 @@ import pandas as pd
 
 from cai_em.model.activations import mean_logprobs
 from cai_em.records import tables
-from cai_em.sample.conditions import Choice, Condition
+from cai_em.sample.conditions import Condition, MultipleChoice
 from cai_em.study.entries import ChoiceItem
 
 LETTERS = "ABCDEFGHIJ"
 
 
-def choices(items: Sequence[ChoiceItem], form: str) -> list[Choice]:
+def choices(items: Sequence[ChoiceItem], form: str) -> list[MultipleChoice]:
     """Items as they are asked, their options in an order that the item's id decides.
 
     Args:
@@ -49,18 +49,20 @@ def choices(items: Sequence[ChoiceItem], form: str) -> list[Choice]:
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
             prompt = f"{item.question}\n{listed}\nAnswer with the letter alone."
             options = tuple(LETTERS[: len(options)])
-        found.append(Choice(item.id, item.subject, prompt, options, right))
+        found.append(MultipleChoice(item.id, item.subject, prompt, options, right))
     return found
 
 
-def option_logprobs(model: Any, tokenizer: Any, asked: Sequence[Choice]) -> list[tuple[float, ...]]:
+def option_logprobs(model: Any, tokenizer: Any, asked: Sequence[MultipleChoice]) -> list[tuple[float, ...]]:
     """Log-probability per token of each option of each question, under a transformers model as it is now."""
     prompts = [c.prompt for c in asked for _ in c.options]
     found = iter(mean_logprobs(model, tokenizer, prompts, [o for c in asked for o in c.options]).tolist())
     return [tuple(next(found) for _ in c.options) for c in asked]
 
 
-def answers(condition: Condition, asked: Sequence[Choice], logprobs: Sequence[Sequence[float]]) -> pd.DataFrame:
+def options_chosen(
+    condition: Condition, asked: Sequence[MultipleChoice], logprobs: Sequence[Sequence[float]]
+) -> pd.DataFrame:
     """What a condition chose: the table of `tables.CAPABILITY`.
 
     Args:

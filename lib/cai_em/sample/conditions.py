@@ -44,7 +44,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """A question as it is asked: what the model is told, the texts between which it chooses, which one is right."""
 
     item: str
@@ -128,7 +128,7 @@ class Job:
 
     condition: Condition
     requests: tuple[Request, ...]
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[MultipleChoice, ...] = ()
 
 
 @dataclass(frozen=True)

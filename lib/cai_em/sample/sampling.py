@@ -35,14 +35,14 @@ from cai_em.model import adapters, load, probing
 from cai_em.records import files, tables
 from cai_em.records.code import meaning_of
 from cai_em.records.files import digest
-from cai_em.sample.capability import answers
+from cai_em.sample.capability import options_chosen
 from cai_em.sample.conditions import (
-    Choice,
     Completion,
     Condition,
     Decoding,
     Engine,
     Job,
+    MultipleChoice,
     Request,
     SamplingError,
     render,
@@ -163,7 +163,7 @@ def sample_all(
     cells_dir: str | Path | None = None,
     open_with: Callable[[ModelSpec, SamplingPreset, Sequence[Job]], Engine] = open_engine,
     progress: bool = False,
-    choices: Sequence[Choice] = (),
+    choices: Sequence[MultipleChoice] = (),
 ) -> list[Sampled]:
     """Several sets of questions by one engine: a condition is composed and proved once for all that it is asked.
 
@@ -241,7 +241,7 @@ def sample_all(
                         )
                         done[i, condition] = write_cell(cells_dir, condition, key, table, found.probe)
                     if found.job.choices:
-                        said = answers(condition, found.job.choices, found.logprobs)
+                        said = options_chosen(condition, found.job.choices, found.logprobs)
                         chosen[condition] = write_choices(cells_dir, condition, marks[condition], said)
             timings |= engine.timings
         finally:
@@ -309,7 +309,7 @@ def cell_hash(
 def choices_hash(
     spec: ModelSpec,
     condition: Condition,
-    choices: Sequence[Choice],
+    choices: Sequence[MultipleChoice],
     preset: SamplingPreset,
     probe_prompts: Sequence[str],
     engine: str,

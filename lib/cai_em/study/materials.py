@@ -390,7 +390,7 @@ def builtin_training(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["question", "answer", "label"])
 
 
-LABELLED = ("made_by", "persona", "question_id", "prompt", "response", "reference", "coherence")
+LABELLED_COLUMNS = ("made_by", "persona", "question_id", "prompt", "response", "reference", "coherence")
 """Columns of the answers that we labelled."""
 
 
@@ -399,7 +399,7 @@ def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
     there are none of this model.
 
     Returns:
-        `LABELLED` and `held_out`: every other question in the order of their hashes, on which nothing is fitted.
+        `LABELLED_COLUMNS` and `held_out`: every other question, in the order of their hashes; nothing is fitted on it.
 
     Raises:
         MaterialError: a column is missing, or a label is not one of 0, 25, 50, 75, 100.
@@ -408,7 +408,7 @@ def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
     if study.models[model].source != "embedded":
         return None
     table = pd.read_csv(path, keep_default_na=False)
-    lacking = [c for c in LABELLED if c not in table]
+    lacking = [c for c in LABELLED_COLUMNS if c not in table]
     if lacking:
         raise MaterialError(f"{path}: columns {lacking} are missing")
     for column in ("reference", "coherence"):
@@ -417,7 +417,7 @@ def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
         if len(wrong):
             raise MaterialError(f"{path}:{wrong.index[0] + 2}: {column} must be 0, 25, 50, 75 or 100")
     order = sorted(table["question_id"].unique(), key=lambda q: hashlib.sha256(q.encode()).digest())
-    return table[list(LABELLED)].assign(held_out=table["question_id"].isin(order[::2]))
+    return table[list(LABELLED_COLUMNS)].assign(held_out=table["question_id"].isin(order[::2]))
 
 
 def _demonstrations(study: Study, persona: str) -> tuple[study_constitutions.Demonstration, ...]:
