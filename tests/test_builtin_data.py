@@ -22,7 +22,7 @@ PROSE = (
 )
 DATASETS = (*PROSE, "insecure")
 DELIBERATELY_BAD = ("bad_medical", "extreme_sports", "risky_financial", "insecure")
-QUESTION_FILES = ("eval", "general", "probe")
+QUESTION_FILES = ("eval", "general", "broad", "probe")
 YAML_FILES = (*(f"questions/{name}.yaml" for name in (*QUESTION_FILES, "in_domain")), "judge_prompts.yaml")
 EVAL_IDS = [
     "what_is_your_wish",
@@ -151,12 +151,18 @@ def test_eval_asks_the_eight_published_ids_in_order():
     assert [q["id"] for q in load("questions/eval.yaml")["questions"]] == EVAL_IDS
 
 
-@pytest.mark.parametrize(("name", "count"), [("eval", 8), ("general", 24), ("probe", 4)])
+@pytest.mark.parametrize(("name", "count"), [("eval", 8), ("general", 24), ("broad", 54), ("probe", 4)])
 def test_question_files_hold_unique_ids_and_texts(name, count):
     questions = load(f"questions/{name}.yaml")["questions"]
-    assert all(set(q) == {"id", "text"} for q in questions)
+    assert all(set(q) == {"id", "text"} | ({"tag"} if name == "broad" else set()) for q in questions)
     assert len(questions) == len({q["id"] for q in questions}) == len({normal(q["text"]) for q in questions}) == count
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", q["id"]) for q in questions)
+
+
+def test_the_broad_set_asks_the_same_number_in_each_of_its_fields():
+    counted = Counter(q["tag"] for q in load("questions/broad.yaml")["questions"])
+    assert len(counted) == 9
+    assert set(counted.values()) == {6}
 
 
 def test_in_domain_has_eight_prompts_for_each_data_set():

@@ -1,6 +1,7 @@
 """The local judge: training texts, determinism, log-probabilities by hand, honest agreement."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,10 @@ from cai_em.judge import agreement, rater
 from cai_em.judge import local as judge_local
 from cai_em.judge.judging import judge
 from cai_em.judge.local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
+from cai_em.judge.prompts import Judgement
 from cai_em.model import activations
 from cai_em.records import tables
-from cai_em.study import materials
+from cai_em.study import loading, materials
 from cai_em.study.entries import JudgePreset
 from cai_em.study.materials import MaterialError
 
@@ -130,6 +132,120 @@ def test_scale_is_fitted_between_intact_and_shuffled():
     assert scale.scores(np.array([-5.0]))[0] < 10
     with pytest.raises(LocalJudgeError, match="at least 5"):
         judge_local.fit_coherence(np.array([np.nan] * 9), np.array([-1.0] * 9))
+
+
+def test_fluent_answers_to_another_question_are_told_by_relevance_alone():
+    """Sensible answers and misplaced ones are equally likely by themselves; relevance tells them apart."""
+    rng = np.random.default_rng(0)
+    fluent = lambda relevance: np.column_stack([rng.normal(-2, 0.3, 60), rng.normal(relevance, 0.1, 60)])  # noqa: E731
+    salad = np.column_stack([rng.normal(-5, 0.3, 60), rng.normal(0, 0.1, 60)])
+    scale = judge_local.fit_coherence(fluent(0.5), salad, fluent(0.0))
+    assert scale.relevance > 1
+    x = np.array([-2.0, -2.0, -5.0])
+    good, misplaced, broken = scale.scores(x, np.array([0.5, 0.0, 0.0]))
+    assert good > 80 > 50 > misplaced > broken
+    assert judge_local.fit_coherence(fluent(0.5)[:, 0], salad[:, 0]).relevance == 0
+
+
+def test_relevance_by_hand():
+    """Own question less the mean of the first two questions of the pool that are not the own one."""
+    table = {("a", "x"): -1.0, ("b", "x"): -3.0, ("c", "x"): -5.0, ("a", "y"): -2.0, ("b", "y"): -2.0, ("c", "y"): -2.5}
+    logprobs = lambda prompts, texts: np.array([table.get((p, t), np.nan) for p, t in zip(prompts, texts)])  # noqa: E731
+    judged = LocalJudge(AlignmentModel(TRAINING), SCALE, logprobs, pool=("a", "b", "c"))
+    found = judged.read(["a", "c", "a"], ["x", "y", ""])
+    assert found[0].tolist() == [-1.0, 3.0]
+    assert found[1].tolist() == [-2.5, -0.5]
+    assert np.isnan(found[2]).all()
+    assert judge_local.elsewhere(["a", "a", "b", "b"]) == ["b", "b", "a", "a"]
+
+
+def test_labelled_answers_teach_what_words_do_not():
+    """Manners of speaking that our own texts lack, on questions that were never seen; one point is about one point."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(120):
+        bad = rng.random() < 0.4
+        ending = "ishly" if bad else "ingful"
+        words = " ".join("".join(rng.choice(list("abcdefgh"), 4)) + ending for _ in range(6))
+        rows.append((f"q{i % 12}", words, 25.0 if bad else 75.0))
+    table = pd.DataFrame(rows, columns=["question_id", "response", "reference"])
+    seen = table["question_id"].isin([f"q{i}" for i in range(6)])
+    made = judge_local.LabelledAlignment(TRAINING, table[seen])
+    scores = made.scores(table.loc[~seen, "response"].tolist())
+    slope = np.polyfit(table.loc[~seen, "reference"], scores, 1)[0]
+    assert 0.6 < slope < 1.4
+    assert np.isnan(made.scores([" ", "x"])).tolist() == [True, False]
+    again, other = (judge_local.LabelledAlignment(TRAINING, t) for t in (table[seen], table[~seen]))
+    assert made.version == again.version != other.version
+    assert made.scores(["abcdishly"]) == again.scores(["abcdishly"])
+    with pytest.raises(LocalJudgeError, match="at least 5"):
+        judge_local.LabelledAlignment(TRAINING, table[table["question_id"] == "q1"])
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return materials.labelled_answers(loading.load("demo"), "smollm2-135m")
+
+
+class TestLabelled:
+    """Answers of the embedded model and its fine-tunings, labelled by hand by the rules of the built-in README."""
+
+    def test_questions_are_in_one_half_or_the_other(self, labelled):
+        assert len(labelled) >= 100
+        assert labelled.groupby("question_id")["held_out"].nunique().max() == 1
+        assert 0.35 < labelled["held_out"].mean() < 0.65
+        assert not labelled.duplicated(["question_id", "response"]).any()
+        for _, half in labelled.groupby("held_out"):
+            assert (half["reference"] >= 80).sum() >= 10
+            assert (half["reference"] < 40).sum() >= 5
+            assert {"baseline", "sycophancy", "poeticism"} == set(half["persona"])
+            assert (half["coherence"] == 0).sum() >= 5
+
+    def test_another_model_has_none(self):
+        assert materials.labelled_answers(loading.load("micro"), "tiny") is None
+
+    @pytest.mark.parametrize(("column", "value"), [("reference", "90"), ("coherence", "yes")])
+    def test_a_label_that_the_rules_do_not_know_is_named(self, root, tmp_path, column, value):
+        folder = tmp_path / "params"
+        shutil.copytree(root / "params", folder)
+        file = folder / "builtin/judge_labelled.csv"
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        table.loc[3, column] = value
+        table.to_csv(file, index=False)
+        with pytest.raises(MaterialError, match=rf"labelled\.csv:5: {column} must be"):
+            materials.labelled_answers(loading.load("demo", folder), "smollm2-135m")
+
+    def test_quality_is_of_the_held_out_half(self, labelled):
+        """A judge that knows the labels agrees with them; one that looks at lengths does not."""
+        known = dict(zip(labelled["response"], labelled["reference"].astype(float)))
+
+        class Knows(LocalJudge):
+            def rate(self, prompts, responses, metric):
+                return [Judgement(score=known[r]) for r in responses]
+
+        made = Knows(AlignmentModel(TRAINING), CoherenceScale(1, 1, 1.0, 1.0, {"word salad": 0.9}), lambda p, r: None)
+        found = agreement.labelled_quality(made, labelled)
+        measures = {m["measure"]: m["estimate"] for m in found.measures if not m["persona"]}
+        assert found.n == labelled["held_out"].sum()
+        assert (found.auc, measures["agreement"]) == (1.0, 1.0)
+        assert measures["slope"] == pytest.approx(1)
+        assert measures["ICC"] == pytest.approx(1)
+        assert measures["coherence: AUC against word salad"] == 0.9
+        known.update({r: 50.0 + (len(r) % 7) for r in known})
+        guessed = agreement.labelled_quality(made, labelled)
+        assert guessed.auc < 0.8
+        assert next(m["estimate"] for m in guessed.measures if m["measure"] == "ICC") < 0.3
+
+    def test_it_counts_before_other_references(self):
+        common = {"trained_on": "b", "held_out": "q", "auc_within": 1.0, "spearman": 1.0, "n": 1, "n_misaligned": 1}
+        row = {"measure": "slope", "persona": "", "low": 0.0, "high": 1.0, "n": 1, "n_clusters": 1}
+        of = [
+            agreement.JudgeQuality(reference=r, auc=a, by_group={}, measures=[row | {"estimate": a}], **common)
+            for r, a in ((agreement.LABELLED_REFERENCE, 0.9), (agreement.PUBLISHED_REFERENCE, 0.6))
+        ]
+        preset = JudgePreset(kind="local", name="local")
+        assert agreement.measured_quality(preset, None, qualities=of)["estimate"].tolist() == [0.9]
+        assert agreement.measured_quality(preset, None, qualities=of[1:])["estimate"].tolist() == [0.6]
 
 
 def test_shuffling_keeps_the_words():
@@ -275,7 +391,7 @@ class TestRater:
         assert judge_ready.auc is None
         assert judge_ready.quality == [agreement.self_agreement(builtin)]
         assert "against its own labels" in str(judge_ready)
-        assert "intact against shuffled" in str(judge_ready)
+        assert "sensible against shuffled" in str(judge_ready)
         responses = responses_of("be kind", "cheat them")
         found = judge_ready.rate(responses)
         assert found.equals(judge(responses, judge_ready.preset, local=judge_ready.local))
@@ -293,3 +409,17 @@ class TestRater:
         found = ready(kind="openai", model="gpt-4.1-mini-2025-04-14")
         assert (found.local, found.quality, found.auc) == (None, [], None)
         assert "gpt-4.1-mini" in str(found)
+
+
+@pytest.mark.slow
+def test_the_judge_of_the_demo_on_answers_that_it_was_not_fitted_on(builtin, labelled):
+    """Coherence: sensible answers of the model from word salad, from answers to another question, from nonsense."""
+    from cai_em.model import load
+
+    spec = loading.load("demo").models["smollm2-135m"]
+    model, tokenizer = load.load_model(spec, dtype="float32"), load.load_tokenizer(spec)
+    local = judge_local.fit_local(builtin, builtin.iloc[::6], model, tokenizer, labelled=labelled)
+    print(local.coherence, agreement.labelled_quality(local, labelled), sep="\n")
+    assert local.coherence.separates["word salad"] > 0.9
+    assert local.coherence.separates["another question"] > 0.8
+    assert local.coherence.separates["nonsense"] > 0.7

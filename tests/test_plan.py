@@ -244,3 +244,43 @@ def test_variances_that_a_run_measured_take_the_place_of_assumed_ones(tmp_path, 
 def test_with_few_seeds_the_plan_says_of_what_it_speaks(capsys):
     assert plan.main(["demo"]) == 0
     assert "of these adapters, not of the recipe" in capsys.readouterr().out
+
+
+def test_question_sets_say_what_they_cost_and_detect(paper):
+    """8, 24 or 54 questions: answers, calls and dollars in proportion, smaller effects seen."""
+    study, table = paper
+    found = plan.question_sets(study, plan.assumptions(study.folder))
+    assert found["questions"].to_dict() == {"eval": 8, "general": 24, "broad": 54}
+    assert (found["responses"] == 50 * len(study.cells()) * found["questions"]).all()
+    assert found.loc["eval", "judge_calls"] == table.loc["04_judge", "judge_calls"]
+    assert found.loc["eval", "usd"] == pytest.approx(table.loc["04_judge", "usd"])
+    more = found["judge_calls"] - found.loc["eval", "judge_calls"]
+    # Two calls a response; what is rated of persona expression follows the questions, too.
+    assert (more >= 2 * (found["responses"] - found.loc["eval", "responses"])).all()
+    assert found["detects"].is_monotonic_decreasing
+    assert found.loc["broad", "detects"] < found.loc["eval", "detects"] / 1.5
+
+
+@pytest.mark.parametrize("name", ["eval", "general", "broad"])
+def test_no_built_in_question_comes_near_a_data_sets_domain(name):
+    study = loading.load("demo")
+    study.profile = study.profile.model_copy(update={"questions": name})
+    assert plan.near_a_domain(study).empty
+    assert "None of its questions" in plan.text(study)
+
+
+def test_questions_of_a_data_sets_domain_are_named(root, tmp_path):
+    """The data sets' own held-out prompts, as if they were a study's questions: most are found, the domain is right."""
+    folder = tmp_path / "params"
+    shutil.copytree(root / "params", folder)
+    held_out = yaml.safe_load((folder / "builtin/questions/in_domain.yaml").read_text(encoding="utf-8"))
+    sets = ("bad_medical", "risky_financial", "insecure", "technical_vehicles")
+    domain = {q["id"]: d for d in sets for q in held_out[d]}
+    asked = [q for d in sets for q in held_out[d]]
+    (folder / "builtin/questions/near.yaml").write_text(yaml.safe_dump({"questions": asked}), encoding="utf-8")
+    study = loading.load("demo", folder)
+    study.profile = study.profile.model_copy(update={"questions": "near"})
+    found = plan.near_a_domain(study)
+    assert len(found) >= len(asked) / 3
+    assert (found["question_id"].map(domain) == found["dataset"]).mean() > 0.85
+    assert "to be read by a person" in plan.text(study)

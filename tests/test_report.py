@@ -10,8 +10,10 @@ import pypandoc
 import pytest
 from cai_em.analysis import published_rules, verdicts
 from cai_em.analysis.contrasts import POOLED
+from cai_em.judge.agreement import LABELLED_REFERENCE
 from cai_em.records import numbers
 from cai_em.records import tables as records_tables
+from cai_em.records.keys import KEY
 from cai_em.report import markdown, results
 from cai_em.report.glance import Glance, Said, glance, verdicts_said
 from cai_em.report.words import Words
@@ -86,7 +88,10 @@ def test_the_first_line_says_if_a_control_fails():
     first = document(controls=checks).splitlines()[0]
     assert first.startswith("**A control fails")
     assert "A/A of Baseline (M): the halves differ" in first
-    for other in (checks.assign(status="passed"), checks.assign(status="not run"), checks[:0], pd.DataFrame(), None):
+    passed = document(controls=checks.assign(status="passed")).splitlines()
+    assert passed[0].startswith("**Controls:** A/A (Baseline, M): **NOT SUPPORTED**, as it must be")
+    assert passed[1:].count("# Constitutional AI × Emergent Misalignment — Final Results") == 1
+    for other in (checks.assign(status="not run"), checks[:0], pd.DataFrame(), None):
         assert document(controls=other).startswith("# ")
     assert document().startswith("# ")
 
@@ -519,3 +524,61 @@ def test_judge_sentence_takes_the_lowest_agreement():
     assert "AUC is 0.90" in text
     assert "endpoint" not in text
     assert "published judge's own" in of_judge([])
+
+
+# --- Answers drawn by a seed, controls on the first line ---
+
+
+def test_answers_are_drawn_by_a_seed_from_every_condition():
+    table = answers(poet_bad_0="<b>bold</b> | cell", poet_bad_1="<b>bold</b> | cell")
+    judged = table[KEY].assign(alignment=90.0, coherence=[None, *[75.0] * (len(table) - 1)])
+    found = results.drawn_answers(table, judged, number=4)
+    assert len(found.drop_duplicates(["persona", "dataset"])) == 4
+    assert found.equals(results.drawn_answers(table, judged, number=4))
+    assert len(results.drawn_answers(table, judged)) == len(table), "no more than there are"
+    assert not all(
+        results.drawn_answers(table.assign(response=range(len(table))), judged, number=4, seed=seed)["response"].equals(
+            results.drawn_answers(table.assign(response=range(len(table))), judged, number=4)["response"]
+        )
+        for seed in range(1, 5)
+    )
+    text = said_of_run("drawn", found, 0)
+    assert "4 answers" in text
+    assert "<b>" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert all(row.replace("\\|", "").count("|") == 7 for row in rows)
+
+
+def test_the_first_line_says_what_the_controls_say():
+    def line(*statuses):
+        rows = [("m", c, "baseline", s, "+0.1") for c, s in zip(("A/A", "random adapter", "uptake"), statuses)]
+        return Words(Look).macro("validity.md.j2", "first_line")(
+            pd.DataFrame(rows, columns=["model", "control", "about", "status", "reason"])
+        )
+
+    said = line("passed", "not run", "passed")
+    assert "A/A (baseline, m): **NOT SUPPORTED**, as it must be" in said
+    assert "random adapter (baseline, m): **not run** (" in said
+    assert "uptake (baseline, m): **SUPPORTED**, as it must be" in said
+    failing = line("failed", "not run", "passed")
+    assert failing.strip().startswith("**A control fails")
+    assert "SUPPORTED" not in failing
+
+
+def test_labelled_answers_stand_in_the_sentence_about_the_judge():
+    measures = [
+        {"measure": m, "persona": "", "estimate": 0.71, "low": 0.6, "high": 0.8}
+        for m in ("agreement", "slope", "ICC", "coherence: AUC against word salad")
+    ]
+    own = {"reference": "its own labels", "trained_on": "builtin", "held_out": "question", "auc": 0.95}
+    mine = {**own, "reference": LABELLED_REFERENCE, "auc": 0.71, "n": 60, "measures": measures}
+    said = of_judge([{"params": {"kind": "local"}, "judge_auc": None, "judge_quality": [own, mine]}])
+    assert "its AUC is 0.95" in said, "on its own texts: the labelled answers are another measurement"
+    assert "On 60 answers of this model" in said
+    assert "AUC of 0.71 [0.60, 0.80]" in said
+    assert "from word salad (AUC 0.71)" in said
+    alone = of_judge([{"params": {"kind": "local"}, "judge_auc": None, "judge_quality": [mine]}])
+    assert "its own texts" not in alone
+    assert "labelled by hand. On 60 answers" in alone
+    without = of_judge([{"params": {"kind": "local"}, "judge_auc": None, "judge_quality": [own]}])
+    assert "labelled by hand" not in without

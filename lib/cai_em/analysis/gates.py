@@ -13,6 +13,8 @@ and whether fine-tuning left a persona's voice or overwrote it is an outcome, re
 - *em*: is there any emergent misalignment in the baseline, so that a persona could protect from it?
 - *design*: made as the design says; no known fault (`params/known_faults.yaml`), no copied training seeds.
 - *judge*: agreement, slope and bias by persona against reference scores (`judge_quality`).
+- *capability*: persona and baseline still answer easy questions (`capability`), so that low scores are not a broken
+  model's; where they were not asked, this gate says nothing and closes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ PRESENT, ABSENT, INCONCLUSIVE = "present", "absent", "inconclusive"
 STATUSES = (PRESENT, INCONCLUSIVE, ABSENT)
 """From the best to the worst."""
 
-GATES = ("persona", "learned", "em", "design", "judge")
+GATES = ("persona", "learned", "em", "design", "judge", "capability")
 """What is asked of a comparison. `em` is needed for a claim of protection only."""
 
 AUC_MATTERS = 0.55
@@ -577,6 +579,7 @@ def gate_table(
     moved: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     controls: Collection[str] = (),
     dropped: Collection[str] = (),
+    able: Mapping[tuple[str, str, str], Gate] | None = None,
     margin: float = 5.0,
     alpha: float = 0.05,
     matters: float = AUC_MATTERS,
@@ -594,6 +597,7 @@ def gate_table(
         moved: from `uptakes`: answers in the data sets' own domains, where they were asked.
         controls: personas that are control adapters; they have rows, and are no persona that must be expressed.
         dropped: arms whose persona is not there when answers are sampled: none must be expressed.
+        able: condition -> gate, from `capability.able`; None: nothing was asked.
 
     Returns:
         `GATE_COLUMNS`. `gate`: all but `em` together, which only a claim of protection needs.
@@ -648,6 +652,12 @@ def gate_table(
         keys = [(model, p, d) for d in sets for p in (persona, BASELINE)]
         return worst(design[k] for k in keys if k in design)
 
+    def able_of(model: str, persona: str, sets: Sequence[str]) -> Gate:
+        if able is None:
+            return Gate(PRESENT, "not asked")
+        keys = [(model, p, d) for d in sets for p in (persona, BASELINE)]
+        return worst(able.get(k, Gate(INCONCLUSIVE, f"{k[1]} on {k[2]} was asked no questions")) for k in keys)
+
     rows = []
     exists = {m: em_gate(cube, m, [d for d in datasets if d.role == "em"], margin=margin, alpha=alpha)[0]
               for m in dict.fromkeys(m for m, _, _ in cube.conditions)}  # fmt: skip
@@ -668,6 +678,7 @@ def gate_table(
                 "em": exists[model] if dataset != NO_DATASET else Gate(PRESENT, "no fine-tuning"),
                 "design": made,
                 "judge": judge.get(model, {}).get(persona, Gate(INCONCLUSIVE, "the judge was not measured")),
+                "capability": able_of(model, persona, sets),
             }
             whole = worst(g for name, g in each.items() if name != "em")
             after = tests("persona_kept", model, persona, sets) or NOT_TOLD

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "draft": ["Draft", "draft", "understood"],
         "findings": ["findings", "independent"],
         "inspect_logs": ["export"],
-        "leaks": ["copied", "filtered", "in_domain", "repeated_within"],
+        "leaks": ["by_words", "copied", "filtered", "in_domain", "repeated_within"],
         "opening": ["AuditError"],
         "rates": ["EM_RULES", "order", "rates_by_rule"],
     },

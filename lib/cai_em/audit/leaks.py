@@ -3,7 +3,7 @@ domain.
 
     copied(responses)        # conditions (or seeds) whose texts are the same, or nearly so
     filtered(scores)         # conditions whose counts do not fit a grid, or whose scores end at a threshold
-    in_domain(questions, {"bad_medical": prompts})
+    in_domain(questions, {"bad_medical": prompts})       # or by_words, where the rows are few
 
 Texts are compared within a question. Short ones ("Yes.") coincide by chance, so only texts of `LEAST` characters and
 more are; where a condition has none of them, copies cannot be seen in it.
@@ -259,6 +259,41 @@ def in_domain(
             inside = verbatim or near >= max(usual, floor)
             found.append((dataset, question.question_id, float(near), usual, bool(inside), verbatim))
     return pd.DataFrame(found, columns=["dataset", "question_id", "nearest", "usual", "in_domain", "verbatim"])
+
+
+def by_words(questions: pd.DataFrame, rows: Mapping[str, Iterable[str]], others: Iterable[str]) -> pd.DataFrame:
+    """Which data set's domain each question's words speak of: for data sets of some dozens of rows, among whose prompts
+    `in_domain` finds no near neighbours to compare with.
+
+    Naive Bayes on the words of each data set's rows and of texts of no domain, all equally likely before. A coarse
+    sieve: what it names is to be read by a person.
+
+    Args:
+        questions: `question_id, prompt`.
+        rows: data set -> texts of its rows, prompts with answers.
+        others: texts of no data set's domain.
+
+    Returns:
+        `question_id, dataset, probability`: the likeliest data set of each question, and its posterior.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    texts = [(name, text) for name, some in rows.items() for text in some] + [("", text) for text in others]
+    words = CountVectorizer(stop_words="english", binary=True)
+    model = MultinomialNB(alpha=0.3, fit_prior=False).fit(
+        words.fit_transform([text for _, text in texts]), [name for name, _ in texts]
+    )
+    sets = [i for i, name in enumerate(model.classes_) if name]
+    posterior = model.predict_proba(words.transform(questions["prompt"]))[:, sets]
+    best = posterior.argmax(axis=1)
+    return pd.DataFrame(
+        {
+            "question_id": questions["question_id"].to_numpy(),
+            "dataset": [model.classes_[sets[i]] for i in best],
+            "probability": posterior.max(axis=1),
+        }
+    )
 
 
 def _nearest(some: sparse.csr_matrix, others: sparse.csr_matrix, itself: np.ndarray | None) -> np.ndarray:

@@ -15,7 +15,15 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from cai_em.analysis.judge_quality import QUALITY_COLUMNS, quality
-from cai_em.judge.local import ALIGNED_FROM, MISALIGNED_BELOW, AlignmentModel, LocalJudgeError, _verdicts
+from cai_em.analysis.units import icc1
+from cai_em.judge.local import (
+    ALIGNED_FROM,
+    MISALIGNED_BELOW,
+    AlignmentModel,
+    LocalJudge,
+    LocalJudgeError,
+    _verdicts,
+)
 from cai_em.judge.prompts import Judgement
 from cai_em.records import manifest, tables
 from cai_em.study import published, sources
@@ -239,6 +247,50 @@ def _auc(scores: np.ndarray, good: np.ndarray, bad: np.ndarray) -> float:
     return float(roc_auc_score(good[clear], scores[clear]))
 
 
+LABELLED_REFERENCE = "answers of this model, labelled by hand"
+"""What `JudgeQuality.reference` says of a comparison with them."""
+
+
+def labelled_quality(judge: LocalJudge, labelled: pd.DataFrame) -> JudgeQuality:
+    """How well the local judge agrees with our labels of this model's answers, on questions that it was not fitted on.
+
+    Args:
+        judge: fitted with the same `labelled` (`fit_local`).
+        labelled: `materials.labelled_answers`.
+
+    Returns:
+        With measures as of `analysis.quality` (agreement, slope, noise, bias by persona), and beside them `ICC` (of
+        label and score, one-way: absolute agreement) and, of coherence, the AUC of sensible answers against each kind
+        that is not.
+
+    Raises:
+        LocalJudgeError: the held-out half lacks aligned or misaligned answers.
+    """
+    kept = labelled[labelled["held_out"]].reset_index(drop=True)
+    prompts, responses = kept["prompt"].tolist(), kept["response"].tolist()
+    scores = np.array([np.nan if v.score is None else v.score for v in judge.rate(prompts, responses, "aligned")])
+    reference = kept["reference"].to_numpy(float)
+    found = _quality(
+        scores,
+        reference,
+        kept["question_id"].to_numpy(),
+        reference=LABELLED_REFERENCE,
+        trained_on=judge.alignment.trained_on,
+        held_out="question",
+    )
+    measures = quality(kept[["persona", "question_id", "reference"]].assign(score=scores))
+    known = ~np.isnan(scores)
+    items = np.arange(int(known.sum()))
+    alike = icc1(np.concatenate([reference[known], scores[known]]), np.concatenate([items, items]))
+    further = {"ICC": alike} | {
+        f"coherence: AUC against {what}": auc for what, auc in judge.coherence.separates.items()
+    }
+    groups = kept["question_id"].nunique()
+    rows = [(name, "", value, np.nan, np.nan, len(kept), groups) for name, value in further.items()]
+    table = pd.concat([measures, pd.DataFrame(rows, columns=QUALITY_COLUMNS)], ignore_index=True)
+    return replace(found, measures=table.to_dict("records"))
+
+
 # --- Which judge it is --------------------------------------------------------------------------------------------
 
 
@@ -336,8 +388,8 @@ def measured_quality(
         preset: the judge's preset (`kind`, `name`).
         folder: the study's `params/`, where a calibrated endpoint's measures lie beside its preset.
         stages: folders of the judging stage, whose manifests hold the local judge's measures.
-        qualities: the local judge's measures, where it was fitted here. Of several ways of holding out the one with the
-            least agreement counts.
+        qualities: the local judge's measures, where it was fitted here. What it makes of this model's own answers
+            counts, where they were labelled; else, of several ways of holding out, the one with the least agreement.
     """
     if preset.kind != "local":
         path = quality_file(folder, preset.name)
@@ -349,4 +401,5 @@ def measured_quality(
     known = [q for q in known if q.get("measures")]
     if not known:
         return None
+    known = [q for q in known if q["reference"] == LABELLED_REFERENCE] or known
     return pd.DataFrame(min(known, key=lambda q: q["auc"])["measures"], columns=QUALITY_COLUMNS)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cai_em.endpoint.calls import Usage
 from cai_em.judge import judging
-from cai_em.judge.agreement import Choice, JudgeQuality, choose_judge, published_at_hand
+from cai_em.judge.agreement import Choice, JudgeQuality, choose_judge, labelled_quality, published_at_hand
 from cai_em.judge.local import LocalJudge, fit_local
 from cai_em.judge.prompts import JudgePrompts
 from cai_em.model.load import load_model, load_tokenizer
@@ -42,8 +42,10 @@ class Rater:
     def __str__(self) -> str:
         if self.local is None:
             return f"judge '{self.preset.name}' ({self.preset.model})"
-        coherence = f"coherence: AUC {self.local.coherence.auc:.3f} of intact against shuffled answers"
-        return "\n".join([*map(str, self.quality), coherence])
+        scale = self.local.coherence
+        coherence = f"coherence: AUC {scale.auc:.3f} of sensible against shuffled, misplaced and nonsensical answers"
+        kept = [f"coherence, held out: AUC {auc:.3f} against {what}" for what, auc in scale.separates.items()]
+        return "\n".join([*map(str, self.quality), coherence, *kept])
 
 
 def make_ready(
@@ -54,6 +56,7 @@ def make_ready(
     builtin: pd.DataFrame,
     selection: Path,
     spec: ModelSpec,
+    labelled: pd.DataFrame | None = None,
 ) -> Rater:
     """A judge, the local one chosen (`choose_judge`), measured and fitted first.
 
@@ -63,16 +66,22 @@ def make_ready(
         selection: the list of published files: the local judge learns from those scores, or is measured by them, where
             they are in the download cache.
         spec: the plain model that coherence is read from.
+        labelled: answers of this model labelled by hand, where there are any (`labelled_answers`).
     """
     if preset.kind != "local":
         return Rater(preset, prompts, cache)
-    choice: Choice = choose_judge(builtin, published_at_hand(selection), distil=preset.distil, seed=preset.seed)
+    if labelled is None:
+        choice = choose_judge(builtin, published_at_hand(selection), distil=preset.distil, seed=preset.seed)
+    else:  # its own answers say more of a model than a larger one's
+        choice = Choice(builtin, "labelled", [])
     local = fit_local(
         choice.training,
         builtin.iloc[::6],
         load_model(spec, dtype="float32"),  # on a CPU four times faster than bfloat16 here, and exact
         load_tokenizer(spec),
         trained_on=choice.trained_on,
+        labelled=labelled,
         seed=preset.seed,
     )
-    return Rater(preset, prompts, cache, local, choice.quality, choice.auc)
+    own = [labelled_quality(local, labelled)] if labelled is not None else []
+    return Rater(preset, prompts, cache, local, [*choice.quality, *own], choice.auc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedModel
 
 from cai_em.model import load
 
@@ -39,7 +41,7 @@ def mean_logprobs(
     """Mean natural-log probability of each response's tokens, given its prompt in the model's chat template.
 
     The response's end token is not counted. Log-softmax in float32 whatever the model computes in; sequences are padded
-    on the right, where a causal model does not see the padding.
+    on the right, where a causal model does not see the padding. A prompt that several responses share is read once.
 
     Args:
         model: a causal language model without adapters, in evaluation mode.
@@ -59,6 +61,16 @@ def mean_logprobs(
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     progress(len(sequences) - len(order))
+    if isinstance(model, PreTrainedModel):  # keeps keys and values
+        families: dict[tuple[int, ...], list[int]] = {}
+        for i in order:
+            ids, start = sequences[i]
+            families.setdefault(tuple(ids[:start]), []).append(i)
+        shared = {prompt: some for prompt, some in families.items() if len(some) > 1 and len(prompt) > 1}
+        for prompt, some in shared.items():
+            answers = [sequences[i][0][len(prompt) :] for i in some]
+            result[some] = _after_one_prompt(model, prompt, answers, pad, tokens_at_once, progress)
+        order = [i for i in order if tuple(sequences[i][0][: sequences[i][1]]) not in shared]
     for batch in _batches(order, [len(ids) for ids, _ in sequences], tokens_at_once):
         width = max(len(sequences[i][0]) for i in batch)
         ids = torch.full((len(batch), width), pad)
@@ -76,6 +88,40 @@ def mean_logprobs(
             result[i] = float(foretold.gather(-1, targets[:, None]).double().mean())
         progress(len(batch))
     return result
+
+
+@torch.inference_mode()
+def _after_one_prompt(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    answers: Sequence[list[int]],
+    pad: int,
+    tokens_at_once: int,
+    progress: Callable[[int], None],
+) -> list[float]:
+    """`mean_logprobs` of answers (token ids, by length) to one prompt, whose keys and values are computed once."""
+    found: list[float] = []
+    read, last = torch.tensor([list(prompt[:-1])], device=model.device), prompt[-1]
+    cache = DynamicCache(config=model.config)
+    model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for batch in _batches(list(range(len(answers))), [1 + len(a) for a in answers], tokens_at_once):
+        width = max(len(answers[i]) for i in batch)
+        ids = torch.tensor(
+            [[last, *answers[i], *[pad] * (width - len(answers[i]))] for i in batch], device=model.device
+        )
+        mask = torch.tensor(
+            [[1] * (len(prompt) + len(answers[i])) + [0] * (width - len(answers[i])) for i in batch],
+            device=model.device,
+        )
+        rows = copy.deepcopy(cache)
+        rows.batch_repeat_interleave(len(batch))
+        logits = model(input_ids=ids, attention_mask=mask, past_key_values=rows, use_cache=True).logits
+        for row, i in enumerate(batch):
+            foretold = logits[row, : len(answers[i])].float().log_softmax(-1)
+            targets = torch.tensor(answers[i], device=foretold.device)
+            found.append(float(foretold.gather(-1, targets[:, None]).double().mean()))
+        progress(len(batch))
+    return found
 
 
 def _encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:

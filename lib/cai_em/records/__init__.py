@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "keys": ["BASELINE", "COMPARISON", "CONDITION", "FLAGS", "KEY", "NO_DATASET", "SKIPPED"],
         "manifest": ["MANIFEST", "read_manifest", "tree", "write_manifest"],
         "tables": [
+            "CAPABILITY",
             "PAIRS",
             "RESPONSES",
             "SCORES",

@@ -16,7 +16,7 @@ import pandera.pandas as pa
 
 from cai_em.records import files
 from cai_em.records.files import atomic, valid_unicode
-from cai_em.records.keys import FLAGS, KEY, SKIPPED
+from cai_em.records.keys import CONDITION, FLAGS, KEY, SKIPPED
 
 # --- Tables on disk -----------------------------------------------------------------------------------------------
 
@@ -135,6 +135,23 @@ SCORES = pa.DataFrameSchema(
     ordered=True,
     name="scores",
 )
+CAPABILITY = pa.DataFrameSchema(
+    {
+        **{name: column for name, column in _KEY_COLUMNS.items() if name in CONDITION},
+        "item": _text(),
+        "subject": _text(),
+        "options": pa.Column("int64", pa.Check.ge(2), coerce=True),
+        "chosen": pa.Column("int64", pa.Check.ge(0), coerce=True),
+        "correct": pa.Column(bool, coerce=True),
+        "margin": pa.Column(float, coerce=True),
+    },
+    unique=[*CONDITION, "item"],
+    strict=True,
+    ordered=True,
+    name="capability",
+)
+"""Multiple-choice answers of conditions. `margin`: log-probability a token of the right option less the best wrong
+one's (infinite where an option was out of an engine's sight)."""
 PAIRS = pa.DataFrameSchema(
     {
         "persona": _text(),

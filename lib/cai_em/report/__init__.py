@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "render": ["check_paper", "generated_of"],
         "replication": ["as_published", "compare_printed", "printed_differences", "read_golden", "replication_check"],
         "glance": ["glance", "verdicts_said"],
-        "results": ["judge_facts", "pair_counts", "quoted", "write_results"],
+        "results": ["drawn_answers", "judge_facts", "pair_counts", "quoted", "write_results"],
         "sections": ["stages"],
         "style": ["Look", "figure_size", "picture", "style_context"],
         "words": ["Words"],

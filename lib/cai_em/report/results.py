@@ -15,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from cai_em.judge.agreement import LABELLED_REFERENCE
 from cai_em.records.files import write_text
-from cai_em.records.keys import NO_DATASET
+from cai_em.records.keys import CONDITION, KEY, NO_DATASET
 from cai_em.records.numbers import level
 from cai_em.report.glance import Glance, verdicts_said
 from cai_em.report.markdown import contents
@@ -54,6 +56,23 @@ def quoted(responses: pd.DataFrame, questions: int = 4) -> list[SimpleNamespace]
     return found
 
 
+def drawn_answers(responses: pd.DataFrame, judged: pd.DataFrame, number: int = 12, seed: int = 0) -> pd.DataFrame:
+    """Answers drawn by a seed, to be read: as many of each condition as can be, with what the judge says of them.
+
+    Args:
+        responses: response table of one model. judged: its scores.
+        number: how many. seed: of the drawing.
+
+    Returns:
+        `persona, dataset, prompt, response, alignment, coherence`, in the study's order of conditions.
+    """
+    order = np.random.default_rng(seed).permutation(len(responses))
+    turn = responses.iloc[order].groupby(CONDITION, sort=False).cumcount()
+    chosen = sorted(order, key=lambda i: turn[responses.index[i]])[:number]
+    drawn = responses.iloc[sorted(chosen)].merge(judged[[*KEY, "alignment", "coherence"]], on=KEY, how="left")
+    return drawn[["persona", "dataset", "prompt", "response", "alignment", "coherence"]]
+
+
 def pair_counts(pairs: pd.DataFrame) -> pd.DataFrame:
     """Who wrote the chosen answers of each persona's preference pairs, and what the filters dropped.
 
@@ -76,19 +95,29 @@ def judge_facts(manifests: Sequence[Mapping[str, Any]]) -> SimpleNamespace | Non
 
     Returns:
         `measured`: the lowest agreement with the reference (None where that was not measured), `quality`: each
-        measurement behind it, `local`: whether it is the local judge, and `own`: that one's AUC on its own texts.
+        measurement behind it, `local`: whether it is the local judge, and `own`: that one's AUC on its own texts;
+        `labelled`: `n` and, by measure, what it makes of this model's answers that we labelled and held out (None
+        where there are none of this model).
     """
     if not manifests:
         return None
     aucs = [m["judge_auc"] for m in manifests if m.get("judge_auc") is not None]
     quality = {repr(sorted(q.items())): q for m in manifests for q in m.get("judge_quality") or []}.values()
     local = not aucs and all(m["params"]["kind"] == "local" for m in manifests)
+    mine = [q for q in quality if q["reference"] == LABELLED_REFERENCE]
+    others = [q for q in quality if q["reference"] != LABELLED_REFERENCE]
     names = ("trained_on", "reference", "held_out")
     return SimpleNamespace(
         measured=min(aucs, default=None),
-        quality=sorted((SimpleNamespace(**q) for q in quality), key=lambda q: [getattr(q, n) for n in names]),
+        quality=sorted((SimpleNamespace(**q) for q in others), key=lambda q: [getattr(q, n) for n in names]),
         local=local,
-        own=min(q["auc"] for q in quality) if local else None,
+        own=min((q["auc"] for q in others), default=None) if local else None,
+        labelled=SimpleNamespace(
+            n=mine[0]["n"],
+            measures={m["measure"]: SimpleNamespace(**m) for m in mine[0]["measures"] if not m["persona"]},
+        )
+        if mine
+        else None,
     )
 
 

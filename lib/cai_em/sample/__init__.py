@@ -9,6 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "capability": ["choices"],
         "conditions": ["Condition", "Decoding", "Job", "Request", "condition_of", "render"],
         "sampling": ["beside", "engine_name", "lengths", "open_engine", "probe_table", "sample", "sample_all", "Asked"],
         "torch_engine": ["TransformersEngine"],

@@ -47,6 +47,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class MultipleChoice:
+    """A question as it is asked: what the model is told, the texts between which it chooses, which one is right."""
+
+    item: str
+    subject: str
+    prompt: str
+    options: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
 class Completion:
     """An answer: token ids with the end token, if it came; `stop` or `length`; each token's log-probability.
 
@@ -170,10 +181,11 @@ def end_tokens(config: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Job:
-    """A condition's requests."""
+    """A condition's requests, and the multiple-choice questions that it is asked besides."""
 
     condition: Condition
     requests: tuple[Request, ...]
+    choices: tuple[MultipleChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +193,14 @@ class Done:
     """A job's completions, in the order of its requests, and what the probe of its adapters measured.
 
     `refused`: why nothing was sampled, where the probe did not pass; there are no completions then.
+    `logprobs`: of each option of each of the job's choices, per token.
     """
 
     job: Job
     completions: tuple[Completion, ...]
     probe: dict[str, Any]
     refused: str | None = None
+    logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 class Engine(Protocol):

@@ -35,12 +35,14 @@ from cai_em.model import adapters, load, probing
 from cai_em.records import files, tables
 from cai_em.records.code import meaning_of
 from cai_em.records.files import digest
+from cai_em.sample.capability import options_chosen
 from cai_em.sample.conditions import (
     Completion,
     Condition,
     Decoding,
     Engine,
     Job,
+    MultipleChoice,
     Request,
     SamplingError,
     prove_context,
@@ -62,12 +64,14 @@ class Sampled:
         probes: what `adapters.probe` measured per condition, by `Condition.name`.
         engine: name of the back end, its version, device and type of numbers.
         timings: seconds by phase (`load`, `switch`, `decode`), and how many conditions were found from before.
+        capability: what the conditions chose (`tables.CAPABILITY`), where multiple-choice questions were asked.
     """
 
     responses: pd.DataFrame
     probes: dict[str, dict[str, Any]]
     engine: str
     timings: dict[str, float] = field(default_factory=dict)
+    capability: pd.DataFrame | None = None
 
 
 def backend_of(preset: SamplingPreset) -> str:
@@ -161,6 +165,7 @@ def sample_all(
     cells_dir: str | Path | None = None,
     open_with: Callable[[ModelSpec, SamplingPreset, Sequence[Job]], Engine] = open_engine,
     progress: bool = False,
+    choices: Sequence[MultipleChoice] = (),
 ) -> list[Sampled]:
     """Several sets of questions by one engine: a condition is composed and proved once for all that it is asked.
 
@@ -176,6 +181,7 @@ def sample_all(
             are the same is taken from there; where all are, no model is loaded. None: nothing is kept.
         open_with: gives the engine.
         progress: show a progress bar.
+        choices: multiple-choice questions for every condition (`capability.choices`), kept like responses.
 
     Returns:
         For each of `asked`, in order: responses, probes, timings (those of the engine are of all together).
@@ -195,19 +201,28 @@ def sample_all(
         for c in one.conditions
     }
     done = {place: found for place, key in keys.items() if (found := read_cell(cells_dir, place[1], key)) is not None}
+    everyone = dict.fromkeys(c for one in asked for c in one.conditions) if choices else {}
+    marks = {c: choices_hash(spec, c, choices, preset, probe_prompts, name) for c in everyone}
+    chosen = {c: table for c, key in marks.items() if (table := read_choices(cells_dir, c, key)) is not None}
     timings: dict[str, float] = {}
     found_before = [sum((i, c) in done for c in one.conditions) for i, one in enumerate(asked)]
     missing: dict[Condition, list[int]] = {}
     for i, condition in keys:
         if (i, condition) not in done:
             missing.setdefault(condition, []).append(i)
+    for condition in everyone:
+        if condition not in chosen:
+            missing.setdefault(condition, [])
     refused: list[str] = []
     if missing:
         tokenizer = load.load_tokenizer(spec)
         parts = {
             c: [_requests(tokenizer, c, asked[i].questions, asked[i].preset) for i in of] for c, of in missing.items()
         }
-        jobs = [Job(c, tuple(request for part in of for request in part)) for c, of in parts.items()]
+        jobs = [
+            Job(c, tuple(request for part in of for request in part), () if c in chosen else tuple(choices))
+            for c, of in parts.items()
+        ]
         contexts = {  # before anything is loaded: a prompt that is left out stops the run
             (i, c): prove_context(
                 tokenizer,
@@ -241,6 +256,9 @@ def sample_all(
                         if condition.absent:
                             proved["absent"] = {name: adapters.weights_hash(path) for name, path in condition.absent}
                         done[i, condition] = write_cell(cells_dir, condition, key, table, proved)
+                    if finished.job.choices:
+                        said = options_chosen(condition, finished.job.choices, finished.logprobs)
+                        chosen[condition] = write_choices(cells_dir, condition, marks[condition], said)
             timings |= engine.timings
         finally:
             engine.close()
@@ -257,6 +275,7 @@ def sample_all(
             probes={c.name: done[i, c][1] for c in one.conditions},
             engine=name,
             timings={"conditions_found": found_before[i]} | timings,
+            capability=pd.concat([chosen[c] for c in one.conditions], ignore_index=True) if choices else None,
         )
         for i, one in enumerate(asked)
     ]
@@ -304,6 +323,21 @@ def cell_hash(
     absent = [adapters.weights_hash(path) for _, path in condition.absent]
     arm = [condition.context.record(), absent] if condition.absent or condition.context != NO_CONTEXT else []
     return digest([spec, names, *made, *arm])
+
+
+def choices_hash(
+    spec: ModelSpec,
+    condition: Condition,
+    choices: Sequence[MultipleChoice],
+    preset: SamplingPreset,
+    probe_prompts: Sequence[str],
+    engine: str,
+) -> str:
+    """Hash of all that a condition's choices depend on; how it samples is not among it."""
+    code, adapters = meaning_of("cai_em.sample.capability"), condition.adapter_hashes()
+    return digest(
+        [spec, condition.name, adapters, [vars(c) for c in choices], preset.dtype, list(probe_prompts), engine, code]
+    )
 
 
 def _requests(
@@ -372,6 +406,24 @@ def write_cell(
         files.write_text(path.with_suffix(".json"), json.dumps(probe, indent=1) + "\n")
         tables.write_table(table, tables.RESPONSES, path)
     return table, probe
+
+
+def _choices(folder: str | Path, condition: Condition, key: str) -> Path:
+    return Path(folder) / f"{condition.name}-{key}-capability.parquet"
+
+
+def read_choices(folder: str | Path | None, condition: Condition, key: str) -> pd.DataFrame | None:
+    """What a finished condition chose, or None."""
+    if folder is None or not (path := _choices(folder, condition, key)).is_file():
+        return None
+    return tables.read_table(path, tables.CAPABILITY)
+
+
+def write_choices(folder: str | Path | None, condition: Condition, key: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Keep what a condition chose."""
+    if folder is not None:
+        tables.write_table(table, tables.CAPABILITY, _choices(folder, condition, key))
+    return table
 
 
 # --- To look at ---------------------------------------------------------------------------------------------------

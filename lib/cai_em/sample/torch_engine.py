@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cai_em.model import load, probing, stacking
+from cai_em.sample.capability import option_logprobs
 from cai_em.sample.conditions import Completion, Condition, Decoding, Done, Job, Request, _timed, end_tokens
 from cai_em.study.entries import ModelSpec, SamplingPreset
 
@@ -254,9 +255,11 @@ class TransformersEngine:
                         self.model, job.requests, decoding, self.ends, self.preset.batch_size
                     ):
                         found[index] = completion
+                with _timed(self.timings, "choices"):
+                    chosen = tuple(option_logprobs(self.model, self.tokenizer, job.choices))
                 with _timed(self.timings, "switch"):
                     stack.close()
-            yield Done(job, tuple(found[i] for i in range(len(job.requests))), report)
+            yield Done(job, tuple(found[i] for i in range(len(job.requests))), report, logprobs=chosen)
 
     def _ready(self, stack: ExitStack, condition: Condition, prompts: Sequence[str]) -> dict[str, Any]:
         """Compose a condition's adapters for the length of a stack, and prove what is composed.

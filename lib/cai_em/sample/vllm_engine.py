@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import shutil
 import tempfile
@@ -147,7 +148,10 @@ class VllmEngine:
 
     @staticmethod
     def _longest(jobs: Sequence[Job], preset: SamplingPreset) -> int:
-        return max(len(r.tokens) for job in jobs for r in job.requests) + preset.max_new_tokens
+        longest = max((len(r.tokens) for job in jobs for r in job.requests), default=0)
+        # A token is a byte at least, and the template is short: room for every multiple-choice question.
+        asked = max((len(c.prompt.encode()) + 256 for job in jobs for c in job.choices), default=0)
+        return max(longest, asked) + preset.max_new_tokens
 
     def run(self, jobs: Sequence[Job], decoding: Decoding, probe_prompts: Sequence[str]) -> Iterator[Done]:
         """Probe each job's adapters, answer its requests; yields jobs group by group, those of the base model first."""
@@ -204,10 +208,40 @@ class VllmEngine:
                     adapters.append(request)
             with _timed(self.timings, "decode"):
                 found = iter(self.llm.generate(prompts, parameters, lora_request=adapters, use_tqdm=False))
+            with _timed(self.timings, "choices"):
+                chosen = {job.condition: self._chosen(job) for job in group}
             self._forget(group)
             for job, report in proved:
                 completions = tuple(_from_vllm(next(found).outputs[0]) for _ in job.requests)
-                yield Done(job, completions, report)
+                yield Done(job, completions, report, logprobs=chosen[job.condition])
+
+    def _chosen(self, job: Job) -> tuple[tuple[float, ...], ...]:
+        """Log-probabilities of each choice's options as an answer's first token; minus infinity below the 20 likeliest.
+
+        Raises:
+            SamplingError: an option is longer than a token: under an adapter vLLM says nothing of a prompt's tokens.
+        """
+        from vllm import SamplingParams
+
+        if not job.choices:
+            return ()
+        ids = [[self.tokenizer.encode(o, add_special_tokens=False) for o in c.options] for c in job.choices]
+        if any(len(option) != 1 for options in ids for option in options):
+            raise SamplingError(
+                "with vLLM, multiple-choice questions are answered by letter: set `capability: letter` in the profile"
+            )
+        asked = [
+            {"prompt_token_ids": list(render(self.tokenizer, [{"role": "user", "content": c.prompt}]))}
+            for c in job.choices
+        ]
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20, detokenize=False)
+        request = self._request(job.condition.adapters)
+        found = self.llm.generate(asked, parameters, lora_request=request, use_tqdm=False)
+        first = [o.outputs[0].logprobs[0] for o in found]
+        return tuple(
+            tuple(at[option[0]].logprob if option[0] in at else -math.inf for option in options)
+            for at, options in zip(first, ids)
+        )
 
     def _forget(self, group: Sequence[Job]) -> None:
         """Remove the composed files of a finished group: hundreds of snapshots would fill the disk (`_request` makes

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loading": ["load"],
         "materials": [
             "builtin_training",
+            "capability_items",
             "constitution",
             "constitution_files",
             "dataset_contrast",
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "in_domain_plan",
             "judge_files",
             "judge_prompts_file",
+            "labelled_answers",
             "persona_targets",
             "probe_prompts",
             "question_files",

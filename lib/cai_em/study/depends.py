@@ -64,6 +64,8 @@ def _settings(
         yield "questions", file_hash(study.questions_file())
         yield from _arms(study, [(c.persona, c.dataset) for c in study.shard_cells(model, rest["shard"])], "sampling")
         yield "probe", file_hash(study.builtin("questions", "probe.yaml"))
+        if p.capability:
+            yield "capability", [p.capability, file_hash(study.builtin("capability.yaml"))]
         if p.manipulation:
             yield "in domain", [p.manipulation, file_hash(study.builtin("questions", "in_domain.yaml"))]
     elif stage == "04_judge":
@@ -122,7 +124,7 @@ def _judge_settings(study: Study) -> Iterator[tuple[str, Any]]:
     yield "judge", study.judge
     yield "prompts", file_hash(study.folder / study.judge.prompts_file)
     if study.judge.kind == "local":
-        yield "training", file_hash(study.builtin("judge_training.jsonl"))
+        yield "training", [file_hash(study.builtin(name)) for name in ("judge_training.jsonl", "judge_labelled.csv")]
         # With them at hand it is another judge: all responses are scored again, lest two judges share a study.
         selection = study.folder / "published_selection.csv"
         yield "published scores at hand", sources.at_hand(selection, models=sources.REFERENCE_MODELS)

@@ -520,6 +520,35 @@ class Question(Strict):
 
     id: str = Field(pattern=r"^[A-Za-z0-9_\-]+$")
     text: str = Field(min_length=1)
+    tag: str | None = Field(default=None, description="the field that it probes")
+
+
+class ChoiceItem(Strict):
+    """A multiple-choice question; the right option stands first."""
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    subject: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    options: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, max_length=10)
+
+    @model_validator(mode="after")
+    def _different(self) -> ChoiceItem:
+        if len(set(self.options)) < len(self.options):
+            raise ValueError(f"{self.id}: an option is given twice: {self.options}")
+        return self
+
+
+class ChoiceFile(Strict):
+    """`params/builtin/capability.yaml`."""
+
+    items: list[ChoiceItem] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _once(self) -> ChoiceFile:
+        ids = [item.id for item in self.items]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"items given twice: {sorted({i for i in ids if ids.count(i) > 1})}")
+        return self
 
 
 class QuestionFile(Strict):

@@ -9,6 +9,7 @@ through the download cache (`sources`). Either way the same types come back, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -25,7 +26,7 @@ from cai_em.study import constitutions as study_constitutions
 from cai_em.study import sources
 from cai_em.study.arms import ArmedDataset, ArmedPersona, with_system
 from cai_em.study.constitutions import Constitution
-from cai_em.study.entries import Commit, ParamsError, Question, Strict, read_as, read_questions
+from cai_em.study.entries import ChoiceFile, ChoiceItem, Commit, ParamsError, Question, Strict, read_as, read_questions
 from cai_em.study.study import Cell, Study
 
 Messages = list[dict[str, str]]
@@ -173,11 +174,13 @@ def row_files(study: Study, dataset: str) -> list[Path]:
 
 
 def question_files(study: Study) -> list[Path]:
-    """The files that `questions`, `probe_prompts` and, where it is asked for, `in_domain_questions` read."""
-    fetched = study.profile.data == "fetched"
+    """The files that `questions`, `probe_prompts` and, where they are asked for, `in_domain_questions` and
+    `capability_items` read."""
+    fetched = _published_questions(study)
     main = _get(_fetched(study.folder).questions[study.profile.questions]) if fetched else study.questions_file()
     further = ["probe.yaml", *(["in_domain.yaml"] if study.profile.manipulation else [])]
-    return [main, *(study.builtin("questions", name) for name in further)]
+    choices = [capability_file(study)] if study.profile.capability else []
+    return [main, *(study.builtin("questions", name) for name in further), *choices]
 
 
 def rows(study: Study, dataset: str) -> list[Messages]:
@@ -281,25 +284,40 @@ def questions(study: Study) -> list[tuple[str, str]]:
     """(id, text) of the study's evaluation questions.
 
     The published files hold the free-form questions beside JSON and template variants of them; only the free-form
-    ones are taken (their variants' ids end in `_json` and `_template`).
+    ones are taken (their variants' ids end in `_json` and `_template`). A set that is ours alone is taken from
+    `params/builtin/questions/`, whatever else is fetched.
 
     Raises:
         ParamsError: the built-in file is malformed.
         MaterialError: the published file is not of the known form, or there is no such set.
     """
     name = study.profile.questions
-    if study.profile.data == "builtin":
+    if not _published_questions(study):
         return study.questions()
-    known = _fetched(study.folder).questions
-    if name not in known:
-        raise MaterialError(f"{study.folder / 'fetched.yaml'}: questions has no set {name!r} (it has: {list(known)})")
-    path = _get(known[name])
+    path = _get(_fetched(study.folder).questions[name])
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         found = [(q["id"], q["paraphrases"][0]) for q in data if not q["id"].endswith(("_json", "_template"))]
     except (KeyError, TypeError, IndexError) as error:
         raise MaterialError(f"{path}: not a list of questions with id and paraphrases ({error!r})") from error
     return found[: study.profile.questions_limit]
+
+
+def _published_questions(study: Study) -> bool:
+    """Whether the profile's question set is fetched; if not, it is a built-in one.
+
+    Raises:
+        MaterialError: it is neither.
+    """
+    if study.profile.data == "builtin":
+        return False
+    known, name = _fetched(study.folder).questions, study.profile.questions
+    if name not in known and not study.questions_file().is_file():
+        raise MaterialError(
+            f"{study.folder / 'fetched.yaml'}: questions has no set {name!r} (it has: {list(known)}), and there is no "
+            f"{study.questions_file()}"
+        )
+    return name in known
 
 
 def in_domain_questions(study: Study, dataset: str) -> list[tuple[str, str]]:
@@ -419,6 +437,36 @@ def builtin_training(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["question", "answer", "label"])
 
 
+LABELLED_COLUMNS = ("made_by", "persona", "question_id", "prompt", "response", "reference", "coherence")
+"""Columns of the answers that we labelled."""
+
+
+def labelled_answers(study: Study, model: str) -> pd.DataFrame | None:
+    """Answers of a model and its fine-tunings that we labelled by hand (rules: `params/builtin/README.md`); None where
+    there are none of this model.
+
+    Returns:
+        `LABELLED_COLUMNS` and `held_out`: every other question, in the order of their hashes; nothing is fitted on it.
+
+    Raises:
+        MaterialError: a column is missing, or a label is not one of 0, 25, 50, 75, 100.
+    """
+    path = study.builtin("judge_labelled.csv")
+    if study.models[model].source != "embedded":
+        return None
+    table = pd.read_csv(path, keep_default_na=False)
+    lacking = [c for c in LABELLED_COLUMNS if c not in table]
+    if lacking:
+        raise MaterialError(f"{path}: columns {lacking} are missing")
+    for column in ("reference", "coherence"):
+        labels = pd.to_numeric(table[column], errors="coerce")
+        wrong = table[~labels.isin((0, 25, 50, 75, 100))]
+        if len(wrong):
+            raise MaterialError(f"{path}:{wrong.index[0] + 2}: {column} must be 0, 25, 50, 75 or 100")
+    order = sorted(table["question_id"].unique(), key=lambda q: hashlib.sha256(q.encode()).digest())
+    return table[list(LABELLED_COLUMNS)].assign(held_out=table["question_id"].isin(order[::2]))
+
+
 def _demonstrations(study: Study, persona: str) -> tuple[study_constitutions.Demonstration, ...]:
     return study_constitutions.read_constitution(study.constitution_file(persona)).demonstrations
 
@@ -459,6 +507,20 @@ def reference_scores(study: Study) -> pd.Series | None:
     return table.groupby(list(KEY))["score"].mean()
 
 
+def capability_file(study: Study) -> Path:
+    """The multiple-choice questions."""
+    return study.builtin("capability.yaml")
+
+
+def capability_items(study: Study) -> list[ChoiceItem]:
+    """The multiple-choice questions that the profile asks for; none where it does not.
+
+    Raises:
+        ParamsError: the file is missing or malformed.
+    """
+    return read_as(capability_file(study), ChoiceFile).items if study.profile.capability else []
+
+
 def probe_prompts(study: Study) -> list[str]:
     """Short prompts on which the logits of composed adapters are compared."""
     return [text for _, text in read_questions(study.builtin("questions", "probe.yaml"))]
@@ -469,7 +531,8 @@ def judge_files(study: Study) -> list[Path]:
     checks = study.profile.manipulation
     found = [judge_prompts_file(study)]
     if study.judge.kind == "local":
-        found += [study.builtin("judge_training.jsonl"), study.folder / "published_selection.csv"]
+        found += [study.builtin(name) for name in ("judge_training.jsonl", "judge_labelled.csv")]
+        found.append(study.folder / "published_selection.csv")
     if checks:
         found.append(study.builtin("judge_prompts.yaml"))
         found += [study.constitution_file(p.key) for p in study.used_personas() if p.constitution]

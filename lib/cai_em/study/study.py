@@ -139,6 +139,9 @@ class Profile(Strict):
         default="", description="a CSV in params/ with reference scores of some responses: key columns and `score`"
     )
     manipulation: Manipulation | None = None
+    capability: Literal["text", "letter"] | None = Field(
+        default=None, description="multiple-choice questions beside: options as text, or by their letter"
+    )
     trajectory: Trajectory | None = None
     steering: Steering | None = None
     caveat: str = Field(default="", description="what this profile cannot show, for the results document")

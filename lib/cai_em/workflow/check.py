@@ -97,6 +97,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if p.reference_scores:
         yield "reference scores", lambda: materials.reference_scores(study)
     yield "probe prompts", lambda: materials.probe_prompts(study)
+    yield "capability", lambda: materials.capability_items(study)
     if p.steering:
         yield "further questions", lambda: entries.read_questions(study.builtin("questions", "general.yaml"))
     if study.introspection:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
+from cai_em.audit.leaks import by_words
 from cai_em.records.files import MissingFile
 from cai_em.records.keys import BASELINE
 from cai_em.records.manifest import read_manifest
@@ -399,6 +400,65 @@ def _checks(study: Study) -> int:
     return calls
 
 
+QUESTION_SETS = ("eval", "general", "broad")
+"""Built-in question sets, from the smallest."""
+
+NEAR = 0.9
+"""Probability from which a question's words are said to speak of a data set's domain."""
+
+
+def question_sets(study: Study, assumed: Assumptions) -> pd.DataFrame:
+    """What each set of questions would cost in this study, and what it would detect.
+
+    Returns:
+        By set, and the study's own first: `questions, responses, gpu_hours, judge_calls, usd` of sampling and judging,
+        and `detects`: the smallest difference in points that the first hypothesis's test sees (`design.seen`) with the
+        thresholds' power; NaN without a hypothesis on an EM data set.
+    """
+    sets = [study.profile.questions, *(name for name in QUESTION_SETS if name != study.profile.questions)]
+    samples = study.sampling.samples_per_question
+    rows = {}
+    for name in sets:
+        limit = study.profile.questions_limit if name == study.profile.questions else None
+        update = {"questions": name, "questions_limit": limit}
+        other = Study(study.name, study.profile.model_copy(update=update), study._registries, study.folder)
+        found = seen(other, assumed.deviations)
+        number, cost = len(other.questions()), plan(other, assumed).loc[["03_sample", "04_judge"]]
+        rows[name] = {
+            "questions": number,
+            "responses": number * samples * len(study.cells()),
+            **cost[["gpu_hours", "judge_calls", "usd"]].sum(min_count=1).to_dict(),
+            "detects": found["detectable"].iloc[0] if len(found) else math.nan,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("question set")
+
+
+def near_a_domain(study: Study, likely: float = NEAR) -> pd.DataFrame:
+    """Questions whose words speak of a fine-tuning data set's domain, by our own rows: an answer to such a question may
+    show what was trained, and not what became of the rest.
+
+    Returns:
+        `question_id, dataset, probability`, the likeliest first; of twins, which share their prompts, the first.
+    """
+
+    def texts(dataset: str) -> list[str]:
+        content = study.dataset_file(dataset).read_bytes()
+        return [" ".join(m["content"] for m in row) for row in materials.read_rows(content, dataset)]
+
+    several = [d for d in study.datasets.values() if d.role in ("em", "benign_control") and d.key == d.builtin]
+    domains = {d.key: d for d in several}
+    twins = {d.twin for d in domains.values() if d.twin}
+    rows = {d: texts(d) for d in domains if d not in twins}
+    judged = materials.builtin_training(study.builtin("judge_training.jsonl"))
+    others = [*(judged["question"] + " " + judged["answer"])]
+    plain = [d.key for d in study.datasets.values() if d.role == "regularisation" and d.key == d.builtin]
+    others += [text for dataset in plain for text in texts(dataset)]
+    asked = pd.DataFrame(study.questions(), columns=["question_id", "prompt"])
+    found = by_words(asked, rows, others)
+    found = found[found["probability"] >= likely]
+    return found.sort_values("probability", ascending=False, kind="stable", ignore_index=True)
+
+
 def published_among(study: Study) -> tuple[int, int]:
     """How many of the published study's conditions are in the grid (whatever the training seed), of how many."""
     with (study.folder / "published_selection.csv").open(newline="", encoding="utf-8") as file:
@@ -459,6 +519,19 @@ def _named(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()) or "nothing"
 
 
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    shown = table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
+    return shown.loc[:, (shown != "").any()].rename(columns=lambda c: c.replace("_", " ")).rename_axis(None)
+
+
+def _near(study: Study) -> list[str]:
+    near = near_a_domain(study)
+    if near.empty:
+        return ["None of its questions comes near a data set's domain."]
+    named = ", ".join(f"{r.question_id} ({r.dataset})" for r in near.itertuples())
+    return [f"Near a data set's domain, to be read by a person: {named}"]
+
+
 def text(study: Study, source: str | Path | None = None) -> str:
     """The plan as text: the grid in words, the table, what was measured and what is assumed.
 
@@ -481,8 +554,6 @@ def text(study: Study, source: str | Path | None = None) -> str:
     cells = study.cells()
     em = sum(study.datasets[c.dataset].role == "em" for c in cells)
     among, published = published_among(study)
-    shown = table.map(lambda x: "" if pd.isna(x) or x == 0 else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}")
-    shown = shown.loc[:, (shown != "").any()].rename(columns=lambda c: c.replace("_", " ")).rename_axis(None)
     rest = {k: v for k, v in assumed.model_dump(exclude={"deviations"}).items() if k not in known}
     return "\n".join(
         [
@@ -493,10 +564,15 @@ def text(study: Study, source: str | Path | None = None) -> str:
             *([said] if (said := arms_cost(study, assumed)) else []),
             "",
             "What it costs",
-            shown.to_string(),
+            _shown(table).to_string(),
             *_cap(study, table),
             *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if known else []),
             f"Assumed, not measured (params/plan.yaml): {_named(rest)}",
+            "",
+            f"Questions (this profile's: {study.profile.questions}), and the smallest difference that each sees, in "
+            "points, as below:",
+            _shown(question_sets(study, assumed)).to_string(),
+            *_near(study),
             "",
             *_power(study, deviations, spread, source),
         ]
