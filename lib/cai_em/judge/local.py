@@ -320,8 +320,8 @@ def fit_local(
         found = {"word salad": salad, "another question": judge.read(elsewhere(asked), said)}
         return found | ({"nonsense": judge.read(*nonsense)} if nonsense[0] else {})
 
-    good: tuple[list[str], list[str]] = ([], [])
-    bad: tuple[list[str], list[str]] = ([], [])
+    nothing: tuple[list[str], list[str]] = ([], [])
+    good, bad = nothing, nothing
     if labelled is not None:
         mine = labelled[~labelled["held_out"]]
         good, bad = (_texts(mine, mine["coherence"] == level) for level in (100, 0))
