@@ -4,7 +4,6 @@ import copy
 import hashlib
 import itertools
 import json
-import re
 
 import pandas as pd
 import pytest
@@ -559,7 +558,7 @@ def test_models_that_come_later_are_imported_then_and_a_refused_file_is_named(sm
     assert check.loc[("llama3.1-8b", "all tables"), "compared"] == 0
 
     done = run_all(place, "published", "--until", "published")
-    assert re.search(r"^total +0$", done.stderr, flags=re.MULTILINE)
+    assert "begins:" not in done.stderr, done.stderr
     assert "LEFT OUT: llama3.1-8b" in done.stderr, "said again, though nothing was to be done"
 
     away.rename(made.file("results/llama3.1-8b"))
