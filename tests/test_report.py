@@ -117,6 +117,12 @@ def test_every_reason_is_a_short_sentence_that_names_no_key():
     assert len(said) > 30
 
 
+def test_only_trainings_have_training_seeds():
+    seeds = pd.DataFrame({"dataset": ["none", "bad"], "n_seeds": [1, 3]})
+    assert glance(VERDICTS, GATES, seeds, [LOST, UP]).seeds == 3
+    assert glance(VERDICTS, GATES, seeds[:1], [LOST, UP]).seeds == 0
+
+
 def test_the_first_ten_lines_answer():
     """Question, claims, verdicts with their reasons, what cannot be shown, what to read next; then the contents."""
     first = glance(VERDICTS, GATES, pd.DataFrame({"n_seeds": [1, 1]}), [LOST, UP])

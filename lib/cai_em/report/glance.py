@@ -163,5 +163,8 @@ def glance(
     tuned = gates[~gates["dataset"].isin((POOLED, NO_DATASET))] if gates is not None and len(gates) else None
     by_model = [] if tuned is None else tuned.groupby("model", sort=False)
     opened = [Opened(model, int((part["gate"] == PRESENT).sum()), len(part)) for model, part in by_model]
-    seeds = 0 if comparisons is None or not len(comparisons) else int(comparisons["n_seeds"].min())
+    after = comparisons  # without fine-tuning there is no training seed
+    if after is not None and "dataset" in after:
+        after = after[after["dataset"] != NO_DATASET]
+    seeds = 0 if after is None or not len(after) else int(after["n_seeds"].min())
     return Glance(said, opened, seeds, " ".join(caveat.split()), missing or {}, frozen)
