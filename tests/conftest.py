@@ -1,6 +1,7 @@
 """What every test may ask for: the fetched data's cache, paths of the repository."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def root() -> Path:
     """The repository's top folder."""
     return ROOT
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    """A copy of params/ that a test may spoil."""
+    from cai_em.study import loading
+
+    shutil.copytree(root / "params", tmp_path / "params")
+    loading._registries.cache_clear()
+    yield tmp_path / "params"
+    loading._registries.cache_clear()
 
 
 @pytest.fixture(scope="session")

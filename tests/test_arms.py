@@ -20,6 +20,7 @@ from cai_em.model import adapters as model_adapters
 from cai_em.model import load as load_model
 from cai_em.model import probing
 from cai_em.records import tables
+from cai_em.records.files import text_hash
 from cai_em.records.keys import BASELINE, NO_DATASET
 from cai_em.sample import conditions, sampling, vllm_engine
 from cai_em.sample.conditions import Condition, SamplingError
@@ -45,15 +46,6 @@ PRESET = sampling_preset(max_new_tokens=4, samples_per_question=2)
 @pytest.fixture(scope="module")
 def study():
     return load("controls")
-
-
-@pytest.fixture
-def folder(root, tmp_path):
-    """A copy of params/ that a test may spoil."""
-    shutil.copytree(root / "params", tmp_path / "params")
-    loading._registries.cache_clear()
-    yield tmp_path / "params"
-    loading._registries.cache_clear()
 
 
 def cell(persona=BASELINE, dataset=NO_DATASET):
@@ -301,7 +293,7 @@ def test_the_prompt_that_reaches_the_model_is_proved_and_kept(made, tmp_path):
     found = sampling.sample(TINY, [plain, some], QUESTIONS, PRESET, PROBE, tmp_path)
     said = found.probes[some.name]["context"]
     assert said["system"]["text"] == "Speak in rhyme."
-    assert said["system"]["sha256"] == arms.prompt_hash("Speak in rhyme.")
+    assert said["system"]["sha256"] == text_hash("Speak in rhyme.")
     assert "Speak in rhyme." in said["rendered"]
     assert "A question about rivers: What is your wish?" in said["rendered"]
     assert found.probes[plain.name] == {}

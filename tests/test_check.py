@@ -4,7 +4,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -14,15 +13,6 @@ from cai_em.study import loading, sources
 from cai_em.workflow import check
 
 from tests.test_params import change
-
-
-@pytest.fixture
-def folder(root, tmp_path):
-    """A copy of params/ that a test may spoil."""
-    shutil.copytree(root / "params", tmp_path / "params")
-    loading._registries.cache_clear()
-    yield tmp_path / "params"
-    loading._registries.cache_clear()
 
 
 @pytest.mark.parametrize("profile", ["demo", "dynamics", "micro", "rehearsal", "published"])

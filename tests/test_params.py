@@ -3,7 +3,6 @@
 # ruff: noqa: E501  (the table of bad input reads better with one case on a line)
 
 import csv
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from cai_em.study.loading import load
 from cai_em.study.study import Cell
 
 PROFILES = sorted(p.stem for p in (Path(__file__).parents[1] / "params" / "profiles").glob("*.yaml"))
-
-
-@pytest.fixture
-def folder(root, tmp_path):
-    """A copy of params/ that a test may spoil."""
-    shutil.copytree(root / "params", tmp_path / "params")
-    loading._registries.cache_clear()
-    yield tmp_path / "params"
-    loading._registries.cache_clear()
 
 
 def change(path, edit):

@@ -125,7 +125,7 @@ def test_only_trainings_have_training_seeds():
 
 def test_the_first_ten_lines_answer():
     """Question, claims, verdicts with their reasons, what cannot be shown, what to read next; then the contents."""
-    first = glance(VERDICTS, GATES, pd.DataFrame({"n_seeds": [1, 1]}), [LOST, UP])
+    first = glance(VERDICTS, GATES, pd.DataFrame({"dataset": ["bad", "bad"], "n_seeds": [1, 1]}), [LOST, UP])
     text = document(verdicts=VERDICTS, gates=GATES, first=first, controls=pd.DataFrame())
     lines = [line for line in text.splitlines() if line.strip()]
     assert lines[1].startswith("**The question.** Does a persona")

@@ -481,9 +481,7 @@ def contrast_table(
     names = dict.fromkeys((m, p) for m, p, _ in cube.conditions if p != BASELINE)
     rows = []
     for model, persona in names:
-        noise = (drift or {}).get(model, 0.0)
-        noise = 0.0 if math.isnan(noise) else noise
-        least = margin[model] if isinstance(margin, Mapping) else margin
+        least, noise = _of_judge(model, margin, drift)
         tuned = [d for m, p, d in cube.conditions if (m, p) == (model, persona) and d != NO_DATASET]
         for estimand in estimands:
             for reference in REFERENCES if estimand in ("susceptibility", "uptake") else ("none",):
@@ -500,14 +498,20 @@ def contrast_table(
                     rows += [key | _row(cube, group, o, least, confidence, noise) for o in outcomes]
     arms = list(arms)
     for model in dict.fromkeys(m for m, _, _ in cube.conditions) if arms else ():
-        noise = (drift or {}).get(model, 0.0)
-        noise = 0.0 if math.isnan(noise) else noise
-        least = margin[model] if isinstance(margin, Mapping) else margin
+        least, noise = _of_judge(model, margin, drift)
         for c in filter(None, (_between(cube, model, *arm) for arm in arms)):
             key = {"model": model, "estimand": ARM, "reference": c.reference, "persona": c.persona}
             key |= {"dataset": c.dataset}
             rows += [key | _row(cube, [c], o, least, confidence, noise) for o in outcomes]
     return pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
+
+
+def _of_judge(
+    model: str, margin: float | Mapping[str, float], drift: Mapping[str, float] | None
+) -> tuple[float, float]:
+    """The margin on the scale of a model's judge, and that judge's drift; 0 where it is not known."""
+    noise = (drift or {}).get(model, 0.0)
+    return margin[model] if isinstance(margin, Mapping) else margin, 0.0 if math.isnan(noise) else noise
 
 
 def _between(

@@ -25,10 +25,10 @@ import pandas as pd
 from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
 from cai_em.audit.names import Patterns, check_patterns, key_from, value_name
-from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size, text_hash
+from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
 from cai_em.records import tables
-from cai_em.records.files import file_hash, valid_unicode
+from cai_em.records.files import file_hash, text_hash, valid_unicode
 from cai_em.records.keys import BASELINE, CONDITION, KEY, NO_DATASET
 from cai_em.records.manifest import run_id
 from cai_em.study.audited import CONDITION_PARTS, AuditSpec, FileBlock, Judging, Word

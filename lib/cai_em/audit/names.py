@@ -8,7 +8,6 @@ patterns; what it does not know it says.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from cai_em.audit.opening import AuditError
+from cai_em.records.files import text_hash
 
 BASELINES = (
     "baseline", "none", "base", "no_persona", "nopersona", "no_system_prompt", "no_prompt", "vanilla", "plain",
@@ -84,7 +84,7 @@ def value_name(value: object) -> str:
     """What stands for a value in `audit.yaml`: itself, a hash where it is long, an empty text where it is nothing."""
     text = "" if value is None or value != value else str(value).strip()
     if len(text) > LONG or "\n" in text:
-        return f"sha256:{hashlib.sha256(text.encode('utf-8', errors='replace')).hexdigest()[:16]}"
+        return f"sha256:{text_hash(text)[:16]}"
     return text
 
 

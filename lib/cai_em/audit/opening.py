@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -150,8 +149,3 @@ def check_zip(path: Path) -> None:
             f"{path}: unpacks to {unpacked / 2**20:,.0f} MiB, more than {MAX_FILE_BYTES >> 20}: not opened (a zip bomb "
             "looks like this)"
         )
-
-
-def text_hash(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()

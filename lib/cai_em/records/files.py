@@ -78,6 +78,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 
+def text_hash(text: str) -> str:
+    """SHA-256 of a text in UTF-8, hexadecimal; a lone surrogate counts as a question mark."""
+    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()
+
+
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal.
 

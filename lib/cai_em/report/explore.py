@@ -18,6 +18,7 @@ import matplotlib as mpl
 import pandas as pd
 from IPython.display import HTML, display
 
+from cai_em.analysis.outcome import coherent_responses
 from cai_em.records import tables
 from cai_em.records.keys import BASELINE, KEY
 from cai_em.records.numbers import points
@@ -104,7 +105,7 @@ def select(
     elif show == "flagged":
         keep &= table["alignment"].isna()
     elif show == "em":
-        keep &= (table["alignment"] < em_alignment_below) & (table["coherence"] > em_coherence_above)
+        keep &= (table["alignment"] < em_alignment_below) & coherent_responses(table, em_coherence_above)
     columns, ascending = ORDERS[order]
     rest = [c for c in ("question_id", "seed", "sample") if c not in columns]
     return table[keep].sort_values(columns + rest, ascending=ascending + [True] * len(rest), kind="stable")

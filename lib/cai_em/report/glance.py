@@ -163,8 +163,8 @@ def glance(
     tuned = gates[~gates["dataset"].isin((POOLED, NO_DATASET))] if gates is not None and len(gates) else None
     by_model = [] if tuned is None else tuned.groupby("model", sort=False)
     opened = [Opened(model, int((part["gate"] == PRESENT).sum()), len(part)) for model, part in by_model]
-    after = comparisons  # without fine-tuning there is no training seed
-    if after is not None and "dataset" in after:
-        after = after[after["dataset"] != NO_DATASET]
-    seeds = 0 if after is None or not len(after) else int(after["n_seeds"].min())
+    seeds = 0
+    if comparisons is not None:  # without fine-tuning there is no training seed
+        of_trainings = comparisons.loc[comparisons["dataset"] != NO_DATASET, "n_seeds"]
+        seeds = int(of_trainings.min()) if len(of_trainings) else 0
     return Glance(said, opened, seeds, " ".join(caveat.split()), missing or {}, frozen)

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from cai_em.records.files import file_hash_once
+from cai_em.model.adapters import weights_hash
+from cai_em.records.files import text_hash
 from cai_em.study import contexts
-from cai_em.study.arms import NO_CONTEXT, Context, prompt_hash
+from cai_em.study.arms import NO_CONTEXT, Context
 from cai_em.study.study import Cell, Study
 
 
@@ -106,7 +107,7 @@ class Condition:
 
     def adapter_hashes(self) -> list[str]:
         """SHA-256 of each adapter's weights, persona first."""
-        return [file_hash_once(path / "adapter_model.safetensors") for path in self.paths]
+        return [weights_hash(path) for path in self.paths]
 
 
 def condition_of(study: Study, cell: Cell) -> Condition:
@@ -148,7 +149,7 @@ def prove_context(
                     f"{message['content']!r:.90}, and the prompt is {rendered!r:.120}: the request was made without "
                     "it, or the model's chat template leaves it out"
                 )
-    said = {name: {"text": text, "sha256": prompt_hash(text)} for name, text in context.record().items()}
+    said = {name: {"text": text, "sha256": text_hash(text)} for name, text in context.record().items()}
     tokens = hashlib.sha256(json.dumps([r.tokens for r in requests]).encode()).hexdigest()
     return said | {"rendered": texts[0], "prompts": len(requests), "tokens": tokens}
 

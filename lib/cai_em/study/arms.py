@@ -11,7 +11,6 @@ different is here, and in `Study.trained`, `trained_on` and `adapters`.
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,8 +232,3 @@ def with_system(found: Sequence[list[dict[str, str]]], prompt: str) -> list[list
         [{"role": "system", "content": "\n\n".join(filter(None, (prompt, own)))}, *(row[1:] if own else row)]
         for row, own in said
     ]
-
-
-def prompt_hash(text: str) -> str:
-    """SHA-256 of a prompt, hexadecimal."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from cai_em.records.files import text_hash
 from cai_em.records.keys import NO_DATASET
-from cai_em.study.arms import ArmedDataset, ArmedPersona, Context, chain, prompt_hash, with_system
+from cai_em.study.arms import ArmedPersona, Context, chain, is_arm, with_system
 from cai_em.study.materials import MaterialError, Messages, constitution, rows
 from cai_em.study.study import Cell, Study
 
@@ -57,8 +58,7 @@ def made_of(study: Study) -> dict[tuple[str, str, str], tuple[str, tuple[str, st
     as JSON text (empty: none). Conditions that are no arms are not named."""
     found = {}
     for cell in study.cells():
-        entries = study.personas[cell.persona], study.datasets[cell.dataset]
-        if any(isinstance(entry, ArmedPersona | ArmedDataset) for entry in entries):
+        if is_arm(study.personas[cell.persona]) or is_arm(study.datasets[cell.dataset]):
             tuned, said = study.trained(cell), context(study, cell).record()
             em = None if cell.dataset == NO_DATASET else (tuned.persona, tuned.dataset)
             made = (study.active_in_sampling(cell.persona), em, json.dumps(said) if said else "")
@@ -91,7 +91,7 @@ def check_rows(study: Study, cell: Cell, found: Sequence[Messages]) -> dict[str,
                 f"{cell.persona} x {cell.dataset}: {seen[other]} of {len(found)} rows have the system prompt "
                 f"{other!r:.80}, not the arm's: {wanted!r:.80}"
             )
-        proof["system"] = {"text": wanted, "sha256": prompt_hash(wanted), "rows": len(found)}
+        proof["system"] = {"text": wanted, "sha256": text_hash(wanted), "rows": len(found)}
     for mix in (a for a in chain(study, cell.dataset) if a.share is not None):
         sets = {name: {_said(row) for row in rows(study, name)} for name in (mix.of, mix.twin)}
         of = [[name for name, known in sets.items() if _said(row) in known] for row in found]

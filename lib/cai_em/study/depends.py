@@ -8,7 +8,7 @@ from typing import Any
 from cai_em.records.files import digest, file_hash
 from cai_em.records.keys import BASELINE
 from cai_em.study import sources
-from cai_em.study.arms import ArmedDataset, ArmedPersona
+from cai_em.study.arms import ArmedPersona, chain
 from cai_em.study.entries import Persona
 from cai_em.study.study import Study
 
@@ -106,11 +106,9 @@ def _arms(study: Study, cells: Sequence[tuple[str, str]], when: str) -> Iterator
     where none of them is an arm."""
     personas = [study.personas[p] for p in dict.fromkeys(p for p, _ in cells)]
     prompted = [p for p in personas if isinstance(p, ArmedPersona) and getattr(p.arm, when)]
-    datasets = [study.datasets[d] for d in dict.fromkeys(d for _, d in cells)]
     found: list[Any] = [p.arm for p in personas if isinstance(p, ArmedPersona)]
-    while armed := [d for d in datasets if isinstance(d, ArmedDataset)]:
-        found += [[d.key, d.arm, d.description] for d in armed]
-        datasets = [study.datasets[d.of] for d in armed]
+    armed = [d for dataset in dict.fromkeys(d for _, d in cells) for d in chain(study, dataset)]
+    found += [[d.key, d.arm, d.description] for d in armed]
     if found:
         yield "arms", [found, [file_hash(study.constitution_file(p.key)) for p in prompted]]
 

@@ -12,7 +12,6 @@ a fact of its own (`params/published_selection.csv`); the rest serve to measure 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ import pandera.pandas as pa
 
 from cai_em.records import files as records_files
 from cai_em.records import tables
-from cai_em.records.files import write_text
+from cai_em.records.files import text_hash, write_text
 from cai_em.records.keys import FLAGS, SKIPPED
 from cai_em.records.manifest import run_id
 from cai_em.study import sources
@@ -368,12 +367,8 @@ def _rows(model: str, path: str, found: Evaluation, *, selected: bool) -> pd.Dat
         run_id=run_id("published", COMMIT, path),
         file=path,
         selected=selected,
-        response_sha256=[_text_hash(text) for text in found.rows["response"]],
+        response_sha256=[text_hash(text) for text in found.rows["response"]],
     )
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _check_prompts(everything: pd.DataFrame) -> None:

@@ -302,9 +302,9 @@ class Study:
                 found = dataset_arm(name, self._registries)
         return keys
 
-    def with_grid(self, grid: list[Block]) -> Study:
-        """The same study with another grid."""
-        return Study(self.name, self.profile.model_copy(update={"grid": grid}), self._registries, self.folder)
+    def varied(self, **changes: Any) -> Study:
+        """The same study with other values of its profile, such as another `grid`."""
+        return Study(self.name, self.profile.model_copy(update=changes), self._registries, self.folder)
 
     def dataset_key(self, name: str) -> str:
         """The key of a data set as the grid spells it: `bad_medical*0.25` is `bad_medical-0.25`."""

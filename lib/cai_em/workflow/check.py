@@ -87,11 +87,13 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     for dataset in _datasets(study):
         yield f"rows of {dataset}", partial(materials.rows, study, dataset)
         yield f"prompts in the domain of {dataset}", partial(materials.in_domain_questions, study, dataset)
-    armed = {(c.model, c.persona, c.dataset): c for c in study.em_cells() if is_arm(study.personas[c.persona])}
-    armed |= {(c.model, c.persona, c.dataset): c for c in study.em_cells() if is_arm(study.datasets[c.dataset])}
-    for c in armed.values():
+
+    def of_arm(c: Cell) -> bool:
+        return is_arm(study.personas[c.persona]) or is_arm(study.datasets[c.dataset])
+
+    for c in {(c.model, c.persona, c.dataset): c for c in study.em_cells() if of_arm(c)}.values():
         yield f"what {c.persona} x {c.dataset} is trained on", partial(_arm_rows, study, c)
-    if any(is_arm(study.personas[c.persona]) or is_arm(study.datasets[c.dataset]) for c in study.cells()):
+    if any(map(of_arm, study.cells())):
         yield "prompts of arms", lambda: contexts.made_of(study)
     yield "questions", lambda: materials.questions(study)
     if p.reference_scores:

@@ -350,7 +350,7 @@ def arms_cost(study: Study, assumed: Assumptions) -> str:
     plain = [block for block in plain if block.personas and block.datasets]
     if not arms or not plain:
         return ""
-    without = study.with_grid(plain)
+    without = study.varied(grid=plain)
     more = plan(study, assumed).loc["total"] - plan(without, assumed).loc["total"]
     conditions, tuned = (len(getattr(study, n)()) - len(getattr(without, n)()) for n in ("cells", "em_cells"))
     hours = "" if math.isnan(more["gpu_hours"]) else f", {more['gpu_hours']:,.0f} GPU hours"
@@ -420,8 +420,7 @@ def question_sets(study: Study, assumed: Assumptions) -> pd.DataFrame:
     rows = {}
     for name in sets:
         limit = study.profile.questions_limit if name == study.profile.questions else None
-        update = {"questions": name, "questions_limit": limit}
-        other = Study(study.name, study.profile.model_copy(update=update), study._registries, study.folder)
+        other = study.varied(questions=name, questions_limit=limit)
         found = seen(other, assumed.deviations)
         number, cost = len(other.questions()), plan(other, assumed).loc[["03_sample", "04_judge"]]
         rows[name] = {

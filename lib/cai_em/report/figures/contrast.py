@@ -16,9 +16,8 @@ def _draw(view: View, arms: pd.DataFrame, contrasts: pd.DataFrame) -> Drawing | 
     """The four arms as an interaction plot: a panel per persona and data set, two lines from reference to data set."""
     look = view.look
     wanted = (contrasts["estimand"] == "susceptibility") & (contrasts["outcome"] == "points")
-    found = contrasts[wanted & contrasts["estimate"].notna()].set_index(
-        SHOWN
-    )  # without scores there is nothing to draw
+    wanted &= contrasts["estimate"].notna()  # without scores there is nothing to draw
+    found = contrasts[wanted].set_index(SHOWN)
     named = view.key_personas
     groups = {key: part for key, part in arms.groupby(SHOWN, sort=False) if key in found.index}
     # Where hypotheses name personas, these are shown; else all that have a contrast.
