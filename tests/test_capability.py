@@ -10,8 +10,8 @@ import pytest
 import torch
 from cai_em.analysis.capability import able, capability, with_capability
 from cai_em.analysis.gates import ABSENT, INCONCLUSIVE, PRESENT
+from cai_em.model import activations, load, stacking
 from cai_em.model import adapters as model_adapters
-from cai_em.model import load, stacking
 from cai_em.model.activations import _encode, mean_logprobs
 from cai_em.records import tables
 from cai_em.sample import sampling
@@ -77,8 +77,10 @@ def loaded():
 
 
 class TestLogprobs:
-    def test_a_shared_prompt_read_once_gives_what_each_sequence_alone_gives(self, loaded):
-        """Other widths in a batch, one token, batches of any size: as by hand from the whole sequence."""
+    @pytest.mark.parametrize("row", [0, 6, 512])
+    def test_a_shared_prompt_read_once_gives_what_each_sequence_alone_gives(self, loaded, monkeypatch, row):
+        """Other widths in a batch, one token, rows and batches of any size: as by hand from the whole sequence."""
+        monkeypatch.setattr(activations, "ROW_TOKENS", row)
         model, tokenizer = loaded
         prompts = ["Where is it?"] * 4 + ["Who?"] + ["Where is it now?"] * 2
         texts = ["in the house", "a", "nowhere that anybody knows of, I fear", "", "the cat", "here", "there and here"]

@@ -14,6 +14,7 @@ from cai_em.judge.judging import judge
 from cai_em.judge.local import AlignmentModel, CoherenceScale, LocalJudge, LocalJudgeError
 from cai_em.judge.prompts import Judgement
 from cai_em.model import activations
+from cai_em.model.load import load_model, load_tokenizer
 from cai_em.records import tables
 from cai_em.study import loading, materials
 from cai_em.study.entries import JudgePreset
@@ -148,14 +149,16 @@ def test_fluent_answers_to_another_question_are_told_by_relevance_alone():
 
 
 def test_relevance_by_hand():
-    """Own question less the mean of the first two questions of the pool that are not the own one."""
+    """Own question less the first question of the pool that is not the own one; without another there is no relevance."""
     table = {("a", "x"): -1.0, ("b", "x"): -3.0, ("c", "x"): -5.0, ("a", "y"): -2.0, ("b", "y"): -2.0, ("c", "y"): -2.5}
     logprobs = lambda prompts, texts: np.array([table.get((p, t), np.nan) for p, t in zip(prompts, texts)])  # noqa: E731
     judged = LocalJudge(AlignmentModel(TRAINING), SCALE, logprobs, pool=("a", "b", "c"))
     found = judged.read(["a", "c", "a"], ["x", "y", ""])
-    assert found[0].tolist() == [-1.0, 3.0]
+    assert found[0].tolist() == [-1.0, 2.0]
     assert found[1].tolist() == [-2.5, -0.5]
     assert np.isnan(found[2]).all()
+    only = LocalJudge(AlignmentModel(TRAINING), SCALE, logprobs, pool=("a",)).read(["a"], ["x"])
+    assert np.isnan(only[0, 1])
     assert judge_local.elsewhere(["a", "a", "b", "b"]) == ["b", "b", "a", "a"]
 
 
@@ -365,6 +368,62 @@ class TestChoice:
         quality = agreement.agreement(reference, most_measured=8_000)
         ours = agreement.agreement(reference, builtin, most_measured=8_000)
         assert quality.auc > 0.9 > 0.85 > ours.auc > 0.65
+
+
+def test_no_text_is_read_twice():
+    asked = []
+
+    def read(prompts, responses):
+        asked.append(list(zip(prompts, responses)))
+        return np.array([float(len(r)) for r in responses])
+
+    known = {judge_local.read_key("q", "kept"): -1.0}
+    recalled = judge_local.remembering(read, known)
+    assert recalled(["q", "q", "p", "q"], ["kept", "new", "new", "new"]).tolist() == [-1, 3, 3, 3]
+    assert asked == [[("q", "new"), ("p", "new")]]
+    assert recalled(["q"], ["new"]).tolist() == [3]
+    assert len(asked) == 1
+    assert len(known) == 3
+
+
+class TestReads:
+    """`params/builtin/judge_reads.csv`: what the embedded model finds of the texts that its judge is fitted on."""
+
+    @pytest.fixture
+    def demo(self):
+        return loading.load("demo")
+
+    def made_ready(self, demo, reads, builtin, tmp_path):
+        (model,) = demo.models
+        preset, labelled = JudgePreset(kind="local", name="local"), materials.labelled_answers(demo, model)
+        return rater.make_ready(
+            preset, None, tmp_path / "c.sqlite", builtin=builtin, selection=tmp_path / "list.csv",
+            spec=demo.models[model], labelled=labelled, reads=reads,
+        )  # fmt: skip
+
+    def test_every_text_of_the_demos_judge_is_in_the_file(self, demo, builtin, tmp_path, monkeypatch):
+        def not_again(model, tokenizer, prompts, responses):
+            raise AssertionError(f"not in the file: {responses[0]!r}; run python -m cai_em.judge.rater")
+
+        monkeypatch.setattr(activations, "mean_logprobs", not_again)
+        path = demo.builtin("judge_reads.csv")
+        ready = self.made_ready(demo, path, builtin, tmp_path)
+        assert ready.local.coherence.separates["word salad"] > 0.95
+        assert ready.local.coherence.separates["another question"] > 0.9
+        table = pd.read_csv(path)
+        table.assign(model="another").to_csv(tmp_path / "reads.csv", index=False)
+        with pytest.raises(AssertionError, match="not in the file"):
+            self.made_ready(demo, tmp_path / "reads.csv", builtin, tmp_path)
+
+    def test_the_file_says_what_the_model_finds(self, demo, builtin):
+        (spec,) = demo.models.values()
+        known = rater.known_reads(demo.builtin("judge_reads.csv"), spec)
+        some = builtin.iloc[::6].head(3)
+        found = activations.mean_logprobs(
+            load_model(spec, dtype="float32"), load_tokenizer(spec), some["question"].tolist(), some["answer"].tolist()
+        )
+        stored = [known[judge_local.read_key(q, a)] for q, a in zip(some["question"], some["answer"])]
+        assert found == pytest.approx(stored, abs=1e-3)
 
 
 class TestRater:

@@ -60,6 +60,9 @@ def test_cells_within_a_job_count_and_those_of_an_earlier_run_do_not(tmp_path):
     clock.now = 1030
     assert progress.done() == {"fine-tuning": 1}
     assert "1 of 6 cells · 30 s · at least 90 s left" in progress.line()  # three at 30 s; nothing is judged yet
+    progress.total["judging"] = 20  # of most that is to be done nothing is known
+    assert "1 of 24 cells · 30 s · time left not known yet" in progress.line()
+    progress.total["judging"] = 2
     clock.now = 1040
     progress.end(7)
     assert progress.done() == {"fine-tuning": 4}

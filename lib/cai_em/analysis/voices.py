@@ -132,7 +132,8 @@ def summarise_cells(cells: np.ndarray, folds: np.ndarray, n: int, level: float =
     se = math.sqrt(variance)
     half = float(stats.t.ppf(level, df)) * se
     p = float(stats.t.sf((mean - chance) / se, df)) if se > 0 else float(mean <= chance)
-    return Told(mean, se, df, mean - half, mean + half, p, n, int(questions.sum()), s, *whole)
+    low, high = max(0.0, mean - half), min(1.0, mean + half)  # an area, or an accuracy: there is nothing beyond
+    return Told(mean, se, df, low, high, p, n, int(questions.sum()), s, *whole)
 
 
 def pooled_voice(found: Sequence[Told]) -> Told:

@@ -10,7 +10,11 @@ import pandas as pd
 
 from cai_em.analysis.outcome import coherent_responses
 from cai_em.analysis.units import bootstrap_interval
-from cai_em.dynamics.runs import TrajectoryError
+
+
+class TrajectoryError(ValueError):
+    """A trajectory is incomplete or too short. The message says which run or checkpoint is concerned."""
+
 
 OUTCOMES = {"em": "EM rate", "alignment": "mean alignment", "coherence": "mean coherence"}
 """Outcomes of a checkpoint's responses, and what they are called."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as sps
 
-from cai_em.model.activations import SteeringError, layer_number
+from cai_em.model.layers import SteeringError, layer_number
 from cai_em.study.labels import Labels
 
 # --- Directions ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cai_em.analysis.verdicts import Verdict
 from cai_em.dynamics.curves import OUTCOMES, em_indicator
 from cai_em.dynamics.directions import RANDOM, persona_of
 from cai_em.dynamics.h3 import persona_gate, verdicts_of
-from cai_em.model.activations import SteeringError
+from cai_em.model.layers import SteeringError
 from cai_em.records.keys import BASELINE
 from cai_em.records.numbers import points
 from cai_em.study.entries import GateThresholds

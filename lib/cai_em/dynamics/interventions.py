@@ -61,7 +61,8 @@ from cai_em.dynamics.directions import (
     source_name,
 )
 from cai_em.model import probing
-from cai_em.model.activations import SteeringError, Vectors, ablating, adding, mean_activations
+from cai_em.model.activations import Vectors, ablating, adding, mean_activations
+from cai_em.model.layers import SteeringError
 from cai_em.records import tables as records_tables
 from cai_em.records.code import meaning_of
 from cai_em.records.files import atomic, digest

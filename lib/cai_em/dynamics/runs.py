@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from cai_em.dynamics.curves import TrajectoryError
 from cai_em.model.activations import mean_logprobs
 from cai_em.model.adapters import WEIGHTS, AdapterFiles, read_adapter
 from cai_em.model.load import load_model, load_tokenizer
@@ -31,10 +32,6 @@ from cai_em.train import grid
 
 Personas = Mapping[tuple[str, str], Sequence[tuple[str, Path]]]
 """(model, persona) -> its adapters, `[("persona", folder)]`, or `[]` for the baseline."""
-
-
-class TrajectoryError(ValueError):
-    """A trajectory is incomplete or too short. The message says which run or checkpoint is concerned."""
 
 
 # --- Schedule and names --------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from cai_em.dynamics.interventions import (
     sweep,
     transfer,
 )
-from cai_em.model.activations import SteeringError, decoder_layers, layer_number
+from cai_em.model.activations import decoder_layers
+from cai_em.model.layers import SteeringError, layer_number
 from cai_em.model.load import load_model, load_tokenizer
 from cai_em.records.files import atomic
 from cai_em.records.keys import NO_DATASET

@@ -38,8 +38,7 @@ from scipy import stats as sps
 from cai_em.analysis.counts import benjamini_hochberg
 from cai_em.analysis.gates import INCONCLUSIVE, PRESENT, Gate
 from cai_em.analysis.units import bootstrap_interval
-from cai_em.dynamics.curves import CLAIMED, common, curves_of, thirds
-from cai_em.dynamics.runs import TrajectoryError
+from cai_em.dynamics.curves import CLAIMED, TrajectoryError, common, curves_of, thirds
 from cai_em.records.keys import BASELINE
 from cai_em.records.numbers import plain_number
 

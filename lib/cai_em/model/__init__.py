@@ -9,7 +9,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "activations": ["decoder_layers", "layer_number"],
+        "activations": ["decoder_layers", "mean_logprobs", "readable"],
+        "layers": ["layer_number"],
         "adapters": [
             "WEIGHTS",
             "check_recorded",

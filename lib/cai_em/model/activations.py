@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cai_em.model import load
+from cai_em.model.layers import SteeringError, layer_number
 
 LONGEST_TEXT = 20_000
 """Characters of a response that are read."""
@@ -22,7 +23,8 @@ LONGEST_TOKENS = 1_024
 """Tokens of a response that are read."""
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
+    """The part of a text that is read."""
     return text[:LONGEST_TEXT]
 
 
@@ -41,7 +43,8 @@ def mean_logprobs(
     """Mean natural-log probability of each response's tokens, given its prompt in the model's chat template.
 
     The response's end token is not counted. Log-softmax in float32 whatever the model computes in; sequences are padded
-    on the right, where a causal model does not see the padding. A prompt that several responses share is read once.
+    on the right, where a causal model does not see the padding. A prompt that several responses share is read once, and
+    they stand side by side after it, hidden from one another.
 
     Args:
         model: a causal language model without adapters, in evaluation mode.
@@ -61,75 +64,84 @@ def mean_logprobs(
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     progress(len(sequences) - len(order))
-    if isinstance(model, PreTrainedModel):  # keeps keys and values
-        families: dict[tuple[int, ...], list[int]] = {}
-        for i in order:
-            ids, start = sequences[i]
-            families.setdefault(tuple(ids[:start]), []).append(i)
-        shared = {prompt: some for prompt, some in families.items() if len(some) > 1 and len(prompt) > 1}
-        for prompt, some in shared.items():
-            answers = [sequences[i][0][len(prompt) :] for i in some]
-            result[some] = _after_one_prompt(model, prompt, answers, pad, tokens_at_once, progress)
-        order = [i for i in order if tuple(sequences[i][0][: sequences[i][1]]) not in shared]
-    for batch in _batches(order, [len(ids) for ids, _ in sequences], tokens_at_once):
-        width = max(len(sequences[i][0]) for i in batch)
-        ids = torch.full((len(batch), width), pad)
+    together = isinstance(model, PreTrainedModel) and model.config._attn_implementation in ("sdpa", "eager")
+    rows = _rows([sequences[i] for i in order], order, ROW_TOKENS if together else 0)
+    rows.sort(key=lambda row: row.length)
+    for batch in _batches(list(range(len(rows))), [row.length for row in rows], tokens_at_once):
+        some = [rows[i] for i in batch]
+        width = max(row.length for row in some)
+        ids = torch.full((len(some), width), pad)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, : len(sequences[i][0])] = torch.tensor(sequences[i][0])
-            mask[row, : len(sequences[i][0])] = 1
+        for n, row in enumerate(some):
+            ids[n, : row.length] = torch.tensor(row.tokens)
+            mask[n, : row.length] = 1
+        given = {"attention_mask": mask.to(device)}
+        if any(len(row.answers) > 1 for row in some):
+            given = {n: t.to(device) for n, t in _side_by_side(some, width, next(model.parameters()).dtype).items()}
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        for row, i in enumerate(batch):
-            whole, start = sequences[i]
-            # the logits at one position foretell the token at the next
-            foretold = logits[row, start - 1 : len(whole) - 1].float().log_softmax(-1)
-            targets = torch.tensor(whole[start:], device=foretold.device)
-            result[i] = float(foretold.gather(-1, targets[:, None]).double().mean())
-        progress(len(batch))
+            logits = model(input_ids=ids.to(device), **given).logits
+        for n, row in enumerate(some):
+            for i, at, answer in row.answers:
+                # the logits at one position foretell the token at the next; the first, those at the prompt's end
+                places = [row.prompt - 1, *range(at, at + len(answer) - 1)]
+                foretold = logits[n, places].float().log_softmax(-1)
+                targets = torch.tensor(answer, device=foretold.device)
+                result[i] = float(foretold.gather(-1, targets[:, None]).double().mean())
+        progress(sum(len(row.answers) for row in some))
     return result
 
 
-@torch.inference_mode()
-def _after_one_prompt(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    answers: Sequence[list[int]],
-    pad: int,
-    tokens_at_once: int,
-    progress: Callable[[int], None],
-) -> list[float]:
-    """`mean_logprobs` of answers (token ids, by length) to one prompt, whose keys and values are computed once."""
-    found: list[float] = []
-    read, last = torch.tensor([list(prompt[:-1])], device=model.device), prompt[-1]
-    cache = DynamicCache(config=model.config)
-    model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for batch in _batches(list(range(len(answers))), [1 + len(a) for a in answers], tokens_at_once):
-        width = max(len(answers[i]) for i in batch)
-        ids = torch.tensor(
-            [[last, *answers[i], *[pad] * (width - len(answers[i]))] for i in batch], device=model.device
-        )
-        mask = torch.tensor(
-            [[1] * (len(prompt) + len(answers[i])) + [0] * (width - len(answers[i])) for i in batch],
-            device=model.device,
-        )
-        rows = copy.deepcopy(cache)
-        rows.batch_repeat_interleave(len(batch))
-        logits = model(input_ids=ids, attention_mask=mask, past_key_values=rows, use_cache=True).logits
-        for row, i in enumerate(batch):
-            foretold = logits[row, : len(answers[i])].float().log_softmax(-1)
-            targets = torch.tensor(answers[i], device=foretold.device)
-            found.append(float(foretold.gather(-1, targets[:, None]).double().mean()))
-        progress(len(batch))
-    return found
+ROW_TOKENS = 512
+"""Tokens of answers to one prompt that are read in one row: more would cost attention among answers that do not see one
+another."""
+
+
+@dataclass
+class _Row:
+    """A prompt (`prompt` tokens long) and answers to it: (which, where it begins, its tokens)."""
+
+    tokens: list[int]
+    prompt: int
+    answers: list[tuple[int, int, list[int]]]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+def _rows(sequences: Sequence[tuple[list[int], int]], names: Sequence[int], most: int) -> list[_Row]:
+    """Answers to one prompt side by side after it, up to `most` tokens of them in a row, and at least one."""
+    rows: list[_Row] = []
+    last: dict[tuple[int, ...], _Row] = {}
+    for name, (ids, start) in zip(names, sequences, strict=True):
+        answer = ids[start:]
+        row = last.get(tuple(ids[:start]))
+        if row is None or row.length - row.prompt + len(answer) > most:
+            row = last[tuple(ids[:start])] = _Row(ids[:start], start, [])
+            rows.append(row)
+        row.answers.append((name, row.length, answer))
+        row.tokens = row.tokens + answer
+    return rows
+
+
+def _side_by_side(rows: Sequence[_Row], width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Mask and positions with which each answer of a row sees the prompt and itself, as if it stood there alone."""
+    positions = torch.arange(width).repeat(len(rows), 1)
+    seen = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(rows), 1, 1)
+    for n, row in enumerate(rows):
+        for _, at, answer in row.answers:
+            seen[n, at : at + len(answer), row.prompt : at] = False
+            positions[n, at : at + len(answer)] = torch.arange(row.prompt, row.prompt + len(answer))
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"attention_mask": mask[:, None], "position_ids": positions}
 
 
 def _encode(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
     """Token ids of prompt and response, and where the response starts."""
-    turn = [{"role": "user", "content": _readable(prompt)}]
+    turn = [{"role": "user", "content": readable(prompt)}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before = tokenizer(text, add_special_tokens=False)["input_ids"][-LONGEST_TOKENS:]
-    after = tokenizer(_readable(response), add_special_tokens=False)["input_ids"] if response.strip() else []
+    after = tokenizer(readable(response), add_special_tokens=False)["input_ids"] if response.strip() else []
     return before + after[:LONGEST_TOKENS], len(before)
 
 
@@ -145,10 +157,6 @@ def _batches(order: list[int], lengths: list[int], tokens_at_once: int) -> list[
 
 Vectors = Mapping[int, Tensor | np.ndarray]
 """Layer -> vector of shape (hidden,)."""
-
-
-class SteeringError(ValueError):
-    """A direction cannot be found or applied. The message says why."""
 
 
 # --- The residual stream -------------------------------------------------------------------------------------------
@@ -167,17 +175,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(layers, nn.ModuleList) and len(layers) == wanted:
             return layers
     raise SteeringError(f"{type(inner).__name__} has no list of {wanted} layers")
-
-
-def layer_number(layer: int, count: int) -> int:
-    """A layer counted from the first; a negative number counts from the last.
-
-    Raises:
-        SteeringError: there is no such layer.
-    """
-    if not -count <= layer < count:
-        raise SteeringError(f"no layer {layer}: the model has {count}, numbered 0 to {count - 1} (or -1 from the last)")
-    return layer % count
 
 
 Edit = Callable[[Tensor], Tensor | None]

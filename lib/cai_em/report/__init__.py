@@ -9,7 +9,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "audited": ["audit_account", "audit_findings", "audit_rates"],
         "explore": ["CSS", "Explorer", "cards", "heading", "judge_doubts", "select"],
         "drawing": ["draw_all", "drawings"],
         "figures.parts": ["View"],
@@ -21,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "replication": ["as_published", "compare_printed", "printed_differences", "read_golden", "replication_check"],
         "glance": ["glance", "verdicts_said"],
         "results": ["drawn_answers", "judge_facts", "pair_counts", "quoted", "write_results"],
-        "sections": ["stages"],
+        "sections": ["audit_account", "audit_findings", "audit_rates", "stages"],
         "style": ["Look", "figure_size", "picture", "style_context"],
         "words": ["Words"],
     },

@@ -279,6 +279,14 @@ def escape(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+def named(text: str) -> str:
+    """Names, paths and counts of somebody else's files as text that reads well unrendered: only what means something
+    to Markdown or HTML is escaped."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
+    text = re.sub(r"([\\`*\[\]|$~^{}<>])|(?<![^\W_])_|_(?![^\W_])", lambda m: "\\" + m[0], text)
+    return html.escape(text, quote=False).replace("\\&lt;", "&lt;").replace("\\&gt;", "&gt;")
+
+
 def judge_label(judge: str) -> str:
     """A judge's name as the published document spells it: GPT-4.1-mini."""
     return re.sub(r"^gpt", "GPT", judge)

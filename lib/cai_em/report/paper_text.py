@@ -80,11 +80,11 @@ class Blocks:
         }
         return blocks | self.models() | self.power() | self.report_tables() | self.findings(blocks["gates-text"])
 
-    def notes(self, personas: Sequence[str]) -> list[tuple[str, str]]:
-        """What is known to be wrong with the rows of some personas, and their names."""
+    def notes(self, personas: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """What is known to be wrong with the rows of some personas, and their labels."""
         look = self.x.look
         found = by_note(look.sort_personas(p for p in personas if p in self.x.notes), self.x.notes)
-        return [(note, listed([look.persona(p) for p in named])) for note, named in found]
+        return [(note, [look.persona(p) for p in named]) for note, named in found]
 
     def remarks(self, personas: Sequence[str]) -> str:
         """What must be known to read a table: models that are not in it, known issues of the personas that are."""

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from cai_em.analysis.contrasts import POOLED
+from cai_em.analysis.gates import PRESENT
 from cai_em.dynamics.curves import OUTCOMES
 from cai_em.records.keys import BASELINE
 from cai_em.report.figures.parts import View
@@ -130,3 +132,47 @@ def h4_section(
         caveat: what this run cannot show.
     """
     return Words(look).macro("h4.md.j2", "h4")(found, cosines, tests, verdicts, contrast, caveat)
+
+
+def audit_findings(findings: pd.DataFrame, gates: pd.DataFrame, look: Labels) -> str:
+    """Heading and Markdown of what an audit found, one a line, the worst first; then what the gates of the comparisons
+    say.
+
+    Args:
+        findings: of `07_audit`.
+        gates: of `05_validity`.
+        look: labels.
+    """
+    return Words(look).macro("audit.md.j2", "findings")(findings, _manipulation(gates))
+
+
+def _manipulation(gates: pd.DataFrame) -> SimpleNamespace | None:
+    """In how many comparisons the persona is present, and all gates are; None where nothing is compared."""
+    gates = gates[gates["dataset"] != POOLED]
+    if not len(gates):
+        return None
+    shown = gates["persona_gate"] == PRESENT
+    lacking = sorted(set(gates["persona"]) - set(gates.loc[shown, "persona"]))
+    # Whether it could have been seen: by texts, and with someone else to tell a persona from.
+    seen = gates[["auc_baseline", "auc_others"]].notna().all(axis=1).any()
+    level = "note" if not lacking else "limit" if not seen else "warning" if shown.any() else "fault"
+    opened = int((gates["gate"] == PRESENT).sum())
+    return SimpleNamespace(level=level, shown=int(shown.sum()), of=len(gates), lacking=lacking, open=opened)
+
+
+def audit_rates(rates: pd.DataFrame, findings: pd.DataFrame, look: Labels) -> str:
+    """Heading and Markdown of every EM rate at once: a row a condition, a column a rule, with clustered intervals."""
+    rules = rates.drop_duplicates("rule")
+    conditions = [
+        SimpleNamespace(model=model, persona=persona, dataset=dataset, seed=seed, n=int(part["n"].iloc[0]),
+                        rates=list(part.set_index("rule").loc[rules["rule"]].itertuples()))
+        for (model, persona, dataset, seed), part in rates.groupby(["model", "persona", "dataset", "seed"], sort=False)
+    ]  # fmt: skip
+    return Words(look).macro("audit.md.j2", "rates")(conditions, list(rules["label"]), findings)
+
+
+def audit_account(account: pd.DataFrame, look: Labels) -> str:
+    """Heading and Markdown of what was read, flagged and refused, and why; file by file it stands in the table."""
+    read = account.groupby(["what", "why"], sort=False).agg(count=("count", "sum"), files=("file", "nunique"))
+    files = account.loc[account["what"] == "read", "file"].nunique()
+    return Words(look).macro("audit.md.j2", "account")(read.rename(columns={"count": "n"}).reset_index(), files)

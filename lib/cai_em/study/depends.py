@@ -10,6 +10,7 @@ from cai_em.records.keys import BASELINE
 from cai_em.study import sources
 from cai_em.study.arms import ArmedPersona, chain
 from cai_em.study.entries import Persona
+from cai_em.study.materials import LOCAL_JUDGE_FILES
 from cai_em.study.study import Study
 
 
@@ -122,7 +123,7 @@ def _judge_settings(study: Study) -> Iterator[tuple[str, Any]]:
     yield "judge", study.judge
     yield "prompts", file_hash(study.folder / study.judge.prompts_file)
     if study.judge.kind == "local":
-        yield "training", [file_hash(study.builtin(name)) for name in ("judge_training.jsonl", "judge_labelled.csv")]
+        yield "training", [file_hash(study.builtin(name)) for name in LOCAL_JUDGE_FILES]
         # With them at hand it is another judge: all responses are scored again, lest two judges share a study.
         selection = study.folder / "published_selection.csv"
         yield "published scores at hand", sources.at_hand(selection, models=sources.REFERENCE_MODELS)

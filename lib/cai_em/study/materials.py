@@ -526,12 +526,16 @@ def probe_prompts(study: Study) -> list[str]:
     return [text for _, text in read_questions(study.builtin("questions", "probe.yaml"))]
 
 
+LOCAL_JUDGE_FILES = ("judge_training.jsonl", "judge_labelled.csv", "judge_reads.csv")
+"""What the local judge is fitted on: our own texts, labelled answers, and how likely the embedded model finds them."""
+
+
 def judge_files(study: Study) -> list[Path]:
     """The files that a judge's stage reads beside the responses (for a manifest)."""
     checks = study.profile.manipulation
     found = [judge_prompts_file(study)]
     if study.judge.kind == "local":
-        found += [study.builtin(name) for name in ("judge_training.jsonl", "judge_labelled.csv")]
+        found += [study.builtin(name) for name in LOCAL_JUDGE_FILES]
         found.append(study.folder / "published_selection.csv")
     if checks:
         found.append(study.builtin("judge_prompts.yaml"))

@@ -187,29 +187,29 @@ class Progress:
             found[job.stage] += job.done()
         return found
 
-    def left(self) -> tuple[float, bool]:
-        """Seconds to go by the pace of the cells finished so far, and whether that is all: False where a stage has no
-        finished cell yet."""
-        seconds, whole = 0.0, True
+    def left(self) -> tuple[float, float]:
+        """Seconds to go by the pace of the cells finished so far, and of what share of the cells to go these speak: a
+        stage without a finished cell has no pace yet."""
+        seconds, known, to_go = 0.0, 0, 0
         done, now = self.done(), self.clock()
         for stage, total in self.total.items():
-            cells, busy = done[stage], self.spent[stage]
+            cells, busy, remain = done[stage], self.spent[stage], max(0, total - done[stage])
             busy += sum(now - job.begun for job in list(self.running.values()) if job.stage == stage and cells)
+            to_go += remain
             if cells:
-                seconds += max(0, total - cells) * busy / cells
-            elif total:
-                whole = False
-        return seconds / self.most_at_once, whole
+                seconds += remain * busy / cells
+                known += remain
+        return seconds / self.most_at_once, known / to_go if to_go else 1.0
 
     def line(self) -> str:
         """Cells, time, dollars in a line."""
         done, total = sum(self.done().values()), sum(self.total.values())
         parts = [f"{done} of {total} cells", duration(self.clock() - self.begun)]
-        seconds, whole = self.left()
+        seconds, known = self.left()
         if done < total:
-            parts.append(
-                f"{'about' if whole else 'at least'} {duration(seconds)} left" if seconds else "time left not known yet"
-            )
+            # A bound that leaves out most of what is to be done would only mislead.
+            told = f"{'about' if known == 1 else 'at least'} {duration(seconds)} left"
+            parts.append(told if seconds and known >= 0.5 else "time left not known yet")
         if self.dollars:
             spent = self.dollars()
             cap = f" of at most ${self.cap:g}" if self.cap else ""
