@@ -405,7 +405,7 @@ class TestReads:
         def not_again(model, tokenizer, prompts, responses):
             raise AssertionError(f"not in the file: {responses[0]!r}; run python -m cai_em.judge.rater")
 
-        monkeypatch.setattr(activations, "mean_logprobs", not_again)
+        monkeypatch.setattr("cai_em.model.mean_logprobs", not_again)
         path = demo.builtin("judge_reads.csv")
         ready = self.made_ready(demo, path, builtin, tmp_path)
         assert ready.local.coherence.separates["word salad"] > 0.95

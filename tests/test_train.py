@@ -377,6 +377,25 @@ def test_gradient_accumulation_is_one_larger_batch(cache, tokenizer, tmp_path):
         assert float((b - tensors[1][module][1]).abs().median()) < 1e-4
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_share_of_the_change_is_kept(cache, tokenizer, tmp_path, persona, stacked):
+    """Half way from the model before: B by half, the persona as it was, and what is held out measured on what is saved."""
+    found, losses = {}, {}
+    for share in (1.0, 0.5):
+        model = load.load_model(TINY, cache_dir=cache)
+        preset = sft(epochs=4, held_out=0.25, share_kept=share)
+        result = train.train_sft(
+            model, tokenizer, ROWS, preset, tmp_path / str(share), persona_dir=persona.adapter if stacked else None
+        )
+        found[share], losses[share] = adapters.read_adapter(result.adapter), result.held_out
+    assert losses[1.0]["after"] < losses[0.5]["after"] < losses[1.0]["before"]
+    for module, (a, b) in found[1.0].modules.items():
+        assert torch.equal(found[0.5].modules[module][0], a)
+        assert torch.equal(found[0.5].modules[module][1], b / 2)
+    with pytest.raises(ValueError, match="share_kept below 1 with checkpoints"):
+        sft(share_kept=0.5, checkpoints=[1])
+
+
 def test_checkpoints_on_schedule(model, tokenizer, tmp_path):
     preset = sft(epochs=3, checkpoints=[1, 2, 5])
     result = train.train_sft(model, tokenizer, ROWS, preset, tmp_path / "cell" / "adapter")

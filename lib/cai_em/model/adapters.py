@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -224,6 +225,18 @@ def write_adapter(
         (part / CONFIG).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
         (part / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner may read
     return folder
+
+
+@torch.no_grad()
+def keep_share(model: PeftModel, name: str, share: float) -> None:
+    """Leave a share of what an adapter changes: between the model without it (0) and with it (1).
+
+    Weights on the line between a model and its fine-tuning: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903, eq. 1). B
+    is scaled, so that the adapter's file hash says it.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_B:
+            module.lora_B[name].weight.mul_(share)
 
 
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:

@@ -335,6 +335,11 @@ class TrainingPreset(Strict):
         description="compute activations twice to save memory; auto: where a GPU's is too small",
     )
     backend: Literal["auto", "trl", "unsloth"] = "auto"
+    share_kept: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="of the trained change, on the line from the model before (WiSE-FT, Wortsman et al. 2022, "
+        "arXiv 2109.01903): a model that is still itself where it was not trained",
+    )
 
 
 class DpoPreset(TrainingPreset):
@@ -389,6 +394,12 @@ class SftPreset(TrainingPreset):
     introspection: IntrospectionPreset | None = Field(
         default=None, description="of a persona's second stage: its rows are what the persona says of itself"
     )
+
+    @model_validator(mode="after")
+    def _whole_course(self) -> SftPreset:
+        if self.checkpoints and self.share_kept < 1:
+            raise ValueError("share_kept below 1 with checkpoints: the last adapter would not be what they lead to")
+        return self
 
 
 class SamplingPreset(Strict):

@@ -151,6 +151,7 @@ def train_dpo(
             prepared = time.perf_counter()
             log = _train(trainer, watch)
         done = time.perf_counter()
+        adapters.keep_share(trained, DPO_ADAPTER, preset.share_kept)
         adapters.save_adapter(trained, DPO_ADAPTER, out)
     finally:
         _give_back(model, trained)
@@ -273,6 +274,7 @@ def train_sft(
             prepared = time.perf_counter()
             log = _train(trainer, watch)
             done = time.perf_counter()
+            adapters.keep_share(stacked, here, preset.share_kept)
             if held_rows:
                 held_out["after"] = _held_out(stacked, tokenizer, held_rows, preset)
         evaluated = time.perf_counter()
