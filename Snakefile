@@ -197,6 +197,7 @@ rule finetune:
     log:
         f"{R}/logs/02_finetune/{{model}}/{{persona}}/job{{part}}.log",
     threads: HEAVY
+    priority: 8 # before sampling: left for last, the longest chain of jobs ends on one worker while the others wait
     resources:
         gpu=GPU,
     shell:
