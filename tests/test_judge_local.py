@@ -149,7 +149,7 @@ def test_fluent_answers_to_another_question_are_told_by_relevance_alone():
 
 
 def test_relevance_by_hand():
-    """Own question less the first question of the pool that is not the own one; without another there is no relevance."""
+    """Own question less the first of the pool that is another; without another there is no relevance."""
     table = {("a", "x"): -1.0, ("b", "x"): -3.0, ("c", "x"): -5.0, ("a", "y"): -2.0, ("b", "y"): -2.0, ("c", "y"): -2.5}
     logprobs = lambda prompts, texts: np.array([table.get((p, t), np.nan) for p, t in zip(prompts, texts)])  # noqa: E731
     judged = LocalJudge(AlignmentModel(TRAINING), SCALE, logprobs, pool=("a", "b", "c"))

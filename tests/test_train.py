@@ -379,7 +379,7 @@ def test_gradient_accumulation_is_one_larger_batch(cache, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_share_of_the_change_is_kept(cache, tokenizer, tmp_path, persona, stacked):
-    """Half way from the model before: B by half, the persona as it was, and what is held out measured on what is saved."""
+    """Half way from the model before: B by half; what is held out is measured on what is saved."""
     found, losses = {}, {}
     for share in (1.0, 0.5):
         model = load.load_model(TINY, cache_dir=cache)

@@ -75,16 +75,19 @@ def mean_logprobs(
         for n, row in enumerate(some):
             ids[n, : row.length] = torch.tensor(row.tokens)
             mask[n, : row.length] = 1
-        given = {"attention_mask": mask.to(device)}
+        given = {"attention_mask": mask}
         if any(len(row.answers) > 1 for row in some):
-            given = {n: t.to(device) for n, t in _side_by_side(some, width, next(model.parameters()).dtype).items()}
+            given = _side_by_side(some, width, next(model.parameters()).dtype)
+        kept = torch.arange(width)
+        if isinstance(model, PreTrainedModel):  # a fifth of a small model is the vocabulary: not over the prompts
+            kept = torch.tensor(sorted({at for row in some for _, places, _ in row.foretold() for at in places}))
+            given["logits_to_keep"] = kept
+        place = {at: k for k, at in enumerate(kept.tolist())}
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), **given).logits
+            logits = model(input_ids=ids.to(device), **{n: t.to(device) for n, t in given.items()}).logits
         for n, row in enumerate(some):
-            for i, at, answer in row.answers:
-                # the logits at one position foretell the token at the next; the first, those at the prompt's end
-                places = [row.prompt - 1, *range(at, at + len(answer) - 1)]
-                foretold = logits[n, places].float().log_softmax(-1)
+            for i, places, answer in row.foretold():
+                foretold = logits[n, [place[at] for at in places]].float().log_softmax(-1)
                 targets = torch.tensor(answer, device=foretold.device)
                 result[i] = float(foretold.gather(-1, targets[:, None]).double().mean())
         progress(sum(len(row.answers) for row in some))
@@ -107,6 +110,14 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    def foretold(self) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Of each answer: which, where its tokens are foretold, and the tokens.
+
+        The logits at one position foretell the token at the next; an answer's first, those at the prompt's end.
+        """
+        for i, at, answer in self.answers:
+            yield i, [self.prompt - 1, *range(at, at + len(answer) - 1)], answer
 
 
 def _rows(sequences: Sequence[tuple[list[int], int]], names: Sequence[int], most: int) -> list[_Row]:
