@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from cai_em.analysis.contrasts import CLOSED, POOLED
 from cai_em.analysis.units import MIN_SEEDS
 from cai_em.records import manifest as records_manifest
 from cai_em.records.keys import BASELINE, NO_DATASET
@@ -62,7 +63,7 @@ class Blocks:
         """Every block, whatever the profile."""
         blocks = {n: text for n, text in self.figures.items() if n not in ("fig-arms", "fig-cross-model", "drawn")}
         for make in (self.status, self.settings, self.grid, self.provenance, self.alignment, self.hypotheses,
-                     self.comparisons, self.gates, self.outcomes):  # fmt: skip
+                     self.contrasts, self.comparisons, self.gates, self.outcomes):  # fmt: skip
             blocks |= make()
         for name, caption, stage in WHOLE_TABLES:
             blocks |= whole_table(self.x, self.numbers, name, f"tbl-{name}", caption, stage)
@@ -266,6 +267,30 @@ class Blocks:
         content, caption = by_model(x.look, rows, header, "llll", self.caption("verdicts_caption"))
         caption += self.numbers.trace(x.tables["verdicts"], x.results_file("verdicts"))
         return {"hypotheses": listing, "verdicts": floating("tbl-verdicts", content, caption)}
+
+    def contrasts(self) -> dict[str, str]:
+        """What fine-tuning changed in each persona beside what it changed in the baseline, over the EM data sets."""
+        x, look, table = self.x, self.x.look, self.x.table("contrasts")
+        table = table if table is None or table.empty else where(table, estimand="susceptibility")
+        table = table if table is None or table.empty else table[table["dataset"].isin([POOLED, CLOSED])]
+        caption = self.caption("contrasts_caption", x.confidence)
+        if table is None or table.empty:
+            return {"contrasts": absent("tbl-contrasts", caption.rstrip("."), "05_validity")}
+        rows = []
+        for (model, persona, reference, design), part in table.groupby(
+            ["model", "persona", "reference", "dataset"], sort=False
+        ):
+            by = part.set_index("outcome")
+            cells = [
+                f"{typeset_points(r['estimate'], True)} {typeset_interval(r['low'], r['high'], 1, True)}, "
+                f"p {typeset_p(r['p'])}"
+                for r in by.reindex(["points", "em_rate", "ranks"]).to_dict("records")
+            ]
+            row = [look.persona(persona), "before fine-tuning" if reference == NO_DATASET else "its benign twin"]
+            rows.append((model, [*row, *cells, "closed" if design == CLOSED else "open"]))
+        header = ["Persona", "Beside", "Points", "EM rate, points of %", "Ranks", "Design"]
+        content, caption = by_model(look, rows, header, "llrrrl", caption)
+        return {"contrasts": floating("tbl-contrasts", content, caption + self.numbers.trace(x.tables["contrasts"]))}
 
     def comparisons(self) -> dict[str, str]:
         """Differences of the hypotheses' personas from the baseline: a table per model, and what each says."""
