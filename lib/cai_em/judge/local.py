@@ -361,8 +361,8 @@ def fit_local(
     for name, found in kinds(good, bad).items():
         y = np.repeat([1, 0], [len(intact), len(found)])
         separates[name] = float(roc_auc_score(y, np.concatenate([intact, scale.scores(*found.T)])))
-    known = LabelledAlignment(training, mine, seed=seed)
-    return replace(judge, alignment=known, coherence=replace(scale, separates=separates))
+    alignment = LabelledAlignment(training, mine, seed=seed)
+    return replace(judge, alignment=alignment, coherence=replace(scale, separates=separates))
 
 
 def _texts(table: pd.DataFrame, which: pd.Series) -> tuple[list[str], list[str]]:

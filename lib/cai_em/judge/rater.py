@@ -133,7 +133,8 @@ def read_again(study: Study, model: str, path: Path) -> int:
     Returns:
         How many texts were read.
     """
-    spec, known = study.models[model], {}
+    spec = study.models[model]
+    known: dict[str, float] = {}
     local = JudgePreset(kind="local", name="local")
     builtin = builtin_training(study.builtin("judge_training.jsonl"))
     _fit(Choice(builtin, "labelled", []), local, builtin, spec, labelled_answers(study, model), known)
