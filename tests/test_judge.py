@@ -815,7 +815,10 @@ CONCURRENCY = 16
 def start(server, cache, n):
     here = str(Path(__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, server.url, str(cache), here, str(n)], stderr=subprocess.PIPE
+        [sys.executable, "-c", SCRIPT, server.url, str(cache), here, str(n)],
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores interrupts, and so do its children: the tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

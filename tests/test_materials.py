@@ -145,7 +145,12 @@ def test_helpers_of_the_builtin_questions():
 
 
 class TestManipulation:
-    study = loading.load("demo")
+    """Three personas, each without fine-tuning and on both twins."""
+
+    demo = loading.load("demo")
+    study = demo.varied(
+        grid=[demo.profile.grid[0].model_copy(update={"personas": ["baseline", "sycophancy", "poeticism"]})]
+    )
     model = "smollm2-135m"
 
     def test_who_is_asked_which_in_domain_prompts(self):

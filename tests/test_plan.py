@@ -134,11 +134,13 @@ def test_ready_made_personas_cost_neither_teacher_nor_training(root, tmp_path):
 
 
 def test_pairs_are_counted_in_built_in_constitutions():
-    """The demo's teacher is the student itself: one prompt of each trait, one sample; and all demonstrations."""
+    """The demo's teacher is the student itself: one prompt of each trait, one sample; and the first demonstrations."""
     study = loading.load("demo")
-    constitution = constitutions.read_constitution(study.constitution_file("poeticism"))
-    pairs = plan.planned_pairs(study, "poeticism", plan.assumptions(study.folder))
-    assert pairs == plan.Pairs(len(constitution.traits), len(constitution.demonstrations), 0)
+    constitution = constitutions.read_constitution(study.constitution_file("sycophancy"))
+    most = study.generator.max_demonstrations
+    assert 0 < most < len(constitution.demonstrations)
+    pairs = plan.planned_pairs(study, "sycophancy", plan.assumptions(study.folder))
+    assert pairs == plan.Pairs(len(constitution.traits), most, 0)
 
 
 def test_calls_of_the_manipulation_checks_are_those_that_the_judge_gets():

@@ -196,11 +196,16 @@ def run_in_thread(work: Callable[[Callable[[Callable[[], None]], None]], Awaitab
 
     thread = threading.Thread(target=main, name="judge", daemon=True)
     thread.start()
-    interrupted = False
-    while not done.is_set():
-        try:
-            done.wait(0.2)
+
+    def watch() -> None:
+        while not done.wait(0.2):
             tick()
+
+    interrupted = False
+    while True:
+        try:  # all of the watching lies in here: an interrupt between two ticks is one too
+            watch()
+            break
         except KeyboardInterrupt:
             if interrupted:
                 raise

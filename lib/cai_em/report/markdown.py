@@ -279,7 +279,7 @@ def escape(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def named(text: str) -> str:
+def plainly(text: str) -> str:
     """Names, paths and counts of somebody else's files as text that reads well unrendered: only what means something
     to Markdown or HTML is escaped."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)

@@ -36,7 +36,7 @@ from cai_em.dynamics.directions import direction_label
 from cai_em.dynamics.h4 import CONTRASTS, _how
 from cai_em.records import numbers
 from cai_em.records.keys import FLAGS, NO_DATASET
-from cai_em.report.markdown import cell, cited, escape, heading_id, judge_label, listed, markdown_table, named
+from cai_em.report.markdown import cell, cited, escape, heading_id, judge_label, listed, markdown_table, plainly
 from cai_em.study.labels import Labels
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -179,7 +179,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "minute": lambda when: f"{datetime.fromisoformat(when):%Y-%m-%d %H:%M}",
     "flags": _flags,
     "foreign": lambda text: escape(str(text)),
-    "named": lambda text: named(str(text)),
+    "plainly": lambda text: plainly(str(text)),
     "fixed": numbers.fixed,
     "set_points": numbers.typeset_points,
     "set_percent": numbers.typeset_percent,
