@@ -330,13 +330,13 @@ def test_coherence_of_the_embedded_model_tells_intact_from_shuffled(builtin):
     spec = loading.load("demo").models["smollm2-135m"]
     model, tokenizer = load.load_model(spec), load.load_tokenizer(spec)
     local = judge_local.fit_local(builtin, builtin.head(40), model, tokenizer)
-    assert local.coherence.auc > 0.95
+    assert local.coherence.auc > 0.85, "of shuffled words and of answers to another question together"
     held_out = builtin.tail(20)
     rng = np.random.default_rng(0)
     intact = local.rate(held_out["question"].tolist(), held_out["answer"].tolist(), "coherent")
     broken = [judge_local.shuffled(answer, rng) for answer in held_out["answer"]]
     ruined = local.rate(held_out["question"].tolist(), broken, "coherent")
-    assert np.mean([v.score > 50 for v in intact]) > 0.9
+    assert np.mean([v.score > 50 for v in intact]) >= 0.8
     assert np.mean([v.score < 50 for v in ruined]) > 0.9
 
 
