@@ -303,7 +303,7 @@ def _verdicts(scores: np.ndarray, responses: list[str]) -> list[Judgement]:
 def fit_local(
     training: pd.DataFrame,
     calibration: pd.DataFrame,
-    model: torch.nn.Module | None,
+    model: torch.nn.Module,
     tokenizer: object,
     *,
     trained_on: str = "builtin",

@@ -19,7 +19,7 @@ from cai_em.judge.agreement import Choice, JudgeQuality, choose_judge, labelled_
 from cai_em.judge.local import LocalJudge, fit_local
 from cai_em.judge.prompts import JudgePrompts
 from cai_em.model.load import load_model, load_tokenizer, weight_files
-from cai_em.records.files import atomic, file_hash, text_hash
+from cai_em.records.files import atomic, file_hash_once, text_hash
 from cai_em.study.entries import JudgePreset, ModelSpec
 from cai_em.study.loading import load
 from cai_em.study.materials import builtin_training, labelled_answers
@@ -113,7 +113,8 @@ def _fit(
 
 def _weights(spec: ModelSpec) -> str:
     """Names a local model by its weights; empty for a hub model, whose files are not read for a name."""
-    return text_hash(" ".join(file_hash(path) for path in weight_files(spec)))[:16] if weight_files(spec) else ""
+    hashes = [file_hash_once(path) for path in weight_files(spec)]
+    return text_hash(" ".join(hashes))[:16] if hashes else ""
 
 
 def known_reads(path: Path, spec: ModelSpec) -> dict[str, float]:

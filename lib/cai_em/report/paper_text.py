@@ -271,9 +271,9 @@ class Blocks:
     def contrasts(self) -> dict[str, str]:
         """What fine-tuning changed in each persona beside what it changed in the baseline, over the EM data sets."""
         x, look, table = self.x, self.x.look, self.x.table("contrasts")
-        table = table if table is None or table.empty else where(table, estimand="susceptibility")
-        table = table if table is None or table.empty else table[table["dataset"].isin([POOLED, CLOSED])]
         caption = self.caption("contrasts_caption", x.confidence)
+        if table is not None and len(table):
+            table = table[(table["estimand"] == "susceptibility") & table["dataset"].isin([POOLED, CLOSED])]
         if table is None or table.empty:
             return {"contrasts": absent("tbl-contrasts", caption.rstrip("."), "05_validity")}
         rows = []

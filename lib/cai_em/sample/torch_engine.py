@@ -177,7 +177,7 @@ def _grown(
     new, cache = (ids, DynamicCache(config=model.config)) if cache is None else (ids[:, -1:], cache)
     going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(sampler.decoding.max_new_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        positions = _positions(mask)[:, -new.shape[1] :]
         logits = model(
             input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         ).logits[:, -1]
@@ -206,6 +206,11 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Te
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def _positions(mask: Tensor) -> Tensor:
+    """Where each token stands in its row, padding on the left not counted; shape of the mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def _read_once(model: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
     """Keys and values of the prompts but for their last tokens, each different prompt read once.
 
@@ -216,8 +221,7 @@ def _read_once(model: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
         return None
     ids, mask = different[:, : ids.shape[1] - 1], different[:, ids.shape[1] : -1]
     cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, logits_to_keep=1)
     cache.batch_select_indices(row_of)
     return cache
 
