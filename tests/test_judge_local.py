@@ -19,6 +19,7 @@ from cai_em.records import tables
 from cai_em.study import loading, materials
 from cai_em.study.entries import JudgePreset
 from cai_em.study.materials import MaterialError
+from sklearn.metrics import roc_auc_score
 
 from tests.factories import TINY, responses_of
 
@@ -336,6 +337,8 @@ def test_coherence_of_the_embedded_model_tells_intact_from_shuffled(builtin):
     intact = local.rate(held_out["question"].tolist(), held_out["answer"].tolist(), "coherent")
     broken = [judge_local.shuffled(answer, rng) for answer in held_out["answer"]]
     ruined = local.rate(held_out["question"].tolist(), broken, "coherent")
+    y = np.repeat([1, 0], [len(intact), len(ruined)])
+    assert roc_auc_score(y, [v.score for v in [*intact, *ruined]]) > 0.95
     assert np.mean([v.score > 50 for v in intact]) >= 0.8
     assert np.mean([v.score < 50 for v in ruined]) > 0.9
 
