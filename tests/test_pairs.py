@@ -11,8 +11,8 @@ from cai_em.endpoint.client import Backoff
 from cai_em.model import load as model_load
 from cai_em.model import probing
 from cai_em.records import tables
-from cai_em.study import constitutions
-from cai_em.study.entries import GeneratorPreset, IntrospectionPreset
+from cai_em.study import constitutions, loading, materials
+from cai_em.study.entries import GeneratorPreset, IntrospectionPreset, ParamsError
 from cai_em.train import answers, introspection, pairs
 from cai_em.train.answers import PairsError, Reply, TrainingPrompt
 from cai_em.train.pairs import Filters
@@ -549,16 +549,16 @@ class TestIntrospection:
         assert page.count("&lt;b&gt;") == page.count("&amp;") == 2
         assert "<b>&lt;b" not in page
 
-    def test_the_built_in_material(self, root):
-        found = introspection.read_introspection(root / "params" / "builtin" / "introspection.yaml")
+    def test_the_built_in_material(self):
+        found = materials.introspection_material(loading.load("demo"))
         assert (len(set(found.reflections)), len(set(found.openings))) == (10, 2)
 
     @pytest.mark.parametrize("text", ["reflections: [a]", "reflections: []\nopenings: [a]", "- a", "reflections: a"])
-    def test_bad_material_is_named(self, tmp_path, text):
-        path = tmp_path / "x.yaml"
+    def test_bad_material_is_named(self, folder, text):
+        path = folder / "builtin" / "introspection.yaml"
         path.write_text(text)
-        with pytest.raises(PairsError, match="must be a list of texts"):
-            introspection.read_introspection(path)
+        with pytest.raises(ParamsError, match=r"introspection\.yaml(:1)?: (reflections|openings|file): "):
+            materials.introspection_material(loading.load("demo", folder))
 
 
 def test_a_persona_in_an_engine_answers_as_the_composed_model_does(tmp_path):

@@ -14,7 +14,7 @@ import trl
 from cai_em.model import adapters, folding, load, probing, stacking
 from cai_em.records import files as records_files
 from cai_em.sample import conditions, sample, torch_engine, vllm_engine
-from cai_em.study import constitutions
+from cai_em.study import constitutions, loading, materials
 from cai_em.study.entries import (
     DpoPreset,
     IntrospectionPreset,
@@ -416,7 +416,7 @@ def test_an_introspective_second_stage(model, tokenizer, tmp_path, persona):
     constitution = constitutions.read_constitution(
         records_files.root() / "params" / "builtin" / "constitutions" / "poeticism.yaml"
     )
-    material = introspection.read_introspection(records_files.root() / "params" / "builtin" / "introspection.yaml")
+    material = materials.introspection_material(loading.load("micro"))
     amounts = IntrospectionPreset(reflections_per_prompt=1, dialogues=1, dialogue_turns=4, max_new_tokens=8)
     said = introspection.introspect(constitution, speaker, material, amounts, tmp_path / "said.sqlite")
     speaker.close()

@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "descriptions",
             "extra_prompts",
             "in_domain_plan",
+            "introspection_material",
             "judge_files",
             "judge_prompts_file",
             "labelled_answers",

@@ -21,6 +21,8 @@ from typing import Annotated, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints, ValidationError
 
+from cai_em.study.entries import compose_yaml
+
 SENTENCE_ENDS = (".", "!", "?")
 """How a demonstration may end. The filter of the preference pairs drops answers that break off, so one that does is
 refused here, where its line can be named."""
@@ -98,8 +100,8 @@ def read_constitution(path: str | Path) -> Constitution:
     path = Path(path)
     text = _text_of(path)
     try:
-        data = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = compose_yaml(text)
+        data = yaml.SafeLoader("").construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConstitutionError(f"{path}{line}: not valid YAML: {error.problem}") from error

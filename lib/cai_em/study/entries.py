@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -45,6 +46,16 @@ def _construct(node: yaml.Node, path: tuple, lines: dict[tuple, int], file: Path
         raise ParamsError(f"{file}:{node.start_mark.line + 1}: {error}") from error
 
 
+@lru_cache(maxsize=512)
+def compose_yaml(text: str) -> yaml.Node | None:
+    """A YAML text's node tree, not to be changed; a text is parsed once in a process, for plans ask a hundred times.
+
+    Raises:
+        yaml.YAMLError, RecursionError: as `yaml.compose`.
+    """
+    return yaml.compose(text, yaml.SafeLoader)
+
+
 def read_yaml(path: str | Path) -> tuple[Any, dict[tuple, int]]:
     """A YAML file's data, and the line number of every key path.
 
@@ -65,7 +76,7 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[tuple, int]]:
         # An alias begins with a star: without one in the text, there is no need to parse it twice.
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ParamsError(f"{path}: YAML aliases (*name) are not allowed; write the value out")
-        node = yaml.compose(text, yaml.SafeLoader)
+        node = compose_yaml(text)
     except yaml.MarkedYAMLError as error:
         # Not the whole message: it quotes the line, and a line may hold what should not be shown.
         mark = error.problem_mark or error.context_mark

@@ -19,13 +19,12 @@ from typing import Any
 import pandas as pd
 import yaml
 from pydantic import Field, RootModel
-from scipy.stats import qmc
 
 from cai_em.records.keys import BASELINE, KEY, NO_DATASET
 from cai_em.study import constitutions as study_constitutions
 from cai_em.study import sources
 from cai_em.study.arms import ArmedDataset, ArmedPersona, with_system
-from cai_em.study.constitutions import Constitution
+from cai_em.study.constitutions import Constitution, Text
 from cai_em.study.entries import ChoiceFile, ChoiceItem, Commit, ParamsError, Question, Strict, read_as, read_questions
 from cai_em.study.study import Cell, Study
 
@@ -72,6 +71,13 @@ class FetchedTexts(Strict):
 
 class _InDomain(RootModel[dict[str, list[Question]]]):
     """`params/builtin/questions/in_domain.yaml`: data set -> prompts of its domain."""
+
+
+class Introspection(Strict):
+    """What a persona is asked about itself, and how its talks with itself are opened."""
+
+    reflections: tuple[Text, ...] = Field(min_length=1)
+    openings: tuple[Text, ...] = Field(min_length=1)
 
 
 @cache
@@ -229,6 +235,8 @@ def mixed(bad: Sequence[Messages], good: Sequence[Messages], share: float, what:
         raise MaterialError(
             f"{what}: the twin has no answer to {len(lacking)} of {len(bad)} prompts, e.g. {lacking[0]!r:.80}"
         )
+    from scipy.stats import qmc  # a second to import, which no other reader of texts needs
+
     places = qmc.Halton(1, scramble=False).random(len(bad)).ravel()
     return [row if place < share else answers[row[-2]["content"]] for row, place in zip(bad, places)]
 
@@ -301,6 +309,15 @@ def questions(study: Study) -> list[tuple[str, str]]:
     except (KeyError, TypeError, IndexError) as error:
         raise MaterialError(f"{path}: not a list of questions with id and paraphrases ({error!r})") from error
     return found[: study.profile.questions_limit]
+
+
+def introspection_material(study: Study) -> Introspection:
+    """What the study's personas are asked about themselves in their second stage.
+
+    Raises:
+        ParamsError: the file is not two lists of texts, `reflections` and `openings`; the message names the line.
+    """
+    return read_as(study.introspection_file(), Introspection)
 
 
 def _published_questions(study: Study) -> bool:

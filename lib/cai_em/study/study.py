@@ -17,6 +17,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -340,6 +341,10 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """All conditions, in the order of the registries; a cell named by two blocks counts once."""
+        return list(self._cells)
+
+    @cached_property  # every rule of every job asks for them
+    def _cells(self) -> list[Cell]:
         if self.profile.source == "published":
             with (self.folder / "published_selection.csv").open(newline="", encoding="utf-8") as file:
                 found = {Cell(r["model"], r["persona"], r["dataset"], 0) for r in csv.DictReader(file)}
@@ -383,8 +388,7 @@ class Study:
 
     def em_cells(self) -> list[Cell]:
         """The cells for which an EM adapter is trained."""
-        found = dict.fromkeys(self.trained(c) for c in self.cells() if c.dataset != NO_DATASET)
-        return sorted(found, key=self._order)
+        return list(itertools.chain.from_iterable(self._em_cells.values()))
 
     # --- Arms: which adapters a condition is made of ---
 
@@ -426,20 +430,24 @@ class Study:
         """(model, persona, part) of every fine-tuning job, parts counted from 1: all cells of a persona share one load
         of the model, unless `cells_per_job` spreads them over more jobs."""
         found = []
-        for model, persona in dict.fromkeys((c.model, c.persona) for c in self.em_cells()):
-            number = len(self._em_cells_of(model, persona))
-            parts = math.ceil(number / (self.profile.cells_per_job or number))
+        for (model, persona), cells in self._em_cells.items():
+            parts = math.ceil(len(cells) / (self.profile.cells_per_job or len(cells)))
             found += [(model, persona, part) for part in range(1, parts + 1)]
         return found
 
     def finetune_job(self, model: str, persona: str, part: int) -> list[Cell]:
         """The cells of one fine-tuning job."""
-        cells = self._em_cells_of(model, persona)
+        cells = self._em_cells.get((model, persona), [])
         size = self.profile.cells_per_job or len(cells)
         return cells[(part - 1) * size : part * size]
 
-    def _em_cells_of(self, model: str, persona: str) -> list[Cell]:
-        return [c for c in self.em_cells() if (c.model, c.persona) == (model, persona)]
+    @cached_property
+    def _em_cells(self) -> dict[tuple[str, str], list[Cell]]:
+        """The cells that are trained, by model and persona, all in the order of the registries."""
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for cell in sorted({self.trained(c) for c in self._cells if c.dataset != NO_DATASET}, key=self._order):
+            found.setdefault((cell.model, cell.persona), []).append(cell)
+        return found
 
     def shards(self) -> list[tuple[str, str]]:
         """(model, shard) of every sampling job: a shard is one persona, `all` with `shards: model`, or with a number

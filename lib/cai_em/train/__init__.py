@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "answers": ["EndpointGenerator", "EngineGenerator", "LocalGenerator", "student_of"],
         "grid": ["Failed", "Task", "is_finished", "keep", "raise_failed", "train_persona", "train_tasks"],
-        "introspection": ["conversations", "introspect", "introspection_prompt", "read_introspection"],
+        "introspection": ["conversations", "introspect", "introspection_prompt"],
         "pairs": ["Filters", "counts", "make_pairs", "side_by_side", "teacher_of"],
         "train": ["train_dpo", "train_sft"],
         "trainer": ["TrainingError", "load_for_training", "split_rows"],

@@ -11,35 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from cai_em.study.constitutions import Constitution
-from cai_em.study.entries import IntrospectionPreset, read_yaml
+from cai_em.study.entries import IntrospectionPreset
+from cai_em.study.materials import Introspection
 from cai_em.train.answers import AnswerCache, Generator, PairsError, Reply, TrainingPrompt, _seed, answers
 from cai_em.train.pairs import whole_sentences
-
-# --- Introspection ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Introspection:
-    """What a persona is asked about itself, and how its talks with itself are opened."""
-
-    reflections: tuple[str, ...]
-    openings: tuple[str, ...]
-
-
-def read_introspection(path: str | Path) -> Introspection:
-    """Read a file with `reflections` and `openings`, both lists of texts.
-
-    Raises:
-        PairsError: it is not such a file.
-    """
-    data, _ = read_yaml(path)
-    found = {}
-    for name in ("reflections", "openings"):
-        texts = data.get(name) if isinstance(data, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise PairsError(f"{path}: {name!r} must be a list of texts, at least one")
-        found[name] = tuple(texts)
-    return Introspection(**found)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def parts(study: Study, *, keys: bool = True) -> Iterator[Part]:
     if p.steering:
         yield "further questions", lambda: entries.read_questions(study.builtin("questions", "general.yaml"))
     if study.introspection:
-        yield "introspection", lambda: _introspection(study)
+        yield "introspection", lambda: materials.introspection_material(study)
     yield "judge prompts", lambda: prompts.load_prompts(materials.judge_prompts_file(study))
     if p.manipulation:
         asked = ("uptake", "persona_expression")
@@ -154,15 +154,6 @@ def _arm_rows(study: Study, cell: Cell) -> Any:
     """The rows of an arm as its training will take them, counted."""
     found = contexts.training_rows(study, cell)
     return contexts.check_rows(study, cell, found[: study.em_training.max_rows])
-
-
-def _introspection(study: Study) -> Any:
-    from cai_em.train import answers, introspection
-
-    try:
-        return introspection.read_introspection(study.introspection_file())
-    except answers.PairsError as error:
-        raise CheckError(str(error)) from error
 
 
 def _addressed(preset: JudgePreset, role: str) -> None:
