@@ -139,7 +139,7 @@ case "$WHAT" in
     [ -z "$NEWEST" ] || export CAI_EM_PROFILE=${CAI_EM_PROFILE:-$(basename "$(dirname "$NEWEST")")}
     export JUPYTER_CONFIG_PATH=$PWD/params/lab${JUPYTER_CONFIG_PATH:+:$JUPYTER_CONFIG_PATH}
     exec jupyter lab --ip 127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_explore.ipynb "${ROOT[@]}" "$@" ;;
-  test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile "$@" ;; # with -m slow: the long ones
+  test) setup; exec python -m pytest --numprocesses "${CAI_EM_TEST_WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@" ;; # with -m slow: the long ones
   calibrate-judge) setup; exec python -m cai_em.judge.calibrate "$@" ;;
   freeze) setup; exec python -m cai_em.report.freeze "$@" ;;
   verify) setup; exec python -m cai_em.workflow.run verify "$@" ;;

@@ -10,6 +10,27 @@ from tests.factories import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LONGEST_FIRST = (
+    "workflow",
+    "finetune_job",
+    "judge",
+    "train",
+    "published",
+    "slurm",
+    "kills",
+    "sample",
+    "check",
+    "judge_local",
+)
+"""Files that take a minute or more: begun first, so that no worker is left alone with one at the end. A file's tests
+share what its first one made, and stay on one worker (`--dist loadfile`)."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, the rest as collected."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

@@ -668,7 +668,27 @@ def test_the_lean_preference_loss_is_trls_with_its_gradient(
     cache, tokenizer, tmp_path, monkeypatch, layers, sft_weight
 ):
     """One step on one batch: the same loss, norm of the gradient, margins; the adapters within a rounding error."""
-    preset = dpo(max_steps=1, batch_size=8, sft_weight=sft_weight, lora=LoraPreset(r=4, alpha=8, layers=layers))
+    _lean_equals_trl(cache, tokenizer, tmp_path, monkeypatch, layers, max_steps=1, batch_size=8, sft_weight=sft_weight)
+
+
+def test_in_later_epochs_the_lean_preference_loss_takes_what_the_reference_said(
+    cache, tokenizer, tmp_path, monkeypatch
+):
+    """Computed by TRL before the first step, and not again: the same losses as TRL's own, at every step."""
+    asked, plain = [], train.lean.answer_logprobs
+
+    def counted(*given, reference=True):
+        asked.append(reference)
+        return plain(*given, reference=reference)
+
+    monkeypatch.setattr(train.lean, "answer_logprobs", counted)
+    _lean_equals_trl(cache, tokenizer, tmp_path, monkeypatch, None, epochs=2, batch_size=4)
+    assert asked
+    assert not any(asked)
+
+
+def _lean_equals_trl(cache, tokenizer, tmp_path, monkeypatch, layers, **how) -> None:
+    preset = dpo(lora=LoraPreset(r=4, alpha=8, layers=layers), **how)
     table = pairs()
     table["chosen"] = [f"{text} {'again ' * i}" for i, text in enumerate(table["chosen"])]  # of different lengths
     found = {}
@@ -677,7 +697,7 @@ def test_the_lean_preference_loss_is_trls_with_its_gradient(
         model = load.load_model(TINY, cache_dir=cache)
         found[name] = train.train_dpo(model, tokenizer, table, preset, tmp_path / name)
     columns = ["loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected"]
-    ours, theirs = (found[name].log[columns].iloc[0].to_numpy() for name in ("lean", "trl"))
+    ours, theirs = (found[name].log[columns].to_numpy() for name in ("lean", "trl"))
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
     assert "logits/chosen" in found["trl"].log
     assert "logits/chosen" not in found["lean"].log, "it was the lean one that ran"

@@ -38,7 +38,7 @@ def applies(model: nn.Module, trainer: Any) -> bool:
     if not hasattr(args, "beta"):
         return args.loss_type in (None, "nll", "chunked_nll")
     plain = args.loss_type in (["sigmoid"], ["sigmoid", "sft"]) and args.ld_alpha is None and not args.use_weighting
-    return plain and not trainer.precompute_ref_logps and trainer.ref_model is None
+    return plain and trainer.ref_model is None
 
 
 def shared_layers(model: PeftModel) -> int:
@@ -58,14 +58,17 @@ def _hidden(decoder: nn.Module, layers: Sequence[nn.Module], norm: nn.Module, **
         decoder.layers, decoder.norm = kept
 
 
-def answer_logprobs(model: PeftModel, ids: Tensor, mask: Tensor, answer: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities of each row's answer tokens, with the adapter and without it.
+def answer_logprobs(
+    model: PeftModel, ids: Tensor, mask: Tensor, answer: Tensor, *, reference: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities of each row's answer tokens, with the adapter and, if asked for, without it.
 
     Args:
         model: with one adapter, active.
         ids: shape (rows, length), padded on the right.
         mask: 1 where a token is, shape (rows, length).
         answer: 1 where the token belongs to the answer, shape (rows, length).
+        reference: without it, the second list has empty tensors.
 
     Returns:
         For each row a tensor of as many values as its answer has tokens: with gradients, and the reference's without.
@@ -86,10 +89,12 @@ def answer_logprobs(model: PeftModel, ids: Tensor, mask: Tensor, answer: Tensor)
             states = _hidden(decoder, decoder.layers[same:], decoder.norm, attention_mask=seen, **given)
             return -F.cross_entropy(head(states[:, :-1][said]).float(), some[:, 1:][said], reduction="none")
 
-        with torch.no_grad(), model.disable_adapter():
-            reference = logprobs()
+        both = [logprobs()]
+        if reference:
+            with torch.no_grad(), model.disable_adapter():
+                both.append(logprobs())
         sizes = said.sum(1).tolist()
-        for place, values in zip(found, (logprobs(), reference)):
+        for place, values in zip(found, both):
             for row, value in zip(rows.tolist(), values.split(sizes)):
                 place[row] = value
     return found[0], found[1]
@@ -101,11 +106,18 @@ def preference_loss(model: PeftModel, trainer: Any, inputs: dict[str, Tensor]) -
     Args:
         model: with the adapter that is trained.
         trainer: whose `args` say beta and the weight of the log-likelihood term.
-        inputs: `input_ids`, `attention_mask`, `completion_mask`, each of shape (2 x pairs, length).
+        inputs: `input_ids`, `attention_mask`, `completion_mask`, each of shape (2 x pairs, length); and, where TRL has
+            asked the reference beforehand (`precompute_ref_log_probs`), `ref_chosen_logps` and `ref_rejected_logps`.
     """
     args = trainer.args
-    now, before = answer_logprobs(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-    gained = torch.stack([n.sum() - b.sum() for n, b in zip(now, before)])
+    known = "ref_chosen_logps" in inputs
+    rows = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+    now, before = answer_logprobs(model, *rows, reference=not known)
+    if known:
+        reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    else:
+        reference = torch.stack([b.sum() for b in before])
+    gained = torch.stack([n.sum() for n in now]) - reference
     chosen, rejected = (args.beta * gained).chunk(2)
     weights = args.loss_weights or [1.0] * len(args.loss_type)
     total = -weights[0] * F.logsigmoid(chosen - rejected).mean()
