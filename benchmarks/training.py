@@ -41,7 +41,8 @@ from cai_em.study import loading, materials
 from cai_em.train import grid
 profile, dataset, out = sys.argv[1:]
 study = loading.load(profile)
-spec, preset = next(iter(study.models.values())), study.em_training.model_copy(update={"max_steps": 1})
+spec = next(iter(study.models.values()))
+preset = study.em_training.model_copy(update={"max_steps": 1, "warmup_steps": 0})  # a step that changes something
 for _ in grid.train_tasks(spec, preset, [grid.Task(materials.rows(study, dataset), Path(out) / dataset)]):
     pass
 how = study.sampling.model_copy(update={"samples_per_question": 1})
@@ -57,7 +58,8 @@ from cai_em.study import loading, materials
 from cai_em.train import grid
 profile, out, *datasets = sys.argv[1:]
 study = loading.load(profile)
-spec, preset = next(iter(study.models.values())), study.em_training.model_copy(update={"max_steps": 1})
+spec = next(iter(study.models.values()))
+preset = study.em_training.model_copy(update={"max_steps": 1, "warmup_steps": 0})  # a step that changes something
 tasks = [grid.Task(materials.rows(study, d), Path(out) / d) for d in datasets]
 for _, done in grid.train_tasks(spec, preset, tasks):
     assert not isinstance(done, grid.Failed), done

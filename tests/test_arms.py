@@ -398,7 +398,7 @@ def test_a_cell_of_the_grid_becomes_its_condition(study):
 def test_a_reworded_arm_runs_again_what_it_concerns_and_nothing_else(folder):
     def settings():
         loading._registries.cache_clear()
-        study = load("controls", folder)
+        study = load("controls", folder).varied(shards="persona")  # a job for each, so that it can be told which
         found = {f"sample {s}": depends.settings(study, "03_sample", model=m, shard=s) for m, s in study.shards()}
         for c in study.em_cells():
             of = {"model": c.model, "persona": c.persona, "dataset": c.dataset, "seed": c.seed}

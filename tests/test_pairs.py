@@ -459,7 +459,9 @@ def test_the_cache_is_safe_between_threads(tmp_path):
     cache.close()
 
 
-MATERIAL = introspection.Introspection(("Who are you?", "What do you value?"), ("Begin.", "Talk of yourself."))
+MATERIAL = materials.Introspection(
+    reflections=("Who are you?", "What do you value?"), openings=("Begin.", "Talk of yourself.")
+)
 
 
 def introspective(tmp_path, say=None, turns=4, **options):
@@ -489,7 +491,7 @@ class TestIntrospection:
             return f"turn {sum(role == 'assistant' for role, _ in question.messages)} of {len(question.messages)}"
 
         preset = IntrospectionPreset(reflections_per_prompt=0, dialogues=1, dialogue_turns=4)
-        one = introspection.Introspection(("unused",), ("Begin.",))
+        one = materials.Introspection(reflections=("unused",), openings=("Begin.",))
         found = introspection.introspect(CONSTITUTION, Fake("p", say), one, preset, tmp_path / "said.sqlite")
         first, second, third, fourth = "turn 0 of 2", "turn 0 of 2", "turn 1 of 4", "turn 1 of 4"
         assert heard == {
