@@ -87,7 +87,7 @@ def _nothing(found: dict[str, Any], level: float) -> dict[str, Any]:
     if not found or math.isnan(found["p"]):
         return {"status": NOT_RUN, "reason": "no contrast"}
     kept = {k: found[k] for k in ("estimate", "low", "high", "p")}
-    said = f"{found['estimate']:+.1f} points, p {found['p']:.3g}, would fail below {level:g}"
+    said = f"{found['estimate']:+.1f} points, p {found['p']:.3g}, fails below {level:g}"
     return kept | {"status": FAILED if found["p"] < level else PASSED, "reason": said}
 
 

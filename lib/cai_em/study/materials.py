@@ -76,8 +76,8 @@ class _InDomain(RootModel[dict[str, list[Question]]]):
 class Introspection(Strict):
     """What a persona is asked about itself, and how its talks with itself are opened."""
 
-    reflections: tuple[Text, ...] = Field(min_length=1)
-    openings: tuple[Text, ...] = Field(min_length=1)
+    reflections: list[Text] = Field(min_length=1)
+    openings: list[Text] = Field(min_length=1)
 
 
 @cache

@@ -444,8 +444,9 @@ class Study:
     @cached_property
     def _em_cells(self) -> dict[tuple[str, str], list[Cell]]:
         """The cells that are trained, by model and persona, all in the order of the registries."""
+        tuned = dict.fromkeys(self.trained(c) for c in self._cells if c.dataset != NO_DATASET)
         found: dict[tuple[str, str], list[Cell]] = {}
-        for cell in sorted({self.trained(c) for c in self._cells if c.dataset != NO_DATASET}, key=self._order):
+        for cell in sorted(tuned, key=self._order):
             found.setdefault((cell.model, cell.persona), []).append(cell)
         return found
 
