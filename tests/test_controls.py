@@ -2,10 +2,10 @@
 
 import numpy as np
 from cai_em.analysis.contrasts import Cube, contrast_table
-from cai_em.analysis.controls import FAILED, NOT_RUN, PASSED, controls
+from cai_em.analysis.controls import FAILED, NOT_RUN, PASSED, UNCLEAR, controls
 from cai_em.analysis.gates import uptakes
 
-from tests.planted import DATASETS, WORLDS, Design, plant
+from tests.planted import DATASETS, MODEL, WORLDS, Design, plant
 
 
 def found(study, random=(), moved=None):
@@ -32,6 +32,13 @@ def test_a_random_adapter_that_does_something_fails_and_training_without_uptake_
     table = found(study, random=["p1"], moved=uptakes(plant(WORLDS["fine-tuning absent"], Design(8, 3), 3).expression))
     assert table.loc["random adapter", "status"] == FAILED
     assert table.loc["uptake", "status"] == FAILED
+
+
+def test_uptake_between_nothing_and_enough_is_unclear_and_not_unrun():
+    study = plant(WORLDS["nothing"], Design(8, 1, 1), 4)
+    table = found(study, moved={(MODEL, "baseline", d.key): np.array([[-20.0], [40.0], [5.0]]) for d in DATASETS})
+    assert table.loc["uptake", "status"] == UNCLEAR
+    assert "likeness to the rows" in table.loc["uptake", "reason"]
 
 
 def test_what_could_not_be_run_says_so():

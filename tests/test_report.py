@@ -569,6 +569,7 @@ def test_the_first_line_says_what_the_controls_say():
     assert "A/A (Baseline, M): **NOT SUPPORTED**, as it must be" in said
     assert "random adapter (Baseline, M): **not run** (" in said
     assert "uptake (Baseline, M): **SUPPORTED**, as it must be" in said
+    assert "uptake (Baseline, M): **not shown** (" in line("passed", "passed", "unclear")
     failing = line("failed", "not run", "passed")
     assert failing.strip().startswith("**A control fails")
     assert "SUPPORTED" not in failing

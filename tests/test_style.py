@@ -129,8 +129,41 @@ def test_a_saved_figure_says_what_it_is(tmp_path):
         fig, _ = plt.subplots(figsize=style.figure_size(2))
     svg, _ = style.save_figure(fig, tmp_path / "a", "Means < & >", "Dots from 1 to 2.")
     text = svg.read_text()
-    assert ' role="img">\n <title>Means &lt; &amp; &gt;</title>\n <desc>Dots from 1 to 2.</desc>' in text
-    assert text.index("<title>") < text.index("<metadata>")
+    assert (
+        text.index("<svg") < text.index("<title>Means &lt; &amp; &gt;</title>") < text.index("<desc>Dots from 1 to 2.")
+    )
+    assert text.index("<desc>") < text.index("<path"), "before anything that is drawn"
+    assert 'role="img"' in text
+
+
+def test_a_saved_drawing_is_matplotlibs_in_fewer_letters(tmp_path):
+    with style.style_context():
+        fig, axes = plt.subplots(1, 2, figsize=style.figure_size(2))
+        axes[0].plot([0, 1, 2], [0.1234567, -1, 3], "o-", label="A line, $x^2$")
+        axes[0].legend(title="Which one")
+        axes[1].imshow(np.arange(12).reshape(3, 4), rasterized=True)
+        axes[1].set_title("Bold", fontweight="bold")
+        fig.savefig(tmp_path / "own.svg", metadata={"Date": None})
+    svg, _ = style.save_figure(fig, tmp_path / "lean")
+    own, lean = (tmp_path / "own.svg").read_text(), svg.read_text()
+    assert len(lean) < 0.7 * len(own)
+    named = re.findall(r' id="([^"]+)"', lean)
+    assert sorted(set(named)) == sorted(named)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', lean)) <= set(named)
+    assert "matplotlib" not in lean
+
+    def drawn(text):
+        """Each path's commands and numbers; where each glyph and marker is put."""
+        paths = [d for d in re.findall(r' d="([^"]+)"', text, re.S)]
+        places = re.findall(r'<use [^>]*(?:translate\(|x=")(-?[\d.]+)', text)
+        return ["".join(re.findall("[A-Za-z]", d)) for d in paths], np.array(
+            [float(x) for d in paths for x in re.findall(r"-?\d+\.?\d*", d)] + [float(x) for x in places if float(x)]
+        )
+
+    (commands, numbers), (leaner, fewer) = drawn(own), drawn(lean)
+    assert commands == leaner
+    assert len(numbers) > 500
+    np.testing.assert_allclose(fewer, numbers, atol=0.0051)
 
 
 REPORT = Path(style.__file__).parent

@@ -4,7 +4,8 @@
 - *random adapter*: a persona that is none (a random direction of the same norm): its contrast should be nothing.
 - *uptake*: the baseline's answers in the data sets' own domains moved towards their rows.
 
-Negative controls fail at p < 0.01, for they are seen in every run; a control that could not be run says so.
+Negative controls fail at p < 0.01, for they are seen in every run; uptake fails where its interval ends below what
+matters, and is unclear where it holds both that and nothing. A control that could not be run says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cai_em.analysis.contrasts import POOLED, Cube, estimate_mean, find_all
 from cai_em.analysis.gates import ABSENT, PRESENT, learned_gate
 from cai_em.records.keys import BASELINE
 
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+PASSED, FAILED, UNCLEAR, NOT_RUN = "passed", "failed", "unclear", "not run"
 
 LEVEL = 0.01
 """A negative control fails below this p."""
@@ -93,7 +94,7 @@ def _nothing(found: dict[str, Any], level: float) -> dict[str, Any]:
 
 def _learned(moved: Mapping[tuple[str, str, str], np.ndarray], model: str, em: list[Any]) -> dict[str, Any]:
     parts = [moved[model, BASELINE, d.key] for d in em if (model, BASELINE, d.key) in moved]
-    if not parts:
+    if not any(len(part) for part in parts):
         return {"status": NOT_RUN, "reason": "no answers in the data sets' own domains"}
     gate = learned_gate(parts, BASELINE)
-    return {"status": {PRESENT: PASSED, ABSENT: FAILED}.get(gate.status, NOT_RUN), "reason": gate.reason}
+    return {"status": {PRESENT: PASSED, ABSENT: FAILED}.get(gate.status, UNCLEAR), "reason": gate.reason}

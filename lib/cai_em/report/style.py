@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -169,22 +170,74 @@ def save_figure(fig: Figure, stem: Path, title: str = "", description: str = "")
         path = stem.with_name(stem.name + suffix)
         with files.atomic(path) as part, style_context():
             fig.savefig(part, format=suffix[1:], dpi=PNG_DPI, metadata=metadata)
-            if suffix == ".svg" and title:
-                _describe(part, title, description)
+            if suffix == ".svg":
+                _finish(part, title, description)
         paths.append(path)
     plt.close(fig)
     return paths[0], paths[1]
 
 
-def _describe(svg: Path, title: str, description: str) -> None:
-    """Put `<title>` and `<desc>` first into an SVG file: its accessible name and description (SVG 2, 5.8)."""
+_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_SHIFT = re.compile(r"translate\((\S+) (\S+)\)")
+ElementTree.register_namespace("", _SVG[1:-1])
+
+
+def _finish(svg: Path, title: str, description: str) -> None:
+    """Say in an SVG file what it shows, and write it in half of matplotlib's letters: pages hold dozens of them.
+
+    `<title>` and `<desc>` come first: its accessible name and description (SVG 2, 5.8). Places are kept to a hundredth
+    of a point; groups and names that nothing refers to go. A glyph keeps a name of its own, so that two drawings can
+    stand in one document.
+    """
+    root = ElementTree.parse(svg).getroot()
+    for metadata in root.findall(f"{_SVG}metadata"):
+        root.remove(metadata)
     text = svg.read_text(encoding="utf-8")
-    start = text.index("<svg ")
-    end = text.index(">", start) + 1
-    said = "".join(
-        f"\n <{tag}>{escape(words)}</{tag}>" for tag, words in (("title", title), ("desc", description)) if words
-    )
-    svg.write_text(f'{text[: end - 1]} role="img">{said}{text[end:]}', encoding="utf-8")
+    _lean(root, set(re.findall(r'(?:href="|url\()#([^")]+)', text)))
+    if title:
+        root.set("role", "img")
+        for tag, words in (("desc", description), ("title", title)):
+            if words:
+                said = ElementTree.Element(_SVG + tag)
+                said.text = words
+                root.insert(0, said)
+    lines = ElementTree.tostring(root, encoding="unicode").replace(" />", "/>").replace("><", ">\n<")
+    svg.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{lines}\n', encoding="utf-8")
+
+
+def _lean(element: ElementTree.Element, named: set[str]) -> None:
+    """`_finish` for one element and all in it; `named` holds the ids that something refers to."""
+    at = element.attrib
+    if (name := at.pop("id", None)) in named:
+        at["id"] = name.replace("DejaVuSans", "D")
+    if target := at.pop(_LINK, None):
+        at["href"] = target if target.startswith("data:") else target.replace("DejaVuSans", "D")
+    for key in at.keys() & {"x", "y", "d", "points"}:
+        at[key] = _LONG_NUMBER.sub(_hundredths, at[key])
+    if "d" in at:
+        at["d"] = re.sub(r"\s*([A-Za-z])\s*", r"\1", at["d"])
+    if "transform" in at:
+        at["transform"] = _SHIFT.sub(lambda found: _LONG_NUMBER.sub(_hundredths, found[0]), at["transform"])
+        if element.tag == f"{_SVG}use" and not at.keys() & {"x", "y"} and (found := _SHIFT.fullmatch(at["transform"])):
+            del at["transform"]
+            at |= {axis: shift for axis, shift in zip("xy", found.groups()) if shift != "0"}
+    if "style" in at:
+        at["style"] = at["style"].replace(": ", ":").replace("; ", ";")
+    if len(element):
+        element.text = None
+    inner: list[ElementTree.Element] = []
+    for child in element:
+        _lean(child, named)
+        child.tail = None
+        inner += list(child) if child.tag == f"{_SVG}g" and not child.attrib else [child]
+    element[:] = inner
+
+
+def _hundredths(number: re.Match[str]) -> str:
+    """A number of an SVG file to two decimals, without zeros at its end."""
+    text = f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
 
 
 @dataclass(frozen=True)
