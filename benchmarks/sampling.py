@@ -1,9 +1,13 @@
-"""How much time sampling six conditions takes beyond decoding: one engine for all, against merge-save-load for each.
+"""How much time sampling a grid takes beyond decoding: one engine for all conditions, against merge-save-load for each.
 
-    python benchmarks/sampling.py                     the embedded model, transformers back end (about 3 minutes)
+    python benchmarks/sampling.py                     the embedded model, transformers back end (about 6 minutes)
     python benchmarks/sampling.py --backend vllm      the same with vLLM's engine and LoRA requests
     python benchmarks/sampling.py --profile micro     the tiny model: seconds, to try it out
     python benchmarks/sampling.py --samples 1 --tokens 4   hardly any decoding: for what lies beyond it alone
+    python benchmarks/sampling.py --sets 1            six conditions instead of twenty-seven
+
+The grid is a part of the published one: the baseline and two personas, each as it is and after eight fine-tunings. What
+one engine does once (load, put in layers) weighs more in a smaller grid: what a condition costs is printed, too.
 
 Merge-save-load is how the published study sampled: for each condition load base and tokenizer, merge the adapters,
 save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted.)
@@ -37,24 +41,29 @@ TARGET = 8.0
 Seconds = dict[str, np.ndarray]
 """Phase -> seconds of processor time, and by the clock."""
 
-ARMS = [(), ("calm",), ("loud",), ("em",), ("calm", "em"), ("loud", "em")]
-"""Six conditions: base, two personas, fine-tuning alone, and it on top of each persona."""
-
 
 def clocks() -> np.ndarray:
     """Now: seconds of this process's processor time, and by the clock."""
     return np.array([time.process_time(), time.perf_counter()])
 
 
-def make_adapters(spec: ModelSpec, folder: Path, rank: int) -> None:
-    """Three adapters of random values, small enough for the model to go on speaking."""
-    for seed, name in enumerate(("calm", "loud", "em")):
-        torch.manual_seed(seed)
-        stacked = stacking.stack(load.load_model(spec, dtype="float32"), None, LoraPreset(r=rank, alpha=2 * rank))
-        for key, parameter in stacked.named_parameters():
-            if ".lora_B." in key:
-                torch.nn.init.normal_(parameter, std=0.002)
-        adapters.save_adapter(stacked, stacking.EM, folder / name)
+def grid(sets: int) -> list[tuple[str, ...]]:
+    """Adapters of each condition: none and two personas, each alone and with every fine-tuning on top."""
+    return [
+        (*persona, *em) for persona in ((), ("calm",), ("loud",)) for em in ((), *((f"em{n}",) for n in range(sets)))
+    ]
+
+
+def make_adapters(spec: ModelSpec, folder: Path, rank: int, names: list[str]) -> None:
+    """Adapters of random values, small enough for the model to go on speaking."""
+    torch.manual_seed(0)
+    stacked = stacking.stack(load.load_model(spec, dtype="float32"), None, LoraPreset(r=rank, alpha=2 * rank))
+    for key, parameter in stacked.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter, std=0.002)
+    adapters.save_adapter(stacked, stacking.EM, folder / names[0])
+    for seed, name in enumerate(names[1:], start=1):
+        adapters.random_control(folder / names[0], seed, folder / name)
 
 
 def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[conditions.Job], folder: Path) -> Seconds:
@@ -135,9 +144,12 @@ def main() -> int:
     parser.add_argument("--backend", default="transformers", choices=["transformers", "vllm"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=4, help="per question")
+    parser.add_argument("--sets", type=int, default=8, help="fine-tunings of the baseline and of each persona")
+    parser.add_argument("--samples", type=int, default=2, help="per question")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # as in the workflow's own jobs (HEAVY in the Snakefile)
     study = loading.load(args.profile)
     spec, probes = next(iter(study.models.values())), materials.probe_prompts(study)
     preset = SamplingPreset(
@@ -156,13 +168,14 @@ def main() -> int:
     requests = tuple(conditions.Request(tokens, seed) for seed in range(args.samples) for tokens in prompts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_adapters(spec, folder, args.rank)
+        arms = grid(args.sets)
+        make_adapters(spec, folder, args.rank, sorted({name for arm in arms for name in arm}))
         jobs = [
             conditions.Job(
                 conditions.Condition(spec.key, "+".join(arm) or "base", "none", 0, tuple((a, folder / a) for a in arm)),
                 requests,
             )
-            for arm in ARMS
+            for arm in arms
         ]
         theirs = merge_save_load(spec, preset, jobs, folder)
         ours, tokens = one_engine(spec, preset, jobs, decoding, probes)
@@ -173,7 +186,7 @@ def main() -> int:
     ratio = beyond_decoding(theirs) / beyond_decoding(ours)
     without_probe = beyond_decoding(theirs) / beyond_decoding(ours, ("probe",))
     print(
-        f"{spec.label}, {len(ARMS)} conditions x {len(requests)} responses of up to {args.tokens} tokens, {args.dtype}"
+        f"{spec.label}, {len(arms)} conditions x {len(requests)} responses of up to {args.tokens} tokens, {args.dtype}"
     )
     say("merge, save, load per condition", theirs)
     say(f"one engine ({args.backend})", ours)
@@ -183,8 +196,10 @@ def main() -> int:
     print("  (seconds of the processor, and in brackets by the clock)")
     print(f"  beyond decoding, with the probe    {ratio[0]:.1f} x less processor time, {ratio[1]:.1f} x by the clock")
     print(f"  beyond decoding, without the probe {without_probe[0]:.1f} x, {without_probe[1]:.1f} x")
-    whole = 400 * ours["decode"] / (len(ARMS) * len(requests))  # of a condition of the full study's size
-    share = beyond_decoding(ours, ("load",)) / len(ARMS) / whole
+    theirs_each, ours_each = (beyond_decoding(seconds) / len(arms) for seconds in (theirs, ours))
+    print(f"  per condition, all of it           {theirs_each[0]:.2f} s theirs, {ours_each[0]:.2f} s ours (processor)")
+    whole = 400 * ours["decode"] / (len(arms) * len(requests))  # of a condition of the full study's size
+    share = beyond_decoding(ours, ("load",)) / len(arms) / whole
     print(
         f"  per condition, probe and switch    {share[0]:.1%} of the processor time of decoding 400 such responses "
         "(goal: a fifth at most)"

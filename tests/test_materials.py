@@ -141,7 +141,7 @@ def test_helpers_of_the_builtin_questions():
     study = loading.load("demo")
     assert len(materials.in_domain_questions(study, "bad_medical")) == 8
     assert materials.in_domain_questions(study, "none") == []
-    assert len(materials.probe_prompts(study)) == 4
+    assert len(materials.probe_prompts(study)) == 1
 
 
 class TestManipulation:

@@ -7,30 +7,35 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cai_em.model.adapters import (
-    WEIGHTS,
     AdapterError,
+    AdapterFiles,
     Adapters,
+    _plain,
     _targets,
     check_fits,
     concatenate,
     file_hashes,
     read_adapter,
+    weights_hash,
 )
 from cai_em.model.stacking import COMPOSED, _activate, _evaluating, _insert, _put
-from cai_em.records.files import file_hash
 
 RELATIVE_TOLERANCE = 1e-4
 """How far two logits may lie apart in float32, as a share of the largest: rounding gives about a thirtieth of it."""
+PROBE_TOKENS = 8
+"""How many of a prompt's last tokens a probe reads, the beginning of the answer among them. Every module takes part in
+each of them: a share left out of any moves the logits of a whole vocabulary."""
 KEPT_LOGITS = 4
-"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 70 MB each)."""
+"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 7 MB each)."""
 
 
 class ProbeError(AdapterError):
@@ -73,6 +78,7 @@ class Slots:
         self._shapes: dict[str, tuple[int, int]] = {}
         self._known: dict[tuple[str, ...], Tensor] = {}
         self._probed: tuple[str, ...] = ()
+        self._read: dict[str, AdapterFiles] = {}
 
     @contextlib.contextmanager
     def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
@@ -84,7 +90,8 @@ class Slots:
         if not adapters:
             yield self.model
             return
-        total = concatenate([folder for _, folder in adapters])
+        self._read = {str(folder): read_adapter(folder) for _, folder in adapters}
+        total = concatenate([self._read[str(folder)] for _, folder in adapters])
         check_fits(total, self.model)
         shapes = self._shapes | {m: (b.shape[0], a.shape[1]) for m, (a, b) in total.modules.items()}
         if shapes != self._shapes:
@@ -101,6 +108,7 @@ class Slots:
             _activate(self._peft, [COMPOSED])
             yield self._peft
         finally:
+            self._read = {}
             _activate(self._peft, [])
 
     def probe(
@@ -120,7 +128,8 @@ class Slots:
             raise AdapterError("nothing to probe: no adapters are composed")
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
-        how = {"known": self._known, "may_be_idle": may_be_idle, "trained_with": trained_with}
+        read, self._read = self._read, {}
+        how = {"known": self._known, "may_be_idle": may_be_idle, "trained_with": trained_with, "read": read}
         return probe(self._peft, tokenizer, adapters, prompts, **how)
 
     def close(self) -> None:
@@ -213,16 +222,66 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:
-    """What a model computes for the probe's prompts as it stands, (1, tokens, vocabulary), float32 on the CPU."""
-    # One message of all prompts: the template around them, half of a short prompt's tokens, is read once.
+def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int = 1) -> Tensor:
+    """What a model computes for the probe's prompts as it stands, (rows, tokens, vocabulary), float32 on the CPU.
+
+    Args:
+        model, tokenizer: which model.
+        prompts: what a user says, in one message, of which the last `PROBE_TOKENS` tokens are read.
+        rows: how often, in one batch.
+    """
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "\n".join(prompts)}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     ).to(next(model.parameters()).device)
+    inputs = {key: value[:, -PROBE_TOKENS:].expand(rows, -1) for key, value in inputs.items()}
     return model(**inputs, use_cache=False).logits.float().cpu()
+
+
+@contextlib.contextmanager
+def _rows_beside(model: PeftModel, rows: Sequence[Sequence[AdapterFiles]]) -> Iterator[None]:
+    """A batch's first row runs as the model stands; each further one with the base's weights and given adapters alone.
+
+    What a LoRA adds, `scale * B @ A @ x` (Hu et al. 2021, arXiv 2106.09685, eq. 3), is written out once more here:
+    neither the adapters in the model nor peft has a share in these rows.
+
+    Args:
+        rows: the adapters of the second row and those after it; none: the base model.
+    """
+    added: dict[str, list[tuple[int, Tensor, Tensor, float]]] = {}
+    for row, parts in enumerate(rows):
+        for part in parts:
+            for module, (a, b) in part.modules.items():
+                added.setdefault(module, []).append((row, a, b, part.scale))
+
+    def hooks(layer: nn.Module, base: nn.Module, mine: Sequence[tuple[int, Tensor, Tensor, float]]) -> Iterator[Any]:
+        without: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            without.append(output[1:].clone())
+
+        def beside(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            total, x = without.pop(), inputs[0][1:]
+            for row, a, b, scale in mine:
+                total[row] += scale * (x[row] @ a.to(x.device).T @ b.to(x.device).T)
+            return torch.cat([output[:1], total])
+
+        yield base.register_forward_hook(keep)
+        yield layer.register_forward_hook(beside)
+
+    placed: list[Any] = []
+    try:
+        for name, layer in _plain(model).named_modules():
+            if isinstance(layer, LoraLayer):
+                placed += hooks(layer, layer.get_base_layer(), added.get(name, []))
+            elif name in added:
+                placed += hooks(layer, layer, added[name])
+        yield
+    finally:
+        for hook in placed:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -231,23 +290,26 @@ def probe(
     tokenizer: PreTrainedTokenizerBase,
     adapters: Adapters,
     prompts: Sequence[str],
-    name: str = COMPOSED,
     known: dict[tuple[str, ...], Tensor] | None = None,
     may_be_idle: Collection[str] = (),
     trained_with: Adapters = (),
+    read: Mapping[str, AdapterFiles] | None = None,
 ) -> ProbeReport:
     """Prove that a composed model computes what its adapters together compute, and that each of them matters.
+
+    One forward pass: its first row is the model as it stands, in which nothing is switched on or off for the proof;
+    beside it run all adapters, and every part of them, as their files say (`_rows_beside`).
 
     Args:
         model: with the composed adapter (`compose`).
         tokenizer: the model's.
         adapters: (name, folder) of the adapters that the condition must have.
-        prompts: what a user says, in one message; logits at all of its tokens are compared.
-        name: the composed adapter's name.
+        prompts: what a user says, in one message; logits at its last `PROBE_TOKENS` tokens are compared.
         known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
-            the hashes of their files; filled here. If given, the adapters' places stay in the model for the next probe.
+            the hashes of their files; filled here.
         may_be_idle: adapters that are allowed to make no difference; the report then says so.
         trained_with: the adapters that were active in training, where they must not all be active now.
+        read: adapters that were read a moment ago and fit the model, by folder.
 
     Returns:
         The differences found.
@@ -258,47 +320,32 @@ def probe(
     """
     if not adapters or not prompts:
         raise ValueError("a probe needs adapters and prompts")
-
-    def logits(*active: str) -> Tensor:
-        _activate(model, active)
-        return probe_logits(model, tokenizer, prompts)
-
-    every = dict([*trained_with, *adapters])
-    files = {part: read_adapter(folder) for part, folder in every.items()}
+    every, read = dict([*trained_with, *adapters]), read or {}
+    files = {part: read.get(str(folder)) or read_adapter(folder) for part, folder in every.items()}
     hashes = {part: "".join(file_hashes(folder).values()) for part, folder in every.items()}
-    keep, known = known is not None, {} if known is None else known
-    places = [f"probe_{number}" for number in range(max(len(adapters), len(trained_with)))]
-
-    def reference(*parts: str) -> Tensor:
-        """Logits with these adapters active, each by itself in the model: the composed one takes no part in them."""
-        key = tuple(hashes[part] for part in parts)
-        if (kept := known.pop(key, None)) is None:
-            for place, part in zip(places, parts):
-                check_fits(files[part], model)
-                _put(model, place, files[part])
-            kept = logits(*places[: len(parts)])
+    names, known = [part for part, _ in adapters], {} if known is None else known
+    subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
+    subsets += [tuple(part for part, _ in trained_with)] if trained_with else []
+    keys = {parts: tuple(hashes[part] for part in parts) for parts in [*subsets, tuple(names)]}
+    rows = [parts for parts in keys if keys[parts] not in known]
+    for part, folder in every.items():
+        if str(folder) not in read:
+            check_fits(files[part], model)
+    beside = [[files[part] for part in parts] for parts in rows]
+    with _evaluating(model), _in_float32(model), _rows_beside(model, beside):
+        found, *fresh = probe_logits(model, tokenizer, prompts, 1 + len(rows))
+    computed = dict(zip(rows, fresh))
+    for parts, key in keys.items():
+        if parts not in computed:
+            computed[parts] = known.pop(key)
         if len(parts) < 2:
-            known[key] = kept
+            known[key] = computed[parts]
             if len(known) > KEPT_LOGITS:
                 del known[next(iter(known))]  # the one not used for longest
-        return kept
-
-    names = [part for part, _ in adapters]
-    with _evaluating(model), _in_float32(model):
-        try:
-            found = logits(name)
-            subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
-            subsets += [tuple(part for part, _ in trained_with)] if trained_with else []
-            others = {"+".join(some) or "base": reference(*some) for some in subsets}
-            together = reference(*names)
-        finally:
-            _activate(model, [name])
-            for place in () if keep else places:
-                if place in model.peft_config:
-                    model.delete_adapter(place)
+    others, together = {"+".join(some) or "base": computed[some] for some in subsets}, computed[tuple(names)]
     largest = float(together.abs().max())
     report = ProbeReport(
-        adapters={part: file_hash(Path(folder) / WEIGHTS) for part, folder in adapters},
+        adapters={part: weights_hash(folder) for part, folder in adapters},
         scales={part: files[part].scale for part in names},
         prompts=len(prompts),
         largest_logit=largest,

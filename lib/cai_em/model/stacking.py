@@ -164,7 +164,8 @@ def adapter_hash(model: nn.Module, name: str) -> str:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to what each module was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

@@ -539,7 +539,7 @@ def capability_items(study: Study) -> list[ChoiceItem]:
 
 
 def probe_prompts(study: Study) -> list[str]:
-    """Short prompts on which the logits of composed adapters are compared."""
+    """What is asked where the logits of composed adapters are compared."""
     return [text for _, text in read_questions(study.builtin("questions", "probe.yaml"))]
 
 
