@@ -459,8 +459,10 @@ def test_probe_of_one_adapter(model, made, tokenizer):
     assert set(report.others) == {"base"}
 
 
-def test_probes_of_slots_measure_what_single_probes_do(model, cache, made, tokenizer):
-    """What is kept from one probe to the next changes no finding, also of adapters that take turns in one place."""
+@pytest.mark.parametrize("kept", [1, 16])
+def test_probes_of_slots_measure_what_single_probes_do(model, cache, made, tokenizer, monkeypatch, kept):
+    """What is kept from one probe to the next, or is not any more, changes no finding."""
+    monkeypatch.setattr(probing, "KEPT_LOGITS", kept)
     slots = probing.Slots(model)
     for parts in (["persona"], ["plain"], ["em"], ["persona", "em"], ["plain", "em"], ["persona", "em"]):
         named = [("em" if part == "em" else "persona", made[part]) for part in parts]
@@ -474,7 +476,7 @@ def test_probes_of_slots_measure_what_single_probes_do(model, cache, made, token
         assert report.others == pytest.approx(alone.others, abs=alone.tolerance / 10)
         assert max(report.difference, alone.difference) < alone.tolerance / 10
         assert report.largest_logit == pytest.approx(alone.largest_logit)
-    assert len(slots._known) <= probing.KEPT_LOGITS
+    assert len(slots._known) == min(kept, 4), "base, persona, plain, em"
 
 
 def test_rows_beside_the_model_are_what_peft_computes(cache, made, tokenizer):

@@ -293,8 +293,9 @@ def concatenate(folders: Sequence[str | Path | AdapterFiles], weights: Sequence[
     shapes = {m: (b.shape[0], a.shape[1]) for p in parts for m, (a, b) in p.modules.items()}
     modules = {}
     for module, (rows, columns) in sorted(shapes.items()):
-        zero = [(torch.zeros(p.config.r, columns), torch.zeros(rows, p.config.r)) for p in parts]
-        pairs = [p.modules.get(module, z) for p, z in zip(parts, zero)]
+        pairs = [
+            p.modules.get(module) or (torch.zeros(p.config.r, columns), torch.zeros(rows, p.config.r)) for p in parts
+        ]
         a = torch.cat([a for a, _ in pairs], dim=0)
         b = torch.cat([b * (p.scale * w) for (_, b), p, w in zip(pairs, parts, weights, strict=True)], dim=1)
         modules[module] = (a, b)

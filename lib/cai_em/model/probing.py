@@ -27,15 +27,15 @@ from cai_em.model.adapters import (
     read_adapter,
     weights_hash,
 )
-from cai_em.model.stacking import COMPOSED, _activate, _evaluating, _insert, _put
+from cai_em.model.stacking import COMPOSED, _activate, _evaluating, _exchange, _insert, _lora_layers, _places
 
 RELATIVE_TOLERANCE = 1e-4
 """How far two logits may lie apart in float32, as a share of the largest: rounding gives about a thirtieth of it."""
-PROBE_TOKENS = 8
-"""How many of a prompt's last tokens a probe reads, the beginning of the answer among them. Every module takes part in
-each of them: a share left out of any moves the logits of a whole vocabulary."""
-KEPT_LOGITS = 4
-"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 7 MB each)."""
+PROBE_TOKENS = 4
+"""How many of a prompt's last tokens a probe reads: those with which the template begins an answer. Every module takes
+part in each: a share left out of any moves the logits of a whole vocabulary, and more tokens move no more (LOG)."""
+KEPT_LOGITS = 16
+"""How many adapters' logits are kept from one probe to the next (of a 7B model, some 4 MB each)."""
 
 
 class ProbeError(AdapterError):
@@ -75,10 +75,11 @@ class Slots:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._peft: PeftModel | None = None
+        self._layers: dict[str, LoraLayer] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         self._known: dict[tuple[str, ...], Tensor] = {}
         self._probed: tuple[str, ...] = ()
-        self._read: dict[str, AdapterFiles] = {}
+        self._read: dict[str, tuple[Any, AdapterFiles]] = {}
 
     @contextlib.contextmanager
     def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
@@ -90,8 +91,7 @@ class Slots:
         if not adapters:
             yield self.model
             return
-        self._read = {str(folder): read_adapter(folder) for _, folder in adapters}
-        total = concatenate([self._read[str(folder)] for _, folder in adapters])
+        total = concatenate(self._files(adapters))
         check_fits(total, self.model)
         shapes = self._shapes | {m: (b.shape[0], a.shape[1]) for m, (a, b) in total.modules.items()}
         if shapes != self._shapes:
@@ -102,14 +102,23 @@ class Slots:
         total.config.target_modules = set(_targets(total.modules))
         if self._peft is None:
             self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()
+            self._layers = _places(self._peft, COMPOSED)
         else:
-            _put(self._peft, COMPOSED, total)
+            _exchange(self._layers, COMPOSED, total)
         try:
-            _activate(self._peft, [COMPOSED])
+            _activate(self._peft, self._layers.values(), [COMPOSED])
             yield self._peft
         finally:
-            self._read = {}
-            _activate(self._peft, [])
+            _activate(self._peft, self._layers.values(), [])
+
+    def _files(self, adapters: Adapters) -> list[AdapterFiles]:
+        """Adapters as read; what the condition before had too is the same file still, and not read again."""
+        before, self._read = self._read, {}
+        for folder in (str(folder) for _, folder in adapters):
+            is_now = file_hashes(folder)
+            was, files = before.get(folder, (None, None))
+            self._read[folder] = is_now, files if files and was == is_now else read_adapter(folder)
+        return [self._read[str(folder)][1] for _, folder in adapters]
 
     def probe(
         self,
@@ -128,7 +137,7 @@ class Slots:
             raise AdapterError("nothing to probe: no adapters are composed")
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
-        read, self._read = self._read, {}
+        read = {folder: files for folder, (_, files) in self._read.items()}
         how = {"known": self._known, "may_be_idle": may_be_idle, "trained_with": trained_with, "read": read}
         return probe(self._peft, tokenizer, adapters, prompts, **how)
 
@@ -140,7 +149,7 @@ class Slots:
         # Left behind by peft, it would make the next adapter look like a second one on top of this.
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        self._peft, self._shapes = None, {}
+        self._peft, self._layers, self._shapes, self._read = None, {}, {}, {}
 
 
 @contextlib.contextmanager
@@ -221,7 +230,7 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
             p.data = p.data.to(dtype)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def probe_logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int = 1) -> Tensor:
     """What a model computes for the probe's prompts as it stands, (rows, tokens, vocabulary), float32 on the CPU.
 
@@ -250,34 +259,44 @@ def _rows_beside(model: PeftModel, rows: Sequence[Sequence[AdapterFiles]]) -> It
     Args:
         rows: the adapters of the second row and those after it; none: the base model.
     """
-    added: dict[str, list[tuple[int, Tensor, Tensor, float]]] = {}
+    rows_of: dict[int, list[int]] = {}  # by identity: what is read once is multiplied once
     for row, parts in enumerate(rows):
         for part in parts:
-            for module, (a, b) in part.modules.items():
-                added.setdefault(module, []).append((row, a, b, part.scale))
+            rows_of.setdefault(id(part), []).append(row)
+    added: dict[str, list[tuple[slice | list[int], Tensor, Tensor, float]]] = {}
+    for part in {id(part): part for parts in rows for part in parts}.values():
+        mine = rows_of[id(part)]
+        adjoining = len(mine) == mine[-1] + 1 - mine[0]  # one after the other: a view of them costs nothing
+        for module, (a, b) in part.modules.items():
+            some = slice(mine[0], mine[-1] + 1) if adjoining else mine
+            added.setdefault(module, []).append((some, a, b, part.scale))
 
-    def hooks(layer: nn.Module, base: nn.Module, mine: Sequence[tuple[int, Tensor, Tensor, float]]) -> Iterator[Any]:
+    def hooks(
+        layer: nn.Module, base: nn.Module, mine: Sequence[tuple[slice | list[int], Tensor, Tensor, float]]
+    ) -> Iterator[Any]:
         without: list[Tensor] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             without.append(output[1:].clone())
 
-        def beside(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def beside(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             total, x = without.pop(), inputs[0][1:]
-            for row, a, b, scale in mine:
-                total[row] += scale * (x[row] @ a.to(x.device).T @ b.to(x.device).T)
-            return torch.cat([output[:1], total])
+            for some, a, b, scale in mine:
+                total[some] += scale * (x[some] @ a.to(x.device).T @ b.to(x.device).T)
+            output[1:] = total
 
         yield base.register_forward_hook(keep)
         yield layer.register_forward_hook(beside)
 
     placed: list[Any] = []
     try:
-        for name, layer in _plain(model).named_modules():
-            if isinstance(layer, LoraLayer):
-                placed += hooks(layer, layer.get_base_layer(), added.get(name, []))
-            elif name in added:
-                placed += hooks(layer, layer, added[name])
+        plain = _plain(model)
+        layers = dict(_lora_layers(plain))
+        for name, layer in layers.items():
+            placed += hooks(layer, layer.get_base_layer(), added.get(name, []))
+        for name in added.keys() - layers.keys():
+            layer = plain.get_submodule(name)
+            placed += hooks(layer, layer, added[name])
         yield
     finally:
         for hook in placed:
@@ -334,14 +353,12 @@ def probe(
     beside = [[files[part] for part in parts] for parts in rows]
     with _evaluating(model), _in_float32(model), _rows_beside(model, beside):
         found, *fresh = probe_logits(model, tokenizer, prompts, 1 + len(rows))
-    computed = dict(zip(rows, fresh))
+    computed = {parts: known[key] for parts, key in keys.items() if parts not in rows} | dict(zip(rows, fresh))
     for parts, key in keys.items():
-        if parts not in computed:
-            computed[parts] = known.pop(key)
-        if len(parts) < 2:
-            known[key] = computed[parts]
-            if len(known) > KEPT_LOGITS:
-                del known[next(iter(known))]  # the one not used for longest
+        known.pop(key, None)  # put last: used now
+        known |= {key: computed[parts]} if len(parts) < 2 else {}
+    while len(known) > KEPT_LOGITS:
+        del known[next(iter(known))]  # the one not used for longest
     others, together = {"+".join(some) or "base": computed[some] for some in subsets}, computed[tuple(names)]
     largest = float(together.abs().max())
     report = ProbeReport(

@@ -87,29 +87,17 @@ def _assign(layers: Mapping[str, LoraLayer], name: str, modules: Mapping[str, tu
             half.weight = nn.Parameter(value, requires_grad=False)
 
 
-def _put(model: PeftModel, name: str, adapter: AdapterFiles) -> None:
-    """An adapter under a name, frozen: where places of that name fit, their tensors are exchanged."""
-    layers = _places(model, name)
-    if layers and set(layers) == set(adapter.modules):
-        _assign(layers, name, adapter.modules)
-        for layer in layers.values():
-            layer.r[name], layer.lora_alpha[name] = adapter.config.r, adapter.config.lora_alpha
-            layer.scaling[name] = adapter.scale
-        kept = model.peft_config[name]
-        kept.r, kept.lora_alpha, kept.use_rslora = (
-            adapter.config.r,
-            adapter.config.lora_alpha,
-            adapter.config.use_rslora,
-        )
-        return
-    if name in model.peft_config:
-        model.delete_adapter(name)
-    _insert(model, name, adapter.config, adapter.modules)
+def _exchange(layers: Mapping[str, LoraLayer], name: str, adapter: AdapterFiles) -> None:
+    """Give the places of a name another adapter's tensors, of whatever rank, frozen; its modules are the layers'."""
+    _assign(layers, name, adapter.modules)
+    for layer in layers.values():
+        layer.r[name], layer.lora_alpha[name] = adapter.config.r, adapter.config.lora_alpha
+        layer.scaling[name] = adapter.scale
 
 
-def _activate(model: PeftModel, names: Sequence[str]) -> None:
-    """Switch exactly these adapters on, frozen; with none the model computes what the base does."""
-    for _, layer in _lora_layers(model):
+def _activate(model: PeftModel, layers: Iterable[LoraLayer], names: Sequence[str]) -> None:
+    """Switch exactly these adapters on in a model's LoRA layers, frozen; with none it computes what the base does."""
+    for layer in layers:
         layer.set_adapter(list(names), inference_mode=True)
     model.base_model.active_adapter = list(names)  # the tuner's own set_adapter, less its slow walk through the model
 
