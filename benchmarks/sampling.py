@@ -1,13 +1,15 @@
 """How much time sampling a grid takes beyond decoding: one engine for all conditions, against merge-save-load for each.
 
-    python benchmarks/sampling.py                     the embedded model, transformers back end (about 6 minutes)
+    python benchmarks/sampling.py                     the embedded model, transformers back end (about 3 minutes)
     python benchmarks/sampling.py --backend vllm      the same with vLLM's engine and LoRA requests
     python benchmarks/sampling.py --profile micro     the tiny model: seconds, to try it out
     python benchmarks/sampling.py --samples 1 --tokens 4   hardly any decoding: for what lies beyond it alone
-    python benchmarks/sampling.py --sets 1            six conditions instead of twenty-seven
+    python benchmarks/sampling.py --sets 8            twenty-seven conditions instead of six
 
-The grid is a part of the published one: the baseline and two personas, each as it is and after eight fine-tunings. What
-one engine does once (load, put in layers) weighs more in a smaller grid: what a condition costs is printed, too.
+The grid is the baseline and two personas, each as it is and after one fine-tuning (`--sets`: after so many). What one
+engine does once (load, put in layers) weighs less in a larger grid, so that goals are asked of the small one; what a
+condition costs is printed, too. The fine-tunings are the same files under every persona, so that a probe knows more of
+them than in a study of ours, where each persona has its own: there it computes one row more a condition.
 
 Merge-save-load is how the published study sampled: for each condition load base and tokenizer, merge the adapters,
 save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted.)
@@ -144,8 +146,8 @@ def main() -> int:
     parser.add_argument("--backend", default="transformers", choices=["transformers", "vllm"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--sets", type=int, default=8, help="fine-tunings of the baseline and of each persona")
-    parser.add_argument("--samples", type=int, default=2, help="per question")
+    parser.add_argument("--sets", type=int, default=1, help="fine-tunings of the baseline and of each persona")
+    parser.add_argument("--samples", type=int, default=4, help="per question")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
     args = parser.parse_args()
     if not torch.cuda.is_available():
