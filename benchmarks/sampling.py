@@ -1,6 +1,6 @@
 """How much time sampling a grid takes beyond decoding: one engine for all conditions, against merge-save-load for each.
 
-    python benchmarks/sampling.py                     the embedded model, transformers back end (about 3 minutes)
+    python benchmarks/sampling.py                     the embedded model, transformers back end (6 to 10 minutes)
     python benchmarks/sampling.py --backend vllm      the same with vLLM's engine and LoRA requests
     python benchmarks/sampling.py --profile micro     the tiny model: seconds, to try it out
     python benchmarks/sampling.py --samples 1 --tokens 4   hardly any decoding: for what lies beyond it alone
@@ -17,7 +17,9 @@ Ours loads the base once, puts LoRA layers into it once, and exchanges the tenso
 Beyond decoding is everything but `decode`. Our probe, the proof that the right adapters are active, has no counterpart
 in the other way, and is counted all the same: exit code 1 if ours is not 8 times faster with it. The ratio without it,
 where both do the same work, stands beside. Seconds are the processor's, so that other work on the machine does not
-count, and by the clock; the first decide, but with vLLM, whose engine is a process of its own, the second.
+count, and by the clock; the first decide, but with vLLM, whose engine is a process of its own, the second. The speed of
+a machine shared with others changes by a third from minute to minute: both ways are run in turn, `--repeats` times, and
+medians are taken of each phase.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from cai_em.model import adapters, load, stacking
+from cai_em.records import files
 from cai_em.sample import conditions, sampling
 from cai_em.study import loading, materials
 from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
@@ -129,6 +132,11 @@ def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[conditi
     return made / (time.perf_counter() - start)
 
 
+def medians(runs: list[Seconds]) -> Seconds:
+    """Of each phase, over all runs."""
+    return {phase: np.median([run[phase] for run in runs], axis=0) for phase in runs[0]}
+
+
 def beyond_decoding(seconds: Seconds, leave_out: tuple[str, ...] = ()) -> np.ndarray:
     """Seconds of all phases but `decode` and those left out, by both clocks."""
     return np.sum([s for phase, s in seconds.items() if phase not in ("decode", *leave_out)], axis=0)
@@ -147,6 +155,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--sets", type=int, default=1, help="fine-tunings of the baseline and of each persona")
+    parser.add_argument("--repeats", type=int, default=3, help="of both ways, in turn")
     parser.add_argument("--samples", type=int, default=4, help="per question")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
     args = parser.parse_args()
@@ -179,13 +188,19 @@ def main() -> int:
             )
             for arm in arms
         ]
-        theirs = merge_save_load(spec, preset, jobs, folder)
-        ours, tokens = one_engine(spec, preset, jobs, decoding, probes)
+        runs_theirs, runs_ours = [], []
+        for _ in range(args.repeats):
+            files._hash_of.cache_clear()  # as in a new process: each adapter is hashed once
+            runs_theirs.append(merge_save_load(spec, preset, jobs, folder))
+            seconds, tokens = one_engine(spec, preset, jobs, decoding, probes)
+            runs_ours.append(seconds)
+        theirs, ours = medians(runs_theirs), medians(runs_ours)
         merged = preset.model_copy(update={"merge": True})
         in_place, _ = one_engine(spec, merged, jobs, decoding, probes) if args.backend == "transformers" else ({}, 0)
     plain = plain_speed(spec, preset, requests)
 
     ratio = beyond_decoding(theirs) / beyond_decoding(ours)
+    each = [beyond_decoding(a) / beyond_decoding(b) for a, b in zip(runs_theirs, runs_ours)]
     without_probe = beyond_decoding(theirs) / beyond_decoding(ours, ("probe",))
     print(
         f"{spec.label}, {len(arms)} conditions x {len(requests)} responses of up to {args.tokens} tokens, {args.dtype}"
@@ -197,6 +212,7 @@ def main() -> int:
     decides = 1 if args.backend == "vllm" else 0
     print("  (seconds of the processor, and in brackets by the clock)")
     print(f"  beyond decoding, with the probe    {ratio[0]:.1f} x less processor time, {ratio[1]:.1f} x by the clock")
+    print(f"    of each repeat                   {', '.join(f'{cpu:.1f} ({wall:.1f})' for cpu, wall in each)}")
     print(f"  beyond decoding, without the probe {without_probe[0]:.1f} x, {without_probe[1]:.1f} x")
     theirs_each, ours_each = (beyond_decoding(seconds) / len(arms) for seconds in (theirs, ours))
     print(f"  per condition, all of it           {theirs_each[0]:.2f} s theirs, {ours_each[0]:.2f} s ours (processor)")

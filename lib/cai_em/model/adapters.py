@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +119,9 @@ def check_fits(adapter: AdapterFiles, model: nn.Module) -> None:
     recorded, name = adapter.config.base_model_name_or_path, base.config._name_or_path
     if recorded and name and recorded != name:
         raise AdapterError(f"{adapter.path}: this adapter was made for {recorded!r}, not for {name!r}")
-    weights = {_clean(key): value for key, value in base.named_parameters() if key.endswith(".weight")}
+    places = dict(_modules(base))
     for module, (a, b) in adapter.modules.items():
-        weight = weights.get(f"{module}.weight")
+        weight = getattr(places.get(module), "weight", None)  # of a LoRA layer: that of its base layer
         expected = (b.shape[0], a.shape[1])
         if weight is None or tuple(weight.shape) != expected:
             found = "no such module" if weight is None else f"a weight of shape {tuple(weight.shape)}"
@@ -136,6 +136,20 @@ def _clean(name: str) -> str:
 def _plain(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside (with its LoRA layers, if it has any)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules by name, in its order. LoRA layers are not looked into: peft keeps ten modules in each."""
+    ahead, seen = [("", model)], set()
+    while ahead:
+        name, module = ahead.pop()
+        if module in seen:
+            continue  # in two places: found once, as by named_modules
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, LoraLayer):
+            inside = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
+            ahead += reversed(inside)
 
 
 def file_hashes(folder: str | Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ from torch import nn
 
 from cai_em.model import load
 from cai_em.model.adapters import WEIGHTS, AdapterFiles, _clean, check_fits, read_adapter
-from cai_em.model.probing import RELATIVE_TOLERANCE, ProbeError, _in_float32, probe_logits
+from cai_em.model.probing import RELATIVE_TOLERANCE, ProbeError, _below_float32, _in_float32, probe_logits
 from cai_em.model.stacking import PERSONA, load_adapter
 from cai_em.records.files import file_hash
 from cai_em.study.entries import ModelSpec
@@ -140,7 +140,7 @@ def fold(
     add_to_weights(model, read_adapter(persona_dir))
     summed = logits()
     model.to(getattr(torch, dtype))
-    with _in_float32(model):
+    with _in_float32(_below_float32(model)):
         rounded = logits()
     largest = float(wanted.abs().max())
     found = Folded(

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cai_em.model.adapters import (
@@ -80,6 +81,7 @@ class Slots:
         self._known: dict[tuple[str, ...], Tensor] = {}
         self._probed: tuple[str, ...] = ()
         self._read: dict[str, tuple[Any, AdapterFiles]] = {}
+        self._rounded = _below_float32(model)
 
     @contextlib.contextmanager
     def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
@@ -101,12 +103,12 @@ class Slots:
         total.modules = dict(sorted((total.modules | idle).items()))
         total.config.target_modules = set(_targets(total.modules))
         if self._peft is None:
-            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()
+            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()  # active and frozen
             self._layers = _places(self._peft, COMPOSED)
         else:
             _exchange(self._layers, COMPOSED, total)
-        try:
             _activate(self._peft, self._layers.values(), [COMPOSED])
+        try:
             yield self._peft
         finally:
             _activate(self._peft, self._layers.values(), [])
@@ -138,8 +140,8 @@ class Slots:
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
         read = {folder: files for folder, (_, files) in self._read.items()}
-        how = {"known": self._known, "may_be_idle": may_be_idle, "trained_with": trained_with, "read": read}
-        return probe(self._peft, tokenizer, adapters, prompts, **how)
+        with _in_float32(self._rounded):
+            return _prove(self._peft, tokenizer, adapters, prompts, self._known, may_be_idle, trained_with, read)
 
     def close(self) -> None:
         """Take the layers out again: the model is the bare one that it was."""
@@ -217,10 +219,15 @@ def idle_adapters(
     return [without[part] for part in same if part in without], same[0] if fault else None
 
 
+def _below_float32(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters of less than float32."""
+    return [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+
+
 @contextlib.contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """A model's weights in float32 for a while, and back in what they were: bfloat16 survives it unchanged."""
-    kept = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters in float32 for a while, and back in what they were: bfloat16 survives it unchanged."""
+    kept = [(p, p.dtype) for p in parameters]
     try:
         for p, _ in kept:
             p.data = p.data.float()
@@ -282,7 +289,7 @@ def _rows_beside(model: PeftModel, rows: Sequence[Sequence[AdapterFiles]]) -> It
         def beside(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             total, x = without.pop(), inputs[0][1:]
             for some, a, b, scale in mine:
-                total[some] += scale * (x[some] @ a.to(x.device).T @ b.to(x.device).T)
+                total[some] += F.linear(F.linear(x[some], a.to(x.device)), b.to(x.device)) * scale
             output[1:] = total
 
         yield base.register_forward_hook(keep)
@@ -303,16 +310,13 @@ def _rows_beside(model: PeftModel, rows: Sequence[Sequence[AdapterFiles]]) -> It
             hook.remove()
 
 
-@torch.no_grad()
 def probe(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     adapters: Adapters,
     prompts: Sequence[str],
-    known: dict[tuple[str, ...], Tensor] | None = None,
     may_be_idle: Collection[str] = (),
     trained_with: Adapters = (),
-    read: Mapping[str, AdapterFiles] | None = None,
 ) -> ProbeReport:
     """Prove that a composed model computes what its adapters together compute, and that each of them matters.
 
@@ -324,11 +328,8 @@ def probe(
         tokenizer: the model's.
         adapters: (name, folder) of the adapters that the condition must have.
         prompts: what a user says, in one message; logits at its last `PROBE_TOKENS` tokens are compared.
-        known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
-            the hashes of their files; filled here.
         may_be_idle: adapters that are allowed to make no difference; the report then says so.
         trained_with: the adapters that were active in training, where they must not all be active now.
-        read: adapters that were read a moment ago and fit the model, by folder.
 
     Returns:
         The differences found.
@@ -337,12 +338,34 @@ def probe(
         ProbeError: the composed logits are not those of all adapters active, or those of a part of them are the same.
         AdapterError: an adapter's files are not whole or belong to another model.
     """
+    with _evaluating(model), _in_float32(_below_float32(model)):
+        return _prove(model, tokenizer, adapters, prompts, {}, may_be_idle, trained_with, {})
+
+
+@torch.no_grad()
+def _prove(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Adapters,
+    prompts: Sequence[str],
+    known: dict[tuple[str, ...], Tensor],
+    may_be_idle: Collection[str],
+    trained_with: Adapters,
+    read: Mapping[str, AdapterFiles],
+) -> ProbeReport:
+    """`probe` of a model in float32, in the mode in which it stands.
+
+    Args:
+        known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
+            the hashes of their files; filled here.
+        read: adapters that were read a moment ago and fit the model, by folder.
+    """
     if not adapters or not prompts:
         raise ValueError("a probe needs adapters and prompts")
-    every, read = dict([*trained_with, *adapters]), read or {}
+    every = dict([*trained_with, *adapters])
     files = {part: read.get(str(folder)) or read_adapter(folder) for part, folder in every.items()}
     hashes = {part: "".join(file_hashes(folder).values()) for part, folder in every.items()}
-    names, known = [part for part, _ in adapters], {} if known is None else known
+    names = [part for part, _ in adapters]
     subsets = [some for size in range(len(names)) for some in itertools.combinations(names, size)]
     subsets += [tuple(part for part, _ in trained_with)] if trained_with else []
     keys = {parts: tuple(hashes[part] for part in parts) for parts in [*subsets, tuple(names)]}
@@ -351,7 +374,7 @@ def probe(
         if str(folder) not in read:
             check_fits(files[part], model)
     beside = [[files[part] for part in parts] for parts in rows]
-    with _evaluating(model), _in_float32(model), _rows_beside(model, beside):
+    with _rows_beside(model, beside):
         found, *fresh = probe_logits(model, tokenizer, prompts, 1 + len(rows))
     computed = {parts: known[key] for parts, key in keys.items() if parts not in rows} | dict(zip(rows, fresh))
     for parts, key in keys.items():

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cai_em.model.adapters import AdapterError, AdapterFiles, _delta_norm, _plain, check_fits, read_adapter
+from cai_em.model.adapters import AdapterError, AdapterFiles, _delta_norm, _modules, _plain, check_fits, read_adapter
 from cai_em.study.entries import LoraPreset
 
 PERSONA, EM, COMPOSED = "persona", "em", "composed"
@@ -57,13 +57,14 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str) -> PeftModel:
 
 def _insert(model: nn.Module, name: str, config: LoraConfig, modules: Mapping[str, tuple[Tensor, Tensor]]) -> PeftModel:
     """Put an adapter with the given tensors into a model, frozen. Draws no random numbers."""
-    config = dataclasses.replace(
-        config, inference_mode=True, base_model_name_or_path=_plain(model).config._name_or_path
-    )
+    base_name = _plain(model).config._name_or_path
+    mine = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base_name, init_lora_weights=False)
+    how = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}  # what peft makes is replaced: nothing to fill
     if isinstance(model, PeftModel):
-        model.add_adapter(name, config, low_cpu_mem_usage=True)
+        model.add_adapter(name, mine, **how)
     else:
-        model = PeftModel(model, config, adapter_name=name, low_cpu_mem_usage=True)
+        model = PeftModel(model, mine, adapter_name=name, **how)
+    mine.init_lora_weights = config.init_lora_weights  # as it will be saved
     layers = _places(model, name)
     if set(layers) != set(modules):
         places, tensors = len(set(layers) - set(modules)), len(set(modules) - set(layers))
@@ -131,7 +132,7 @@ def stack(model: PreTrainedModel, persona_dir: str | Path | None, lora: LoraPres
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [(name, module) for name, module in _modules(model) if isinstance(module, LoraLayer)]
 
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
