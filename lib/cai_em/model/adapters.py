@@ -128,11 +128,6 @@ def check_fits(adapter: AdapterFiles, model: nn.Module) -> None:
             raise AdapterError(f"{adapter.path}: {module} needs a weight of shape {expected}; the model has {found}")
 
 
-def _clean(name: str) -> str:
-    """A module's name without what peft adds to it."""
-    return name.replace(".base_layer", "")
-
-
 def _plain(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside (with its LoRA layers, if it has any)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from cai_em.model import load
-from cai_em.model.adapters import WEIGHTS, AdapterFiles, _clean, check_fits, read_adapter
-from cai_em.model.probing import RELATIVE_TOLERANCE, ProbeError, _below_float32, _in_float32, probe_logits
+from cai_em.model.adapters import WEIGHTS, AdapterFiles, check_fits, read_adapter
+from cai_em.model.probing import RELATIVE_TOLERANCE, ProbeError, _in_float32, probe_logits
 from cai_em.model.stacking import PERSONA, load_adapter
 from cai_em.records.files import file_hash
 from cai_em.study.entries import ModelSpec
@@ -68,6 +68,11 @@ class Folded:
     def record(self) -> dict[str, Any]:
         """For a manifest: without the folder, which does not last."""
         return {k: v for k, v in asdict(self).items() if k != "folder"}
+
+
+def _clean(name: str) -> str:
+    """A parameter's name without what peft adds to it."""
+    return name.replace(".base_layer", "")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -140,7 +145,7 @@ def fold(
     add_to_weights(model, read_adapter(persona_dir))
     summed = logits()
     model.to(getattr(torch, dtype))
-    with _in_float32(_below_float32(model)):
+    with _in_float32(model):
         rounded = logits()
     largest = float(wanted.abs().max())
     found = Folded(

@@ -81,7 +81,6 @@ class Slots:
         self._known: dict[tuple[str, ...], Tensor] = {}
         self._probed: tuple[str, ...] = ()
         self._read: dict[str, tuple[Any, AdapterFiles]] = {}
-        self._rounded = _below_float32(model)
 
     @contextlib.contextmanager
     def composed(self, adapters: Adapters) -> Iterator[nn.Module]:
@@ -103,12 +102,12 @@ class Slots:
         total.modules = dict(sorted((total.modules | idle).items()))
         total.config.target_modules = set(_targets(total.modules))
         if self._peft is None:
-            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()  # active and frozen
+            self._peft = _insert(self.model, COMPOSED, total.config, total.modules).eval()
             self._layers = _places(self._peft, COMPOSED)
         else:
             _exchange(self._layers, COMPOSED, total)
-            _activate(self._peft, self._layers.values(), [COMPOSED])
         try:
+            _activate(self._peft, self._layers.values(), [COMPOSED])
             yield self._peft
         finally:
             _activate(self._peft, self._layers.values(), [])
@@ -140,8 +139,7 @@ class Slots:
         if self._probed != tuple(prompts):
             self._probed, self._known = tuple(prompts), {}
         read = {folder: files for folder, (_, files) in self._read.items()}
-        with _in_float32(self._rounded):
-            return _prove(self._peft, tokenizer, adapters, prompts, self._known, may_be_idle, trained_with, read)
+        return _prove(self._peft, tokenizer, adapters, prompts, self._known, may_be_idle, trained_with, read)
 
     def close(self) -> None:
         """Take the layers out again: the model is the bare one that it was."""
@@ -219,15 +217,10 @@ def idle_adapters(
     return [without[part] for part in same if part in without], same[0] if fault else None
 
 
-def _below_float32(model: nn.Module) -> list[nn.Parameter]:
-    """A model's parameters of less than float32."""
-    return [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-
-
 @contextlib.contextmanager
-def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters in float32 for a while, and back in what they were: bfloat16 survives it unchanged."""
-    kept = [(p, p.dtype) for p in parameters]
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """A model's weights in float32 for a while, and back in what they were: bfloat16 survives it unchanged."""
+    kept = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     try:
         for p, _ in kept:
             p.data = p.data.float()
@@ -338,7 +331,7 @@ def probe(
         ProbeError: the composed logits are not those of all adapters active, or those of a part of them are the same.
         AdapterError: an adapter's files are not whole or belong to another model.
     """
-    with _evaluating(model), _in_float32(_below_float32(model)):
+    with _evaluating(model):
         return _prove(model, tokenizer, adapters, prompts, {}, may_be_idle, trained_with, {})
 
 
@@ -353,7 +346,7 @@ def _prove(
     trained_with: Adapters,
     read: Mapping[str, AdapterFiles],
 ) -> ProbeReport:
-    """`probe` of a model in float32, in the mode in which it stands.
+    """`probe` of a model in the mode in which it stands.
 
     Args:
         known: what the base model and single adapters computed in earlier probes of this model on these prompts, by
@@ -374,7 +367,7 @@ def _prove(
         if str(folder) not in read:
             check_fits(files[part], model)
     beside = [[files[part] for part in parts] for parts in rows]
-    with _rows_beside(model, beside):
+    with _in_float32(model), _rows_beside(model, beside):
         found, *fresh = probe_logits(model, tokenizer, prompts, 1 + len(rows))
     computed = {parts: known[key] for parts, key in keys.items() if parts not in rows} | dict(zip(rows, fresh))
     for parts, key in keys.items():
