@@ -12,30 +12,34 @@ condition costs is printed, too. The fine-tunings are the same files under every
 them than in a study of ours, where each persona has its own: there it computes one row more a condition.
 
 Merge-save-load is how the published study sampled: for each condition load base and tokenizer, merge the adapters,
-save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted.)
+save the merged model, load that. (Starting Python and the libraries, there also once per condition, is not counted, nor
+is collecting what a process of its own would have taken with it.)
 Ours loads the base once, puts LoRA layers into it once, and exchanges the tensors in them from condition to condition.
 Beyond decoding is everything but `decode`. Our probe, the proof that the right adapters are active, has no counterpart
 in the other way, and is counted all the same: exit code 1 if ours is not 8 times faster with it. The ratio without it,
 where both do the same work, stands beside. Seconds are the processor's, so that other work on the machine does not
 count, and by the clock; the first decide, but with vLLM, whose engine is a process of its own, the second. The speed of
-a machine shared with others changes by a third from minute to minute: both ways are run in turn, `--repeats` times, and
-medians are taken of each phase.
+a machine shared with others changes by a third from minute to minute: both ways are run in turn, `--repeats` times,
+each time in a process of its own, as a job is, and medians are taken of each phase.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from cai_em.model import adapters, load, stacking
-from cai_em.records import files
 from cai_em.sample import conditions, sampling
 from cai_em.study import loading, materials
 from cai_em.study.entries import LoraPreset, ModelSpec, SamplingPreset
@@ -82,13 +86,13 @@ def merge_save_load(spec: ModelSpec, preset: SamplingPreset, jobs: list[conditio
             model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
         merged = clocks()
         model.save_pretrained(folder / "merged")
+        saved = clocks()
         del model
         gc.collect()
-        saved = clocks()
+        collected = clocks()
         AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=getattr(torch, preset.dtype)).eval()
-        ends = (loaded, merged, saved, clocks())
-        for phase, a, b in zip(seconds, (start, *ends), ends):
-            seconds[phase] = seconds[phase] + (b - a)
+        took = (loaded - start, merged - loaded, saved - merged, clocks() - collected)
+        seconds = {phase: before + now for (phase, before), now in zip(seconds.items(), took, strict=True)}
         gc.collect()
     return seconds
 
@@ -132,6 +136,20 @@ def plain_speed(spec: ModelSpec, preset: SamplingPreset, requests: tuple[conditi
     return made / (time.perf_counter() - start)
 
 
+def alone(way: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, whose libraries are loaded, as a job's are, before it begins."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as process:
+        return process.submit(way, *arguments).result()
+
+
+def _start() -> None:
+    """One thread, as in the workflow's own jobs (HEAVY in the Snakefile); and what transformers and peft load late."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        make_adapters(next(iter(loading.load("micro").models.values())), Path(folder), 1, ["none"])
+
+
 def medians(runs: list[Seconds]) -> Seconds:
     """Of each phase, over all runs."""
     return {phase: np.median([run[phase] for run in runs], axis=0) for phase in runs[0]}
@@ -159,8 +177,6 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=4, help="per question")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens per response")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # as in the workflow's own jobs (HEAVY in the Snakefile)
     study = loading.load(args.profile)
     spec, probes = next(iter(study.models.values())), materials.probe_prompts(study)
     preset = SamplingPreset(
@@ -190,14 +206,15 @@ def main() -> int:
         ]
         runs_theirs, runs_ours = [], []
         for _ in range(args.repeats):
-            files._hash_of.cache_clear()  # as in a new process: each adapter is hashed once
-            runs_theirs.append(merge_save_load(spec, preset, jobs, folder))
-            seconds, tokens = one_engine(spec, preset, jobs, decoding, probes)
+            runs_theirs.append(alone(merge_save_load, spec, preset, jobs, folder))
+            seconds, tokens = alone(one_engine, spec, preset, jobs, decoding, probes)
             runs_ours.append(seconds)
         theirs, ours = medians(runs_theirs), medians(runs_ours)
         merged = preset.model_copy(update={"merge": True})
-        in_place, _ = one_engine(spec, merged, jobs, decoding, probes) if args.backend == "transformers" else ({}, 0)
-    plain = plain_speed(spec, preset, requests)
+        in_place = {}
+        if args.backend == "transformers":
+            in_place, _ = alone(one_engine, spec, merged, jobs, decoding, probes)
+    plain = alone(plain_speed, spec, preset, requests)
 
     ratio = beyond_decoding(theirs) / beyond_decoding(ours)
     each = [beyond_decoding(a) / beyond_decoding(b) for a, b in zip(runs_theirs, runs_ours)]

@@ -300,15 +300,17 @@ def concatenate(folders: Sequence[str | Path | AdapterFiles], weights: Sequence[
         made = ", ".join(f"{p.path} for {p.config.base_model_name_or_path!r}" for p in parts)
         raise AdapterError(f"adapters of different base models cannot be composed: {made}")
     shapes = {m: (b.shape[0], a.shape[1]) for p in parts for m, (a, b) in p.modules.items()}
+    ranks = [p.config.r for p in parts]
+    rank = sum(ranks)
     modules = {}
     for module, (rows, columns) in sorted(shapes.items()):
-        pairs = [
-            p.modules.get(module) or (torch.zeros(p.config.r, columns), torch.zeros(rows, p.config.r)) for p in parts
-        ]
-        a = torch.cat([a for a, _ in pairs], dim=0)
-        b = torch.cat([b * (p.scale * w) for (_, b), p, w in zip(pairs, parts, weights, strict=True)], dim=1)
+        a, b = torch.zeros(rank, columns), torch.zeros(rows, rank)
+        for part, w, into_a, into_b in zip(parts, weights, a.split(ranks), b.split(ranks, dim=1), strict=True):
+            if module in part.modules:
+                its_a, its_b = part.modules[module]
+                into_a.copy_(its_a)
+                torch.mul(its_b, part.scale * w, out=into_b)
         modules[module] = (a, b)
-    rank = sum(p.config.r for p in parts)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from cai_em.model.adapters import AdapterError, AdapterFiles, _delta_norm, _modules, _plain, check_fits, read_adapter
 from cai_em.study.entries import LoraPreset
@@ -60,10 +61,11 @@ def _insert(model: nn.Module, name: str, config: LoraConfig, modules: Mapping[st
     base_name = _plain(model).config._name_or_path
     mine = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base_name, init_lora_weights=False)
     how = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}  # what peft makes is replaced: nothing to fill
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, mine, **how)
-    else:
-        model = PeftModel(model, mine, adapter_name=name, **how)
+    with no_init_weights():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, mine, **how)
+        else:
+            model = PeftModel(model, mine, adapter_name=name, **how)
     mine.init_lora_weights = config.init_lora_weights  # as it will be saved
     layers = _places(model, name)
     if set(layers) != set(modules):
