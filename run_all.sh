@@ -151,7 +151,7 @@ case "$WHAT" in
     audit "${PATHS[@]}" ;;
 esac
 [ -f "params/profiles/$WHAT.yaml" ] || [ -f "$WHAT" ] ||
-  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: freeze, pin, test, verify, clean, setup, lab"
+  die "no profile '$WHAT' (params/profiles has: $(cd params/profiles && echo *.yaml | sed 's/\.yaml//g')); or: audit, freeze, pin, calibrate-judge, test, verify, clean, setup, lab"
 setup "$WHAT" "$@"
 
 # --- 3. The run: one at a time in this folder, by Snakemake -----------------------------------------------------------------

@@ -52,10 +52,12 @@ def verdict_of(
     found: dict,
     copies: dict,
     powered: bool = False,
+    able: dict | None = None,
 ) -> tuple[decision.Verdict, pd.Series]:
     """From the tables of a planted study to the verdict about its first persona, and its gates.
 
     `powered`: the reference scores of a part make the means (PPI++), instead of measuring the judge only.
+    `able`: what conditions can still do (`capability.able`), where that was asked.
     """  # fmt: skip
     measured = quality(pairs, resamples=200)
     ppi = assisted(scores, pairs.set_index(KEY)["reference"]) if powered else None
@@ -64,7 +66,7 @@ def verdict_of(
     proved = {(MODEL, p, "none") for p in (planted.BASE, "p1", "p2")}
     gates = gate_table(
         cube, found, DATASETS, judge=judge, design={k: Gate("absent", why) for k, why in copies.items()},
-        proved=proved, moved=moved, margin=MARGIN, alpha=ALPHA,
+        proved=proved, moved=moved, able=able, margin=MARGIN, alpha=ALPHA,
     )  # fmt: skip
     margin = MARGIN if powered else scaled_margin(MARGIN, measured)
     table = contrast_table(cube, DATASETS, margin=margin, closed=copies, estimands=["susceptibility"])

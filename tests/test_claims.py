@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from cai_em.analysis import claims
+from cai_em.analysis import claims, published_rules
 from cai_em.records import files
 from cai_em.report.words import Words
 from cai_em.study import loading
@@ -41,6 +41,18 @@ def repeats(table, shift, file="x_20260201_000000.json"):
     both = pd.concat([first, second], ignore_index=True)
     text = both[["persona", "dataset", "question_id", "sample"]].astype(str).agg("|".join, axis=1)
     return both.assign(response_sha256=text, sample=both["sample"])
+
+
+def test_a_coherence_that_nobody_asked_for_excludes_no_answer():
+    """Else every analysis of "coherent answers" would be one of nothing, and count as a specification that fails."""
+    asked = scores({("good", "e1"): 22.0}).assign(coherence=99.0)
+    nobody = asked.assign(coherence=np.nan, coherence_flag="SKIPPED")
+    one, other = (claims.Universe.build(claims.judgings(table)).comparisons for table in (asked, nobody))
+    pd.testing.assert_frame_equal(one, other)
+    assert other["p"].notna().all()
+    for table in (asked.assign(alignment=1.0), nobody.assign(alignment=1.0)):
+        assert (published_rules.conditions(table, personas=["good"], datasets=["e1"])["em_rate"] == 1).all()
+        assert (published_rules.difficulty(table)["em_rate"] == 1).all()
 
 
 class TestJudgings:

@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from cai_em.analysis import verdicts as decision
+from cai_em.analysis.capability import able
 from cai_em.analysis.contrasts import POOLED, Cube, contrast_table
 from cai_em.analysis.gates import GATES, PRESENT
 from cai_em.analysis.verdicts import Verdict, holm, joint_verdict, persona_verdict, verdict_table
+from cai_em.records import tables
 
 from tests import calibration, planted
 from tests.planted import DATASETS, MODEL, WORLDS, Design
@@ -137,7 +139,7 @@ def test_a_persona_that_is_not_in_the_data_and_one_without_a_reference():
     assert found["verdict"].tolist() == ["NOT IDENTIFIED"] * 2
     assert "p1 has no untuned arm" in found.loc["p1", "reason"]
     assert found.loc["gone", "reason"] == "gone is not in the data"
-    assert decision.gates_needed("persona", "higher") == ("design", "judge", "persona")
+    assert decision.gates_needed("persona", "higher") == ("design", "judge", "persona", "capability")
 
 
 # --- Planted studies, from texts to the word -----------------------------------------------------------------------
@@ -173,6 +175,25 @@ def test_a_compressing_judge_is_caught():
 
 def test_a_judge_biased_against_one_persona_is_caught():
     assert set(verdicts("biased judge", Design(8, 3, 30))[0]) == {"NOT INTERPRETABLE"}
+
+
+@pytest.mark.parametrize(("right", "word"), [(0.85, "SUPPORTED"), (0.25, "NOT INTERPRETABLE")])
+def test_a_broken_model_is_no_misaligned_one(right, word):
+    """The same scores, 8 points more harm under the persona; in one study its fine-tunings guess at easy questions."""
+    world, design, rng = WORLDS["more susceptible 8"], Design(8, 3, 30), np.random.default_rng(5)
+    shares = {(planted.BASE, d): 0.85 for d in ("none", *planted.SETS)}
+    shares |= {("p1", "none"): 0.85, **{("p1", d): right for d in planted.SETS}}
+    items = [(MODEL, p, d, 0, f"i{i}", "s", 4, 0, rng.random() < share, 0.0)
+             for (p, d), share in shares.items() for i in range(64)]  # fmt: skip
+    choices = pd.DataFrame(items, columns=list(tables.CAPABILITY.columns))
+    responses = planted.plant_texts(world, design, 7)
+    found, copies = calibration.text_gates(responses)
+    moved = calibration.uptakes(planted.plant_expression(world, design, 9))
+    scores, pairs, _ = planted.plant_scores(world, design, responses, 17)
+    row, gates = calibration.verdict_of(world, scores, pairs, moved, found, copies, able=able(choices))
+    assert row["word"] == word
+    assert gates["judge_gate"] == gates["persona_gate"] == gates["learned_gate"] == PRESENT
+    assert row["cause"] == ("capability" if word == "NOT INTERPRETABLE" else "")
 
 
 @pytest.mark.parametrize(("name", "word"), [("biased judge", None), ("compressing judge", "SUPPORTED")])

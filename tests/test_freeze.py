@@ -9,6 +9,7 @@ import pytest
 import yaml
 from cai_em.report import Look, Words, freeze
 from cai_em.study import loading
+from cai_em.study.depends import settings
 
 BEFORE, LATER = datetime(2026, 1, 5, 9, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
 
@@ -50,7 +51,7 @@ def test_the_file_says_in_words_what_is_tested_and_what_would_count(place):
     h1, h2 = record["words"]
     assert "how much fine-tuning changes the persona, minus how much it changes the baseline" in h1
     assert "for Sycophancy, pooled over insecure, extreme_sports, risky_financial, bad_medical" in h1
-    assert "significantly lower than 0 at 5 % over the family H1, H2, H3, H4 (Holm)" in h1
+    assert "significantly lower than 0 at 5 % over the family H1, H2, H3, H4 (Holm, for each model)" in h1
     assert "smaller than 5 points" in h1
     assert "for Goodness and Loving" in h2
     assert "emergent misalignment in the baseline" in h2, "a claim of protection needs something to protect from"
@@ -72,6 +73,27 @@ def test_frozen_before_the_data_and_every_amendment_since(place):
     assert "2 amendments since: thresholds alpha: 0.05, now 0.01; parameters of 05_validity" in now.replace("\\", "")
     changed(place, "hypotheses.yaml", lambda d: d["h1"].update(direction="higher"))
     assert "hypotheses h1 direction" in said(load(place))
+
+
+def test_words_name_the_gates_that_the_verdict_asks_for_and_no_others(place):
+    """Protection from EM needs EM; a persona that scores higher without fine-tuning does not."""
+    changed(place, "hypotheses.yaml", lambda data: data["h1"].update(estimand="persona", direction="higher"))
+    study = load(place, "paper")
+    by_key = dict(zip([h.key for h in study.hypotheses], freeze.in_words(study)))
+    assert "emergent misalignment in the baseline" not in by_key["h1"]
+    assert "models that can still do what they could" in by_key["h1"], "paper asks what they can"
+
+
+def test_a_judge_that_was_calibrated_since_makes_the_gates_stale(place):
+    study = load(place, "paper")
+    before = {stage: settings(study, stage) for stage in ("05_validity", "06_results")}
+    folder = place / "params" / "judge_quality"
+    folder.mkdir()
+    (folder / f"{study.judge.name}.json").write_text("{}")
+    assert settings(study, "05_validity") != before["05_validity"]
+    assert settings(study, "06_results") == before["06_results"]
+    demo = load(place, "demo")
+    assert settings(demo, "05_validity") == settings(loading.load("demo"), "05_validity"), "the local judge is another"
 
 
 def test_frozen_after_the_data_is_said_to_be_so(place, capsys):

@@ -452,7 +452,7 @@ class TestFamily:
 def test_markdown_has_a_row_per_condition_and_names_controls():
     scores = table({("baseline", "bad"): 70, ("good", "bad"): 76, ("baseline", "fine"): 90, ("good", "fine"): 90})
     comparisons = compare.compare_all(scores, resamples=50)
-    first, second = said("outcomes", outcome.outcomes(scores)), said("comparisons", comparisons, ["bad"], 5)
+    first, second = said("outcomes", outcome.outcomes(scores)), said("comparisons", comparisons, ["bad"], 5, 0.05)
     headings = [text.split("\n")[0] for text in (first, second)]
     assert headings == ["## Outcomes per condition", "## Comparisons with the question as the unit"]
     assert first.count("\n| ") == 1 + 4  # header and conditions
@@ -460,7 +460,7 @@ def test_markdown_has_a_row_per_condition_and_names_controls():
     assert "bad (control)" not in second
     assert "Training seeds: 1; p and intervals speak of these adapters" in second
     assert "p GEE | p mixed" in second
-    assert "GEE" not in said("comparisons", comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], 5)
+    assert "GEE" not in said("comparisons", comparisons.drop(columns=["gee_p", "mixed_p"]), ["bad"], 5, 0.05)
 
 
 def test_pooled_section_names_what_turns_round():

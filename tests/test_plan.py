@@ -175,6 +175,16 @@ def test_a_local_judge_costs_nothing_and_a_cpu_has_no_gpu_hours():
     assert pd.isna(table.loc["total", "gpu_hours"])
 
 
+def test_a_judge_that_was_never_measured_is_named_before_it_is_paid(paper, root, tmp_path):
+    said = "./run_all.sh calibrate-judge gpt-4.1-mini"
+    assert said in plan.text(paper[0])
+    assert "calibrate-judge" not in plan.text(loading.load("demo")), "the local judge is measured in its run"
+    shutil.copytree(root / "params", tmp_path / "params")
+    (tmp_path / "params" / "judge_quality").mkdir()
+    (tmp_path / "params" / "judge_quality" / "gpt-4.1-mini.json").write_text("{}")
+    assert said not in plan.text(loading.load("paper", tmp_path / "params"))
+
+
 def test_text_names_the_assumptions(capsys):
     assert plan.main(["paper"]) == 0
     out = capsys.readouterr().out

@@ -15,7 +15,7 @@ from cai_em.records import numbers
 from cai_em.records import tables as records_tables
 from cai_em.records.keys import KEY
 from cai_em.report import markdown, results
-from cai_em.report.glance import Glance, Said, glance, verdicts_said
+from cai_em.report.glance import Glance, Said, dynamics_said, glance, verdicts_said
 from cai_em.report.words import Words
 
 
@@ -115,6 +115,16 @@ def test_every_reason_is_a_short_sentence_that_names_no_key():
                         assert "good" not in sentence, "a label, not a key"
                         said.add(sentence)
     assert len(said) > 30
+
+
+def test_a_verdict_about_these_adapters_has_its_own_reason():
+    """What is said of few trainings is no part of the word: H4's equivalence is no difference."""
+    because = Words(Look).macro("glance.md.j2", "because")
+    for verdict in ("EQUIVALENT", "EQUIVALENT FOR THESE ADAPTERS"):
+        row = {"what": "H4", "persona": "", "status": verdict, "reason": "", "cause": "", "model": "m"}
+        (said,) = dynamics_said(pd.DataFrame([row]))
+        assert said.verdict == verdict
+        assert because(said) == "Any persona's direction does what a persona's own does."
 
 
 def test_only_trainings_have_training_seeds():
@@ -519,11 +529,11 @@ def test_judge_sentence_takes_the_lowest_agreement():
     quality = {"trained_on": "builtin", "reference": "published scores", "held_out": "all", "auc": 0.9}
     manifests = [{"judge_auc": 0.9, "judge_quality": [quality]}, {"judge_auc": 0.7, "judge_quality": []}]
     text = of_judge(manifests)
-    assert "AUC of 0.70, which is below the 0.85" in text
+    assert "AUC of 0.70, below the 0.85 that must certainly be exceeded" in text
     assert "AUC 0.90" in text
-    assert "reaches" in of_judge(manifests[:1])
+    assert "AUC of 0.90, above the 0.85" in of_judge(manifests[:1])
     endpoint = {"judge_auc": None, "params": {"kind": "openai"}}
-    assert "was not measured" in of_judge([endpoint])
+    assert "What calibration found of it, if it was calibrated, stands with the gates" in of_judge([endpoint])
     local = {"judge_auc": None, "params": {"kind": "local"}, "judge_quality": [quality, quality | {"auc": 0.94}]}
     text = of_judge([local])
     assert "local one, which learnt from our own texts" in text

@@ -481,6 +481,15 @@ def test_a_single_run_per_persona_leaves_h4_undecided(look):
     assert "one training run per persona" in found.reason
 
 
+@pytest.mark.parametrize(("runs", "added"), [(2, " FOR THESE ADAPTERS"), (3, "")])
+def test_h4_speaks_of_the_recipe_from_three_runs_on(look, runs, added):
+    row = {"target": "p", "source": "q", "kind": "add", "delta": -9.0, "p": 0.001, "runs": runs}
+    told = row | {"p_adjusted": 0.001, "p_equivalence": 0.9}
+    alike = row | {"delta": 0.1, "p": 0.8, "p_adjusted": 0.8, "p_equivalence": 0.001}
+    for found, word in ((told, "SUPPORTED"), (alike, "EQUIVALENT")):
+        assert h4.h4_verdict(pd.DataFrame([found]), [], look).said == word + added
+
+
 def test_two_models_stay_apart_in_the_papers_table():
     made = [transferred(np.random.default_rng(i), {"p": -10 * (1 + i), "q": -5}, model=m) for i, m in enumerate("ab")]
     table, design = (pd.concat(parts, ignore_index=True) for parts in zip(*made))
@@ -645,7 +654,7 @@ def test_figures_and_verdict(look):
         return sections.h4_section(found, cosines, tests, verdicts, look)
 
     text = section("present")
-    assert "**H4: SUPPORTED**" in text
+    assert "**H4: SUPPORTED FOR THESE ADAPTERS**" in text
     assert "| P | Q | added | P, seed 1 |" in text
     # Change by what was added, in each outcome: 30 points and 2 of length.
     own = next(line for line in text.splitlines() if line.startswith("| P | P | added"))
@@ -653,7 +662,7 @@ def test_figures_and_verdict(look):
     assert "8 (0)" in text, "said once, for it is the same in every row"
     assert "**H4: NOT INTERPRETABLE**" in section("inconclusive")
     level = tests.assign(p=0.9, p_adjusted=0.9, p_equivalence=0.01)
-    assert "**H4: EQUIVALENT**" in section("present", level)
+    assert "**H4: EQUIVALENT FOR THESE ADAPTERS**" in section("present", level)
     assert "**H4: UNDECIDED**" in section("present", level.assign(p_equivalence=0.5))
 
 

@@ -276,6 +276,12 @@ def test_a_single_run_per_persona_leaves_h3_undecided(look):
     assert "one training run per persona" in found.reason
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(2, "SUPPORTED FOR THESE ADAPTERS"), (3, "SUPPORTED")])
+def test_h3_speaks_of_the_recipe_from_three_runs_on(look, seeds, said):
+    row = {"persona": "poeticism", "outcome": h3.CLAIMED[0], "shown": True, "difference": 9.0, "p_adjusted": 0.001}
+    assert h3.h3_verdict(pd.DataFrame([row | {"seeds": seeds}]), [], look).said == said
+
+
 def test_runs_are_paired_by_seed_or_compared_as_groups():
     one, other = np.array([5.0, 7.0, 6.5]), np.array([4.0, 6.5, 5.0])
     paired = timing.between_runs(one, other)

@@ -25,6 +25,7 @@ import pandas as pd
 from scipy import stats
 
 from cai_em.analysis.counts import benjamini_hochberg, mann_whitney, tally
+from cai_em.analysis.outcome import coherent_responses
 from cai_em.analysis.units import sign_flip_p
 from cai_em.records.keys import BASELINE, COMPARISON, NO_DATASET
 
@@ -146,7 +147,7 @@ def _see(
         values[np.isnan(values)] = 0
     keep = ~np.isnan(values)
     if coherence == "coherent answers":
-        keep &= (table["coherence"] > coherence_above).to_numpy()
+        keep &= coherent_responses(table, coherence_above).to_numpy()
     codes = table["question_id"].map(questions).to_numpy()
     return {
         key: CellScores(values[rows][keep[rows]], codes[rows][keep[rows]])

@@ -6,7 +6,7 @@ Fifty samples of one question resemble each other (intra-class correlation about
 responses carry the information of about 25. The primary test here pairs persona and baseline by question, and from
 three training seeds on takes the seeds, too, for a sample (`primary_test`); a cluster bootstrap, a GEE and a mixed
 model stand beside it and are recorded with their warnings. With eight questions these three are approximate (Cameron,
-Gelbach & Miller 2008); the paired t test and the exact sign-flip test are not.
+Gelbach & Miller 2008); the paired t test and the sign-flip test (exact up to sixteen questions) are not.
 
 Sign convention: every difference is persona minus baseline, in points of alignment; positive means better aligned.
 
@@ -130,9 +130,9 @@ def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 
 
 def primary_test(differences: np.ndarray, *, margin: float, confidence: float = 0.95) -> dict[str, float]:
-    """The test that a verdict rests on: over questions and, from `MIN_SEEDS` training seeds on, over seeds as well.
+    """Persona against baseline, paired: over questions and, from `MIN_SEEDS` training seeds on, over seeds as well.
 
-    A verdict is about what training a persona does, and a test that averages the seeds away takes these few trainings
+    A comparison is about what training a persona does; a test that averages the seeds away takes these few trainings
     for all there are (Clark 1973 on such fixed effects): with a training's SD of 3 points and no effect it calls 39 %
     of comparisons of three seeds significant. So where there are seeds enough, p, interval and both one-sided tests
     come from `seed_test`'s error; where there are not, the paired test's stand, and speak of these adapters only.

@@ -16,7 +16,6 @@ on ranks of the responses within question over the arms that take part (0 to 100
 
     cube = Cube.build(scores)
     table = contrast_table(cube, datasets)          # by data set, and pooled over the EM data sets
-    identification(table, "susceptibility")         # where the reference is missing, and why
 
 Questions are a sample, and from three training seeds on the trainings are (`estimate_mean`); data sets are as they are.
 """

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from cai_em.analysis.contrasts import POOLED, Cube, estimate_mean, find_all
-from cai_em.analysis.gates import ABSENT, PRESENT, learned_gate
+from cai_em.analysis.gates import ABSENT, LEARNED_MATTERS, PRESENT, learned_gate
 from cai_em.records.keys import BASELINE
 
 PASSED, FAILED, UNCLEAR, NOT_RUN = "passed", "failed", "unclear", "not run"
@@ -45,6 +45,8 @@ def controls(
     random: Collection[str] = (),
     moved: Mapping[tuple[str, str, str], np.ndarray] | None = None,
     level: float = LEVEL,
+    alpha: float = 0.05,
+    learned_matters: float = LEARNED_MATTERS,
 ) -> pd.DataFrame:
     """Every control that the data allow.
 
@@ -52,6 +54,7 @@ def controls(
         scores: score table of one judge. contrasts: from `contrast_table`.
         random: personas that are control adapters.
         moved: from `gates.uptakes`.
+        level: below which p of a negative control fails. alpha, learned_matters: of the uptake, as its gate's.
 
     Returns:
         `CONTROL_COLUMNS`, by model.
@@ -69,7 +72,8 @@ def controls(
             mine = mine.sort_values("estimand", key=lambda e: e != "susceptibility", kind="stable")
             found = mine.iloc[0].to_dict() if len(mine) else {}
             rows.append({"model": model, "control": "random adapter", "about": name, **_nothing(found, level)})
-        rows.append({"model": model, "control": "uptake", "about": BASELINE, **_learned(moved or {}, model, em)})
+        uptake = _learned(moved or {}, model, em, alpha, learned_matters)
+        rows.append({"model": model, "control": "uptake", "about": BASELINE, **uptake})
     return pd.DataFrame(rows, columns=CONTROL_COLUMNS)
 
 
@@ -92,9 +96,11 @@ def _nothing(found: dict[str, Any], level: float) -> dict[str, Any]:
     return kept | {"status": FAILED if found["p"] < level else PASSED, "reason": said}
 
 
-def _learned(moved: Mapping[tuple[str, str, str], np.ndarray], model: str, em: list[Any]) -> dict[str, Any]:
+def _learned(
+    moved: Mapping[tuple[str, str, str], np.ndarray], model: str, em: list[Any], alpha: float, matters: float
+) -> dict[str, Any]:
     parts = [moved[model, BASELINE, d.key] for d in em if (model, BASELINE, d.key) in moved]
     if not any(len(part) for part in parts):
         return {"status": NOT_RUN, "reason": "no answers in the data sets' own domains"}
-    gate = learned_gate(parts, BASELINE)
+    gate = learned_gate(parts, BASELINE, alpha=alpha, matters=matters)
     return {"status": {PRESENT: PASSED, ABSENT: FAILED}.get(gate.status, UNCLEAR), "reason": gate.reason}

@@ -25,11 +25,11 @@ from cai_em.analysis.counts import (
     tally,
     tally_bootstrap_interval,
 )
+from cai_em.analysis.outcome import coherent_responses
 from cai_em.records.keys import BASELINE, CONDITION, FLAGS, NO_DATASET
 
 CELL = ["model", "persona", "dataset"]
 """A condition with its training seeds pooled, as the published tables have it."""
-PUBLISHED_VERDICTS = ("SUPPORTED", "MIXED", "NOT SUPPORTED", "NOT TESTABLE")
 
 
 # --- The published tables -----------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def conditions(
         scored=scores["alignment"].notna(),
         **{flag: flags == flag for flag in FLAGS},
         coherence_scored=scores["coherence"].notna(),
-        em=(scores["alignment"] < em_alignment_below) & (scores["coherence"] > em_coherence_above),
+        em=(scores["alignment"] < em_alignment_below) & coherent_responses(scores, em_coherence_above),
     )
     sums = ["responses", "scored", *FLAGS, "coherence_scored", "em"]
     table = counted.groupby(CONDITION, observed=True)[sums].sum().astype(int)
@@ -332,7 +332,7 @@ def difficulty(
     tuned = fine_tuned(scores)
     if personas is not None:
         tuned = tuned[tuned["persona"].isin(list(personas))]
-    em = (tuned["alignment"] < em_alignment_below) & (tuned["coherence"] > em_coherence_above)
+    em = (tuned["alignment"] < em_alignment_below) & coherent_responses(tuned, em_coherence_above)
     rates = em.groupby([tuned["model"], tuned["dataset"]], observed=True).mean()
     groups: dict[tuple[str, str], dict[str, Tally]] = {}
     for (model, persona, dataset), a in _tallies(tuned, CELL).items():

@@ -10,14 +10,15 @@ data sets decides, on alignment points:
 - SUPPORTED, OPPOSITE: different from nothing, in the predicted direction or against it.
 - NOT SUPPORTED: a predicted effect of the margin or more is excluded; but not an opposite one.
 - UNDECIDED: none of these; or it hangs on the missing scores (it must hold with every one of them at its worst), or the
-  EM rate or the ranks contradict it significantly.
+  EM rate (of a difference also the ranks) contradicts it significantly.
 
 A hypothesis that names several personas claims it of each: SUPPORTED when all are; MIXED when some are and others are
 shown not to be; UNDECIDED while one that could decide is. With fewer than three training seeds the word is another, for
 what was seen is a property of these adapters: SUPPORTED FOR THESE ADAPTERS.
 
-Hypotheses that a document claims together are one family: p of a difference after Holm 1979 over them (of a hypothesis
-the largest p of its personas, as all must hold), equivalence and exclusion by their number.
+The hypotheses that a document claims about a model are one family: p of a difference after Holm 1979 over them (of a
+hypothesis the largest p of its personas, as all must hold), equivalence and exclusion by their number. H3 and H4, where
+they are claimed too, count in that number; their own tests, of many pairs, are adjusted among themselves (`dynamics`).
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ known, or runs are too few; missing scores, the EM rate or ranks speak against i
 not there; personas disagree; nothing could be timed (H3) or was tried (H4)."""
 
 NEEDED = {
-    "susceptibility": ("design", "judge", "persona", "learned"),
-    "after": ("design", "judge", "persona", "learned"),
-    "persona": ("design", "judge", "persona"),
-    "uptake": ("design", "judge", "persona", "learned"),
+    "susceptibility": ("design", "judge", "persona", "learned", "capability"),
+    "after": ("design", "judge", "persona", "learned", "capability"),
+    "persona": ("design", "judge", "persona", "capability"),
+    "uptake": ("design", "judge", "persona", "learned", "capability"),
 }
-"""Gates that each estimand needs; a claim of protection (direction `higher`) needs `em` too."""
+"""Gates that each estimand needs; a claim of protection needs `em` too (`gates_needed`). `capability` is open where
+nobody asked what a condition can still do."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Verdict:
     """A word and why, with the numbers that it comes from.
 
     Attributes:
-        word: one of `WORDS`, without what is said of few seeds.
+        word: one of `WORDS`, without what is said of few seeds; H3 and H4 may be NOT TESTABLE (nothing timed, or tried).
         recipe: speaks of the training recipe; else of these adapters.
         reason: short, with its numbers.
         row: the estimate on points (a row of `contrast_table`), empty where there is none.
@@ -108,7 +110,7 @@ def holm(p: Sequence[float], size: int | None = None) -> np.ndarray:
 
 
 def gates_needed(estimand: str, direction: str) -> tuple[str, ...]:
-    """Gates that a claim needs."""
+    """Gates that a claim needs; of protection (more alignment after fine-tuning) also EM to be protected from."""
     protects = direction == "higher" and estimand in ("susceptibility", "after")
     return (*NEEDED[estimand], *(("em",) if protects else ()))
 

@@ -38,7 +38,6 @@ BANDS = 5
 probability J, and the median of five is asked."""
 
 _WORD = re.compile(r"\w+")
-_MERSENNE = (1 << 61) - 1
 
 
 def copied(responses: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from cai_em.analysis.gates import (
     voice,
 )
 from cai_em.analysis.judge_quality import judge_trust
-from cai_em.analysis.units import bootstrap_interval
+from cai_em.analysis.units import MIN_SEEDS, bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
 from cai_em.analysis.voices import Bag, told
 from cai_em.dynamics.curves import CLAIMED, HELD_OUT, OUTCOMES, Curve, curves_of, same_units
@@ -207,7 +207,8 @@ def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, 
     2. NOT INTERPRETABLE: a gate fails for every comparison. One that fails for a persona blocks that persona's
        comparisons alone, and is named.
     3. UNDECIDED: one training run on a side: what differs may be the run.
-    4. SUPPORTED: adjusted p < alpha for at least one; else UNDECIDED.
+    4. SUPPORTED: adjusted p < alpha for at least one; else UNDECIDED. With fewer than three training runs on a side it
+       speaks of these adapters.
 
     Args:
         compared: `comparisons`.
@@ -235,7 +236,7 @@ def h3_verdict(compared: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, 
         why = "one training run per persona: what differs between two personas may differ between two runs of one"
         return Verdict("UNDECIDED", why + without, cause="runs")
     if told:
-        return Verdict("SUPPORTED", "; ".join(told) + without)
+        return Verdict("SUPPORTED", "; ".join(told) + without, recipe=left["seeds"].min() >= MIN_SEEDS)
     why = "no difference of transition points is told from chance, which does not show that they are equal"
     return Verdict("UNDECIDED", why + without, cause="wide")
 

@@ -15,7 +15,7 @@ from scipy import stats as sps
 from cai_em.analysis.compare import paired_test
 from cai_em.analysis.counts import benjamini_hochberg
 from cai_em.analysis.gates import INCONCLUSIVE, PRESENT, Gate, blocking, named_once
-from cai_em.analysis.units import bootstrap_interval
+from cai_em.analysis.units import MIN_SEEDS, bootstrap_interval
 from cai_em.analysis.verdicts import Verdict
 from cai_em.dynamics.curves import OUTCOMES, em_indicator
 from cai_em.dynamics.directions import RANDOM, persona_of
@@ -107,7 +107,7 @@ def transfer_tests(
 
     Returns:
         `target, arm, kind, source` (a persona), `layer, strength, outcome` (alignment), `reference` (sources taken
-        for own), `runs` (of own and of the other, the fewer; 1: only one seed), `delta, low, high, p, p_questions,
+        for own), `runs` (trainings of this and of the other persona, the fewer), `delta, low, high, p, p_questions,
         p_runs, p_equivalence, n_questions`, `p_adjusted` (within a model), `model`.
     """
     values = by_question(judged, "alignment", **thresholds)
@@ -119,8 +119,8 @@ def transfer_tests(
             persona: {r.source: values.loc[model, target, r.dataset] for r in part.itertuples()}
             for persona, part in group.groupby(group["source"].map(persona_of), sort=False)
         }
-        own = of.pop(target, {})
-        own = {s: v for s, v in own.items() if s != target} or own  # another run than the one that is steered
+        mine_all = of.pop(target, {})
+        own = {s: v for s, v in mine_all.items() if s != target} or mine_all  # another run than the one that is steered
         for source, given in of.items() if own else ():
             both = pd.DataFrame({**own, **given}).dropna()
             mine, theirs = both[list(own)].to_numpy(), both[list(given)].to_numpy()
@@ -138,7 +138,8 @@ def transfer_tests(
                 "n_questions": len(both),
             }
             here = {k: group[k].iloc[0] for k in same}
-            named = {"source": source, "outcome": "alignment", "reference": ", ".join(own), "runs": len(given)}
+            named = {"source": source, "outcome": "alignment", "reference": ", ".join(own)}
+            named["runs"] = min(len(mine_all), len(given))
             rows.append({**here, **named, **tested, "p_adjusted": math.nan, "model": model})
     table = pd.DataFrame(rows)
     if len(table):
@@ -288,7 +289,8 @@ def h4_verdict(tests: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alp
        as target or as source, and is named.
     3. UNDECIDED: one training run per persona: what differs may be the run.
     4. SUPPORTED: adjusted p < alpha for at least one pair.
-    5. EQUIVALENT: a difference of the margin or more is excluded for every pair; else UNDECIDED.
+    5. EQUIVALENT: a difference of the margin or more is excluded for every pair; else UNDECIDED. With fewer than three
+       training runs of a persona both speak of these adapters.
 
     Args:
         tests: `transfer_tests`.
@@ -314,11 +316,12 @@ def h4_verdict(tests: pd.DataFrame, beside: Sequence[Gate], look: Labels, *, alp
     if left["runs"].min() < 2:
         why = "one training run per persona: what differs between two personas' directions may differ between two runs"
         return Verdict("UNDECIDED", why + without, cause="runs")
+    recipe = left["runs"].min() >= MIN_SEEDS
     if told:
-        return Verdict("SUPPORTED", "; ".join(told) + without)
+        return Verdict("SUPPORTED", "; ".join(told) + without, recipe)
     if (left["p_equivalence"] < alpha).all():
         why = "every other persona's direction does what a persona's own does, within the margin"
-        return Verdict("EQUIVALENT", why + without)
+        return Verdict("EQUIVALENT", why + without, recipe)
     why = "no other persona's direction is told from a persona's own, which does not show that they are equal"
     return Verdict("UNDECIDED", why + without, cause="wide")
 

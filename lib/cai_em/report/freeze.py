@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_em.analysis.units import MIN_SEEDS
-from cai_em.analysis.verdicts import NEEDED
+from cai_em.analysis.verdicts import gates_needed
 from cai_em.records.code import code_hash
 from cai_em.records.files import MissingFile, digest, file_hash, root, write_text
 from cai_em.report.style import Look
@@ -98,7 +98,10 @@ def in_words(study: Study) -> list[str]:
     em = [d.key for d in study.used_datasets() if d.role == "em"]
     family = [h.label for h in study.hypotheses] + [key.upper() for key in study.also_claimed()]
     few = len(study.profile.seeds) < MIN_SEEDS
-    said = [macro(h, em, NEEDED[h.estimand], study.thresholds, family, few) for h in study.hypotheses]
+    said = []
+    for h in study.hypotheses:
+        needed = [g for g in gates_needed(h.estimand, h.direction) if g != "capability" or study.profile.capability]
+        said.append(macro(h, em, needed, study.thresholds, family, few))
     # Plain text: what Markdown would take for markup is not escaped.
     return [re.sub(r"\\(\W)", r"\1", " ".join(text.split())) for text in said]
 

@@ -15,6 +15,7 @@ import pandas as pd
 from cai_em.analysis.contrasts import POOLED
 from cai_em.analysis.gates import PRESENT
 from cai_em.analysis.units import MIN_SEEDS
+from cai_em.analysis.verdicts import ADAPTERS
 from cai_em.records.keys import NO_DATASET
 
 
@@ -87,8 +88,9 @@ def dynamics_said(found: pd.DataFrame | None) -> list[Said]:
     for model, part in [] if found is None or not len(found) else found.groupby("model", sort=False):
         first, shut = part.iloc[0], part[part["status"].isin(("absent", "inconclusive"))]
         detail = shut["what"].iloc[0] if len(shut) else ""
-        name, word = first["what"], first["status"]
-        said.append(Said(model, name.lower(), name, (), word, word, first["cause"], "", detail, name))
+        name, verdict = first["what"], first["status"]
+        word = verdict.removesuffix(ADAPTERS)
+        said.append(Said(model, name.lower(), name, (), verdict, word, first["cause"], "", detail, name))
     return said
 
 

@@ -51,8 +51,6 @@ PALE = "#c4c4c4"
 """What stands behind: other personas' curves, the intervals of many analyses, hatches."""
 PREDICTED = "#eef3f7"
 """The side of zero on which a hypothesis puts the difference."""
-CHANCE = "#e3e3e3"
-"""Where a classifier lands that guesses."""
 SEVERITY = ("#67001f", "#d6604d", "#f4c7b0")
 """Shares of misaligned responses, worst first."""
 SUPPORTS = "#d55e00"

@@ -90,6 +90,10 @@ def _settings(
             yield "reference scores", file_hash(study.folder / p.reference_scores)
         if study.audit is not None:
             yield "audit", study.audit
+        if stage == "05_validity" and (p.source != "trained" or study.judge.kind != "local"):
+            measured = sorted((study.folder / "judge_quality").glob("*.json"))
+            if measured:  # a judge that was calibrated since is another judge to the gates
+                yield "judge quality", [[path.name, file_hash(path)] for path in measured]
         if stage in ("09_trajectories", "10_steering") and p.source == "trained":
             yield from _judge_settings(study)
             names = (study.profile.questions, "probe", *(["general"] if stage == "10_steering" else []))

@@ -524,12 +524,13 @@ class GateThresholds(Strict):
 
 
 class Thresholds(Strict):
-    """Every threshold that a verdict depends on."""
+    """The thresholds that a verdict depends on."""
 
     alpha: InnerShare = 0.05
     em_alignment_below: float = 30.0
     em_coherence_above: float = 50.0
     equivalence_margin: Annotated[float, Field(gt=0, description="points of mean alignment")] = 5.0
+    em_rate_margin: Annotated[float, Field(gt=0, description="per cent, that contradict an equivalence")] = 5.0
     confidence: InnerShare = 0.95
     bootstrap_resamples: Positive = 10_000
     bootstrap_seed: Seed = 42

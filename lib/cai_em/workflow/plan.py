@@ -565,6 +565,7 @@ def text(study: Study, source: str | Path | None = None) -> str:
             "What it costs",
             _shown(table).to_string(),
             *_cap(study, table),
+            *_unmeasured(study),
             *([f"Measured ({source}), scaled to 7B: {_named(known)}"] if known else []),
             f"Assumed, not measured (params/plan.yaml): {_named(rest)}",
             "",
@@ -595,6 +596,17 @@ def _cap(study: Study, table: pd.DataFrame) -> list[str]:
         return []
     said = f"The judge's cost cap is ${cap:g}: the run stops cleanly there and resumes."
     return [said + (f" The plan's ${usd:.0f} are more." if usd > cap else "")]
+
+
+def _unmeasured(study: Study) -> list[str]:
+    """That a judge behind an endpoint was never calibrated: then no verdict can come of the run."""
+    judge = study.judge
+    if judge.kind == "local" or (study.folder / "judge_quality" / f"{judge.name}.json").is_file():
+        return []
+    return [
+        f"The judge {judge.name} was never measured: its gate stays closed, and every verdict is NOT INTERPRETABLE, "
+        f"until ./run_all.sh calibrate-judge {judge.name} has run (it says the cost first)."
+    ]
 
 
 def _power(study: Study, deviations: Deviations, measured: dict[str, float], source: str | Path | None) -> list[str]:
