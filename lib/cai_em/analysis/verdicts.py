@@ -70,7 +70,7 @@ class Verdict:
     """A word and why, with the numbers that it comes from.
 
     Attributes:
-        word: one of `WORDS`, without what is said of few seeds; H3 and H4 may be NOT TESTABLE (nothing timed, or tried).
+        word: one of `WORDS`, without what is said of few seeds; of H3 and H4 also NOT TESTABLE: nothing to time or try.
         recipe: speaks of the training recipe; else of these adapters.
         reason: short, with its numbers.
         row: the estimate on points (a row of `contrast_table`), empty where there is none.
