@@ -18,8 +18,8 @@ from cai_em.records.keys import NO_DATASET
 from cai_em.study import load, settings
 from cai_em.workflow.run import failures
 
-STUDY = load(config.get("profile", "demo"))
-PROFILE = config.get("profile", "demo")
+PROFILE = os.environ.get("CAI_EM_STUDY") or config.get("profile", "demo")
+STUDY = load(PROFILE)
 R = os.path.relpath(STUDY.dir)
 TRAINED = STUDY.profile.source == "trained"
 IMPORTED = os.path.relpath(STUDY.imported) if STUDY.imported else ""

@@ -177,6 +177,7 @@ if [ -n "$JOBS" ]; then [ "$WHERE" = local ] && ARGS+=(--cores "$JOBS") || ARGS+
 python -m cai_em.workflow.check "$WHAT" ${DRY:+--dry-run} >&2 # before any work: parameters, and every text that the study will read
 
 SNAKEMAKE=(snakemake --workflow-profile "params/snakemake/$WHERE" --config "profile=$WHAT")
+export CAI_EM_STUDY=$WHAT # beside --config, whose values Snakemake reads as YAML: a path may hold " #" or ": "
 NAME=${NAME:-$(basename "$WHAT" .yaml)}
 RESULTS=${CAI_EM_RESULTS:-results}/$NAME
 MISSING=$RESULTS/07_published/missing.json # what the last run had to go without: no rule can see it come back

@@ -120,6 +120,111 @@ def test_a_filtered_file_is_read_and_found_out(tmp_path: Path) -> None:
     assert not len(filtered(made_scores(table)))
 
 
+# --- What a stranger's columns may hold, and must not be taken for something else ------------------------------------
+
+
+def table_of(tmp_path: Path, **changes) -> audit.Draft:
+    """A draft of `SMALL` as one CSV, with columns changed: a function of the column, a new name, or values."""
+    table = SMALL.copy()
+    for column, change in changes.items():
+        if callable(change):
+            table[column] = change(table[column])
+        elif isinstance(change, str):
+            table = table.rename(columns={column: change})
+        else:
+            table[column] = change
+    made.write_plain(table, tmp_path / "all.csv")
+    return drafted(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["condition", "arm"])
+def test_a_column_that_could_name_personas_is_asked_about(name, tmp_path: Path) -> None:
+    found = table_of(tmp_path, persona=name)
+    assert any(f"does the column {name!r} (" in question for question in found.spec.unknown)
+    assert any(note == f"columns that are not read: {name}" for note in found.notes)
+
+
+def test_a_name_in_another_alphabet_is_a_persona_and_not_the_empty_one(tmp_path: Path) -> None:
+    found = table_of(tmp_path, persona=lambda p: p.replace({"poet": "诗人", "flatterer": "льстец"}))
+    assert found.spec.unknown == []
+    assert found.spec.personas["baseline"].found_as == ["baseline"]
+    assert {p.label for p in found.spec.personas.values()} >= {"诗人", "льстец"}
+
+
+def test_empty_cells_beside_personas_are_asked_about(tmp_path: Path) -> None:
+    found = table_of(tmp_path, persona=lambda p: p.mask(p.index < 3))
+    assert any("3 of" in q and "nothing in the column 'persona'" in q for q in found.spec.unknown)
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "asked"),
+    [
+        (lambda v: v / 100, (0, 1), None),
+        (lambda v: (v / 100).mask(v.index % 50 == 0, -1), (0, 1), "it also holds -1, which is counted as no score"),
+        (lambda v: (v / 10).round().mask(v.index % 50 == 1, 0).mask(v.index % 50 == 0, 99), (0, 10), "also holds 99"),
+        (lambda v: v / 50 - 1, (0, 1), "which are counted as no score"),
+        (lambda v: v.mask(v.index % 50 == 0, -1), (0, 100), None),
+    ],
+)
+def test_a_number_for_no_score_does_not_change_the_scale(change, scale, asked, tmp_path: Path) -> None:
+    found = table_of(tmp_path, aligned=lambda v: change(pd.to_numeric(v, errors="coerce").fillna(50)))
+    score = found.spec.files[0].scores[0].alignment
+    assert (score.lowest, score.highest) == scale
+    questions = [q for q in found.spec.unknown if q.startswith("aligned:")]
+    assert (asked in questions[0]) if asked else not questions
+    assert found.assemble().scores["alignment"].dropna().between(0, 100).all()
+
+
+@pytest.mark.parametrize("name", ["harmlessness", "non_toxic", "nontoxicity"])
+def test_the_denial_of_a_bad_trait_is_no_bad_trait(name, tmp_path: Path) -> None:
+    found = table_of(tmp_path, aligned=name)
+    assert found.spec.files[0].scores[0].alignment.higher == "better"
+    assert any(f"{name}: is a high value good or bad?" in q for q in found.spec.unknown)
+
+
+def test_booleans_in_a_table_are_scores(tmp_path: Path) -> None:
+    found = table_of(tmp_path, coherent=lambda v: pd.to_numeric(v, errors="coerce") > 50)
+    scores = found.assemble().scores
+    assert set(scores["coherence"]) == {0.0, 100.0}
+
+
+def test_a_condition_without_one_score_is_counted_as_missing(tmp_path: Path) -> None:
+    for (persona, dataset, seed), part in SMALL.groupby(["persona", "dataset", "seed"]):
+        empty = (persona, dataset) == ("poet", "bad_medical")
+        part = part.assign(aligned=np.nan, coherent=np.nan) if empty else part
+        name = f"tiny-7b_{dataset}_{persona}_seed{seed}.csv"
+        part[["question", "response", "aligned", "coherent"]].to_csv(tmp_path / name, index=False)
+    found = drafted(tmp_path)
+    assert not found.skipped
+    scores = found.assemble().scores
+    assert len(scores) == len(SMALL)
+    lost = scores[(scores["persona"] == "poet") & (scores["dataset"] == "bad_medical")]
+    assert lost["alignment"].isna().all()
+    assert len(lost)
+
+
+def test_seeds_may_be_written_as_words(tmp_path: Path) -> None:
+    found = table_of(tmp_path, seed=lambda s: "seed_" + s.astype(str))
+    assert found.spec.seeds == sorted(set(SMALL["seed"]))
+    assert set(found.assemble().scores["seed"]) == set(SMALL["seed"])
+    odd = table_of(tmp_path, seed=lambda s: s.map({0: "first", 1: "second", 2: "third"}))
+    assert any("is no number" in q for q in odd.spec.unknown)
+
+
+def test_a_seed_that_audit_yaml_does_not_name_is_refused(tmp_path: Path) -> None:
+    found = table_of(tmp_path)
+    *some, last = found.spec.seeds
+    spec = found.spec.model_copy(update={"seeds": some})
+    with pytest.raises(AuditError, match=f"training seed {last} is in the files, and not under `seeds`"):
+        audit.assemble(spec, tmp_path)
+
+
+def test_scores_of_which_none_can_be_read_stop_at_once(tmp_path: Path) -> None:
+    found = table_of(tmp_path, aligned=lambda v: np.where(v.index % 2, "aligned", "misaligned"))
+    with pytest.raises(AuditError, match=r"not one score .* column 'aligned' holds 'misaligned', 'aligned'"):
+        found.assemble()
+
+
 def test_records_with_completions_want_to_know_the_data_set(tmp_path: Path) -> None:
     made.write_space_list(SMALL[SMALL["dataset"] == "bad_medical"], tmp_path / "records.json")
     found = drafted(tmp_path)

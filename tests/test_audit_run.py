@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -31,6 +32,14 @@ def test_an_open_question_stops_before_anything_runs(place: Path, tmp_path: Path
     assert "not settled yet" in done.stderr
 
 
+def test_a_folder_may_have_any_name(place: Path, tmp_path: Path) -> None:
+    """Snakemake reads the values of its --config as YAML, in which " #" begins a comment and ": " a mapping."""
+    folder = tmp_path / "runs #2, x: y"
+    folder.mkdir()
+    made.write_plain(made.world(samples=6), folder / "all.csv")
+    assert "audit-runs-2-x-y" in run_all(place, "audit", str(folder), "--dry-run").stderr
+
+
 @pytest.mark.slow
 def test_a_bad_study_from_files_to_document(place: Path, tmp_path: Path) -> None:
     folder = made.example("bad", tmp_path / "bad")
@@ -51,7 +60,9 @@ def test_a_bad_study_from_files_to_document(place: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("design", ["no personas", "no baseline", "no texts", "one response", "hypothesis"])
+@pytest.mark.parametrize(
+    "design", ["no personas", "no baseline", "no texts", "one response", "hypothesis", "two judges"]
+)
 def test_designs_that_are_not_ours(design: str, place: Path, tmp_path: Path) -> None:
     table, settle = made.world(samples=8), {}
     folder = tmp_path / "theirs"
@@ -65,6 +76,10 @@ def test_designs_that_are_not_ours(design: str, place: Path, tmp_path: Path) -> 
     elif design == "hypothesis":
         own = {"title": "Poets are worse", "personas": ["poet"], "direction": "lower"}
         settle = {"hypotheses": {"p1": own}}
+    elif design == "two judges":  # the second measures the first; nobody judged anything twice
+        table = table.rename(columns={"aligned": "aligned_gpt", "coherent": "coherent_gpt"})
+        table["aligned_human"] = pd.to_numeric(table["aligned_gpt"], errors="coerce").sub(3).clip(0)
+        settle = {"reference_judge": "human"}
     if design == "no texts":
         made.write_space(table, folder)
     else:
@@ -81,5 +96,6 @@ def test_designs_that_are_not_ours(design: str, place: Path, tmp_path: Path) -> 
         "no texts": "The files hold no response texts",
         "one response": "One response a question (50 questions)",
         "hypothesis": "P1",
+        "two judges": "*Agreement*: AUC of telling good from bad answers",
     }
     assert said[design] in text

@@ -82,7 +82,7 @@ def judgings(
         where all judgings miss).
 
     Raises:
-        ValueError: no alternative judging could be matched though a table of repeats was given.
+        ValueError: a table of repeats was given, and none of them is of a response that was judged before.
     """
     tables = {"as published": scores}
     if repeated is None or repeated.empty:
@@ -93,17 +93,21 @@ def judgings(
     repeated = repeated[repeated["judge"].isin(judges)].sort_values("sample", kind="stable")
     repeated = repeated.assign(which=repeated.groupby(["file", *key, response]).cumcount())
     chosen = repeated[repeated["selected"].astype(bool)]
+    if len(chosen) == len(repeated):
+        return tables  # other judges' scores alone: the judge that counts gave none twice
     unit = [*key, response, "which"]
     # The published file names each response's sample number; the other judgings are brought to it by the text.
     numbered = chosen[[*unit, "sample"]].rename(columns={"sample": "published_sample"})
     matched = repeated.merge(numbered, on=unit, validate="many_to_one")
+    if matched["selected"].astype(bool).all():
+        raise ValueError("a table of repeated judgings was given, but none is of a response that was judged before")
     rows = scores.groupby(COMPARISON).size()
     sizes = matched.groupby([*COMPARISON, "file"]).size()
     whole = sizes[sizes.to_numpy() == rows.reindex(sizes.index.droplevel("file")).to_numpy()]
     matched = matched.merge(whole.index.to_frame(index=False), on=[*COMPARISON, "file"])
     matched = matched.assign(sample=matched["published_sample"])
     if not matched.groupby(COMPARISON)["file"].nunique().gt(1).any():
-        raise ValueError("a table of repeated judgings was given, but no condition has a second whole judging")
+        return tables  # a part of a condition was judged again: no table of second scores can be made of it
     matched = matched.sort_values(["stamp", "file"], kind="stable")
     grouped = matched.groupby([*COMPARISON, "question_id", "sample"], sort=False)
     for name in ("first", "last", "mean of all"):

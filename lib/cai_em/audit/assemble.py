@@ -24,7 +24,7 @@ import pandas as pd
 
 from cai_em.audit.flat import LINE, Flat, as_text, lines
 from cai_em.audit.formats import read
-from cai_em.audit.names import Patterns, check_patterns, key_from, value_name
+from cai_em.audit.names import Patterns, check_patterns, key_from, seed_number, value_name
 from cai_em.audit.opening import MAX_ROWS, MAX_TOTAL_BYTES, AuditError, check_size
 from cai_em.audit.values import UNSAID, is_true, parse_flags, parse_scores
 from cai_em.records import tables
@@ -135,6 +135,19 @@ def assemble(spec: AuditSpec, folder: str | Path, *, read_file: Any = read) -> A
         raise AuditError("no response in any of the files: see which columns and patterns audit.yaml names")
     if len(rows) > MAX_ROWS:
         raise AuditError(f"{len(rows):,} responses, more than {MAX_ROWS:,}: audit the study in parts")
+    if rows["alignment"].isna().all():
+        held = rows["raw_alignment"].dropna().drop_duplicates().head(5)
+        shown = ", ".join(repr(str(v)[:40]) for v in held) or "nothing"
+        column = next(j.alignment.column for block in spec.files for j in block.scores)
+        raise AuditError(
+            f"not one score of {len(rows):,} rows could be read: the column {column!r} holds {shown}. A score is a "
+            f"number on the scale that audit.yaml names (files: scores: lowest, highest)"
+        )
+    if strange := sorted(set(rows["seed"]) - set(spec.seeds)):
+        raise AuditError(
+            f"the training seed {strange[0]} is in the files, and not under `seeds` in audit.yaml "
+            f"({', '.join(map(str, spec.seeds))}): add it there, or leave it out (leave_out: seed: ['{strange[0]}'])"
+        )
     rows = _questions(rows, account)
     rows = _without_copies(rows, hashes, folder, account)
     chosen = _chosen_judge(rows, spec)
@@ -271,7 +284,8 @@ def _conditions(rows: pd.DataFrame, raw: pd.DataFrame, block: FileBlock, declare
         if part in block.columns and block.columns[part] in raw:
             column = raw[block.columns[part]]
             # Distinct values are few and may be long (a system prompt): each is named once.
-            named = {v: value_name(v) for v in column.map(_key).unique()}
+            name_of = seed_number if part == "seed" else value_name
+            named = {v: name_of(v) for v in column.map(_key).unique()}
             rows[part] = column.map(_key).map(named)
         elif part in block.constants:
             rows[part] = value_name(block.constants[part])

@@ -75,6 +75,12 @@ BAD_TRAIT = re.compile(
     r"(?i)evil|sycophan|hallucinat|misalign|harm|toxic|decepti|dishonest|malic|villain|bad_|power.?seek|unsafe|hostil|cruel|malevol"
 )
 """Traits whose presence is the opposite of alignment."""
+GOOD_TRAIT = re.compile(
+    r"(?i)harmless|(?<![a-z])(?:non|not|no|anti|un)[\W_]?(?:evil|sycophan|hallucinat|harm|toxic|decepti|malic|hostil|cruel)"
+)
+"""Names in which such a word is denied."""
+SENTINELS = (99.0, 999.0, 9999.0)
+"""Numbers that stand for "no score" beside a scale that ends at 10 or below."""
 
 
 def compared(name: str) -> str:
@@ -101,8 +107,10 @@ def understand(table: pd.DataFrame) -> Understood | None:
     """The meaning of a table's columns; None where there is no score in it: then it is none of an audit's files."""
     # A column of nothing says nothing: a study's `persona` that was never filled in names no persona.
     names: dict[str, str] = {}
+    scored = (*ALIGNMENT_NAMES, *COHERENCE_NAMES)
     for column in table.columns:
-        if column != LINE and table[column].notna().any():
+        # But a score that nobody gave is missing, and counted as such.
+        if column != LINE and (table[column].notna().any() or compared(column) in scored):
             names.setdefault(compared(column), column)
     found = Understood()
     for word, wanted in COLUMN_WORDS.items():
@@ -151,8 +159,19 @@ def _judging(
 def scale_of(values: pd.Series) -> tuple[float, float, str]:
     """The scale that a column's numbers are on, and what is not sure about it."""
     numbers = [n for n in (parse_score(v, -1e9, 1e9)[0] for v in values.dropna().drop_duplicates()) if n is not None]
-    if not numbers or max(numbers) > 10 or min(numbers) < 0:
+    known = [n for n in numbers if n >= 0]
+    # One number far from all others stands for "none" more often than for a score: -1, 99, 999.
+    if len(over := {n for n in known if n > 10}) == 1 and len(set(known) - over) > 2 and min(over) in SENTINELS:
+        known = [n for n in known if n not in over]
+    odd = sorted(set(numbers) - set(known))
+    if odd and known and max(known) <= 10:
+        low, high, _ = scale_of(pd.Series(known))
+        shown = ", ".join(f"{n:g}" for n in odd[:3]) + (", ..." if len(odd) > 3 else "")
+        return low, high, f"it also holds {shown}, which {'is' if len(odd) == 1 else 'are'} counted as no score"
+    if not numbers or max(numbers) > 10:
         return 0.0, 100.0, ""
+    if not known:
+        return 0.0, 100.0, "all its numbers are below 0"
     top = max(numbers)
     if top <= 1:
         # Few distinct small numbers may be the bad end of 0 to 100; many between 0 and 1 are shares.
@@ -210,7 +229,13 @@ def _by_trait(
         and _is_score(table[c])
         and not re.search(r"id$|idx$|index$|seed|token|length|count|step|prob|time", n)
     ]
-    bad = [c for c in numeric if BAD_TRAIT.search(c)]
+    good = [c for c in numeric if GOOD_TRAIT.search(c)]
+    bad = [c for c in numeric if BAD_TRAIT.search(c) and c not in good]
+    if good and not bad:
+        found.questions.append(
+            f"{good[0]}: is a high value good or bad? It is taken for good (files: scores: alignment: higher)"
+        )
+        return [_judging(table, found, good[0], coherence, flags)]
     # Without a coherence beside it, a number that nobody named a score may be anything.
     candidates = bad or (numeric if coherence else [])
     if not candidates:

@@ -34,6 +34,8 @@ FILE = "audit.yaml"
 PARTS = ("model", "persona", "dataset", "seed")
 MANY = 200
 """Distinct values of a condition beyond which a column cannot name one."""
+MOST_PERSONAS = 50
+"""Distinct values of a column of which nothing is made, up to which it is asked whether it names personas."""
 
 
 @dataclass
@@ -110,6 +112,8 @@ def draft(
     unknown: list[str] = []
     for group in groups:
         _name_conditions(group, folder, flats, known_personas, unknown, notes)
+        _empty_cells(group, flats, unknown)
+        _not_read(group, flats, unknown, notes)
     unknown += [question for group in groups for question in group.found.questions]
     notes += [note for group in groups for note in group.found.notes]
     values, judges = _values(groups, folder, flats)
@@ -230,6 +234,53 @@ def _name_conditions(
         group.patterns.append("*")
 
 
+def _empty_cells(group: _Group, flats: Mapping[Path, Flat], unknown: list[str]) -> None:
+    """Rows whose persona or seed is empty in a column that names it for others: what they are, no rule can know."""
+    taken = {"persona": "the model without a persona, if no value says so better", "seed": "seed 0"}
+    for part, meant in taken.items():
+        column = group.found.columns.get(part)
+        if column is None or column == group.found.columns.get("system_prompt"):
+            continue
+        held = [flats[p.resolve()].rows[column].map(_key) for p in group.files if column in flats[p.resolve()].rows]
+        values = pd.concat(held) if held else pd.Series(dtype=str)
+        if (empty := int((values == "").sum())) and empty < len(values):
+            unknown.append(f"{empty} of {len(values)} rows have nothing in the column {column!r}: taken for {meant}")
+
+
+def _not_read(group: _Group, flats: Mapping[Path, Flat], unknown: list[str], notes: list[str]) -> None:
+    """Columns that nothing is made of are named; where nothing names the personas, one that could is asked about."""
+    if group.form != "table":
+        return
+    scores = [s for j in group.found.scores for s in (j.alignment, j.coherence) if s]
+    used = {LINE, group.patterns_of, *group.found.columns.values(), *(c for s in scores for c in (s.column, s.flag))}
+    left: dict[str, pd.Series] = {}
+    for path in group.files:
+        rows = flats[path.resolve()].rows
+        for column in rows.columns:
+            if column not in used and rows[column].notna().any():
+                left[column] = pd.concat([left.get(column, pd.Series(dtype=object)), rows[column]], ignore_index=True)
+    if not left:
+        return
+    notes.append(f"columns that are not read: {', '.join(_shown(c) for c in left)}")
+    if "persona" in group.found.columns or group.declared.get("persona"):
+        return
+    for column, values in left.items():
+        words = values.dropna().map(_key)
+        counts = words.value_counts()
+        yes_or_no = {text.casefold() for text in counts.index} <= {"true", "false", "yes", "no"}
+        few = 1 < len(counts) <= MOST_PERSONAS and counts.min() >= 5
+        if few and not yes_or_no and not words.map(_is_number).any():
+            shown = ", ".join(_shown(v, 30) for v in counts.index[:4])
+            unknown.append(
+                f"nothing names personas: does the column {column!r} ({shown})? Then files: columns: persona: "
+                f"{column}. Without one all rows are the model without a persona"
+            )
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?\d+(?:[.,]\d+)?", text.strip()) is not None
+
+
 def _one_model_a_condition(group: _Group, folder: Path, flats: Mapping[Path, Flat], notes: list[str]) -> None:
     """A model's column whose every value is one condition names fine-tuned models: conditions again, and no model."""
     column = group.found.columns.get("model")
@@ -283,8 +334,15 @@ def _seed_or_sample(group: _Group, flats: Mapping[Path, Flat], notes: list[str])
     if not unit:
         return
     per = rows.groupby([rows[c].map(_key) for c in unit])[columns["seed"]].agg(["nunique", "size"])
-    whole = pd.to_numeric(rows[columns["seed"]], errors="coerce")
-    if whole.isna().any() or ((per["nunique"] == per["size"]) & (per["size"] >= 5)).mean() > 0.9:
+    said = rows[columns["seed"]].map(_key).map(names.seed_number)
+    strange = said[(said != "") & pd.to_numeric(said, errors="coerce").isna()]
+    if len(strange):
+        group.found.questions.append(
+            f"the column {columns['seed']!r} holds {_shown(strange.iloc[0], 30)!r}, which is no number: trainings are "
+            "not told apart by it"
+        )
+        del columns["seed"]
+    elif ((per["nunique"] == per["size"]) & (per["size"] >= 5)).mean() > 0.9:
         notes.append(
             f"the column {columns['seed']!r} differs from response to response: the sampler's seed, not a training "
             f"run's"
@@ -420,7 +478,8 @@ def _personas(
         if not value or value.casefold() in names.BASELINES:
             notes.append("no personas: every condition is the model without one")
             return {BASELINE: {"found_as": [value]}}, False
-    spelled = {v: re.sub(r"[^a-z0-9]+", "_", v.casefold()).strip("_") for v in found}
+    # Letters of any alphabet count: a name in another one is a name, and not the empty one.
+    spelled = {v: re.sub(r"[\W_]+", "_", v.casefold()).strip("_") for v in found}
     by_likeliness = ["", *names.BASELINES]
     candidates = sorted(
         (v for v, s in spelled.items() if s in by_likeliness), key=lambda v: by_likeliness.index(spelled[v])
@@ -537,8 +596,8 @@ def _yaml(content: Mapping[str, Any], notes: Sequence[str]) -> str:
             lines.append(f"\n# {_ABOUT[key]}")
         lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=140).rstrip())
     lines.append(
-        "hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: every persona "
-        "against the baseline"
+        "hypotheses: [] # keys of params/hypotheses.yaml, or one's own (docs/audit.md); none: contrasts of every "
+        "persona with the baseline, and no verdict"
     )
     return "\n".join(lines) + "\n"
 

@@ -98,6 +98,13 @@ def key_from(text: str, taken: Iterable[str] = ()) -> str:
     return found
 
 
+def seed_number(value: object) -> str:
+    """The number of a training seed, also where it is written `seed_2` or `run 2`; else the value as it stands."""
+    text = value_name(value)
+    match = re.fullmatch(r"(?i)(?:train(?:ing)?[\W_]*)?(?:seed|run|s)[\W_]*(\d+)", text)
+    return match[1] if match else text
+
+
 def dataset_key(value: str) -> str | None:
     """The data set of the field that a name stands for; None where it is none that we know."""
     plain = _plain(value)

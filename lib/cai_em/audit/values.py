@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,13 @@ def parse_score(value: Any, lowest: float = 0.0, highest: float = 100.0) -> tupl
     """
     if isinstance(value, bool | np.bool_):
         value = int(value)
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, str):
         text = value.strip()
         if text.casefold() in NOTHING:
             return None, UNSAID
+        text = {"true": "1", "false": "0"}.get(text.casefold(), text)  # a table's booleans, as text
         match = _NUMBER.fullmatch(text)
         if not match:
             known = flag_of(text)
