@@ -128,6 +128,7 @@ audit() { # $@: files, folders, globs, or an audit.yaml, relative to where the c
 
 WHAT=demo
 NAME=
+case "${1:-} ${2:-}" in -h*|--help*|'audit -h'|'audit --help') sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' run_all.sh; exit ;; esac
 case "${1:-}" in -*|'') ;; *) WHAT=$1; shift ;; esac
 
 case "$WHAT" in

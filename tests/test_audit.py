@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from cai_em import audit
 from cai_em.audit import inspect_logs, opening
+from cai_em.audit.__main__ import main as audit_command
 from cai_em.audit.flat import read_csv
 from cai_em.audit.formats import recognise
 from cai_em.audit.leaks import copied, filtered, in_domain, repeated_within
@@ -217,6 +218,34 @@ def test_a_seed_that_audit_yaml_does_not_name_is_refused(tmp_path: Path) -> None
     spec = found.spec.model_copy(update={"seeds": some})
     with pytest.raises(AuditError, match=f"training seed {last} is in the files, and not under `seeds`"):
         audit.assemble(spec, tmp_path)
+
+
+def test_personas_that_differ_in_case_alone_are_asked_about(tmp_path: Path) -> None:
+    found = table_of(tmp_path, persona=lambda p: p.mask((p == "poet") & (p.index % 2 == 0), "Poet"))
+    assert any(
+        "are 'Poet' and 'poet' one persona?" in q or "are 'poet' and 'Poet' one" in q for q in found.spec.unknown
+    )
+
+
+def test_another_study_of_the_same_name_is_not_written_over(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CAI_EM_RESULTS", str(tmp_path / "results"))
+    mine = tmp_path / "b" / "runs"
+    mine.mkdir(parents=True)
+    table_of(mine)
+    assert audit_command(["plan", str(tmp_path), str(mine)]) == 0
+    left = tmp_path / "results" / "audit-runs" / "07_audit" / "manifest.json"
+    left.parent.mkdir(parents=True)
+    left.write_text(json.dumps({"inputs": {str(mine / "audit.yaml"): "", str(mine / "all.csv"): ""}}))
+    assert audit_command(["plan", str(tmp_path), str(mine / "audit.yaml")]) == 0, "its own run goes on"
+    left.write_text(json.dumps({"inputs": {str(tmp_path / "a" / "runs" / "audit.yaml"): ""}}))
+    assert audit_command(["plan", str(tmp_path), str(mine / "audit.yaml")]) == 2
+    assert "give this one another `name`" in capsys.readouterr().err
+
+
+def test_a_file_of_a_header_alone_is_said_to_have_no_rows(tmp_path: Path) -> None:
+    SMALL.head(0).to_csv(tmp_path / "all.csv", index=False)
+    with pytest.raises(AuditError, match="no rows"):
+        drafted(tmp_path)
 
 
 def test_scores_of_which_none_can_be_read_stop_at_once(tmp_path: Path) -> None:

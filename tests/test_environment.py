@@ -393,3 +393,14 @@ def test_ruff_has_nothing_to_say(root, command):
     ruff = Path(sys.executable).with_name("ruff")
     done = subprocess.run([ruff, *command, "--no-cache", "--quiet", root], capture_output=True, text=True)
     assert done.returncode == 0, f"ruff {' '.join(command)} (mend with: ruff {command[0]} .)\n{done.stdout[-3000:]}"
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["audit", "--help"]])
+def test_help_says_the_commands_and_does_nothing(asked, root, tmp_path):
+    shutil.copy(root / "run_all.sh", tmp_path)
+    done = subprocess.run([tmp_path / "run_all.sh", *asked], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("audit PATH...", "calibrate-judge KEY", "freeze PROFILE", "verify [PROFILE]"):
+        assert f"./run_all.sh {command}" in done.stdout
+    assert not done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["run_all.sh"]

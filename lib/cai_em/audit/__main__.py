@@ -1,9 +1,10 @@
 """`./run_all.sh audit`: from files to an `audit.yaml`, to what can be run.
 
-    python -m cai_em.audit plan FOLDER PATH...    # drafts; prints what it understood; the last line of stdout is the
-    file to run python -m cai_em.audit export AUDIT.yaml FOLDER [eval|json]     # responses and scores of a run as
-    Inspect logs python -m cai_em.audit needs-inspect PATH...  # exit status 0: an Inspect log is among them, and its
-    library is not here
+    python -m cai_em.audit plan FOLDER PATH...                  # drafts, and prints what it understood; the last line
+                                                                # of stdout is the file to run
+    python -m cai_em.audit export AUDIT.yaml FOLDER [eval|json] # responses and scores of a run as Inspect logs
+    python -m cai_em.audit needs-inspect PATH...                # exit status 0: an Inspect log is among them, and its
+                                                                # library is not here
 
 Exit status of `plan`: 0, everything is known (or an `audit.yaml` was given that is settled): it can run; 3, drafted,
 and a person must say what the files do not; 2, nothing that can be audited.
@@ -12,6 +13,7 @@ and a person must say what the files do not; 2, nothing that can be audited.
 from __future__ import annotations
 
 import glob
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cai_em.audit import inspect_logs
 from cai_em.audit.draft import FILE, draft, understood
 from cai_em.audit.formats import find_files, recognise
 from cai_em.audit.opening import AuditError, kind
-from cai_em.records.files import write_text
+from cai_em.records.files import root, write_text
 from cai_em.study.entries import ParamsError
 from cai_em.study.loading import load
 
@@ -52,6 +54,7 @@ def _plan(where: Path, given: list[str]) -> int:
         study = load(paths[0])
         if study.profile.source != "audit":
             raise AuditError(f"{paths[0]}: a profile, not an audit.yaml: ./run_all.sh {paths[0]} runs it")
+        _another(study.dir, paths[0])
         print(study.name)
         print(paths[0].resolve())
         return 0
@@ -72,9 +75,28 @@ def _plan(where: Path, given: list[str]) -> int:
     if found.spec.unknown:
         print(f"Settle what is not known (in {file}, `unknown`), then: ./run_all.sh audit {file}", file=sys.stderr)
         return OPEN
+    _another(load(file).dir, file)
     print(found.spec.name)
     print(file)
     return 0
+
+
+def _another(results: Path, file: Path) -> None:
+    """Refuse to write over the results of another study that has the same name.
+
+    Raises:
+        AuditError: they were made by another `audit.yaml`.
+    """
+    manifest = results / "07_audit" / "manifest.json"
+    if not manifest.is_file():
+        return
+    inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
+    made_by = next((root() / name for name in inputs if Path(name).suffix in (".yaml", ".yml")), None)
+    if made_by is not None and made_by.resolve() != file.resolve():
+        raise AuditError(
+            f"{results} holds the audit of {made_by}: give this one another `name` in {file}, or remove that run "
+            f"(./run_all.sh clean {results.name})"
+        )
 
 
 def _place(folder: Path, where: Path) -> Path:

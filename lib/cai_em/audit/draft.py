@@ -142,9 +142,13 @@ def _groups(
             form = recognise(path)
             flat = read(path, form)
             found = understand(flat.rows)
+            if found is None and not len(flat.rows):
+                raise AuditError(f"{path}: no rows (columns: {', '.join(map(str, flat.rows.columns[1:]))[:200]})")
             if found is None:
+                has = ", ".join(map(str, flat.rows.columns[1:]))[:200]
                 raise AuditError(
-                    f"{path}: no column of scores (it has: {', '.join(map(str, flat.rows.columns[1:]))[:200]})"
+                    f"{path}: no column of scores (it has: {has}). A column of scores is called alignment, aligned or "
+                    "misaligned, or like a trait; else name it in an audit.yaml (docs/audit.md)"
                 )
         except AuditError as error:
             if path.resolve() in named:  # asked for by its name: not to be passed over
@@ -500,6 +504,9 @@ def _personas(
             f"{BASELINE}, or "
             "set without_baseline: true"
         )
+    for same in _spelled_twice(spelled):
+        said = " and ".join(repr(_shown(v)) for v in same)
+        unknown.append(f"are {said} one persona? Then put both under one entry (personas: found_as)")
     number = 0
     for value in found:
         if value == baseline:
@@ -515,6 +522,14 @@ def _personas(
             {"found_as": [value]} if key in registry else {"label": _shown(value or "unnamed"), "found_as": [value]}
         )
     return entries, baseline is None
+
+
+def _spelled_twice(spelled: Mapping[str, str]) -> list[list[str]]:
+    """Values that differ in case, spaces or punctuation alone."""
+    alike: dict[str, list[str]] = {}
+    for value, plain in spelled.items():
+        alike.setdefault(plain, []).append(value)
+    return [values for plain, values in alike.items() if plain and len(values) > 1]
 
 
 def _datasets(
