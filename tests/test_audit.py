@@ -204,6 +204,13 @@ def test_a_condition_without_one_score_is_counted_as_missing(tmp_path: Path) -> 
     assert len(lost)
 
 
+def test_an_empty_column_of_scores_is_none_beside_a_full_one(tmp_path: Path) -> None:
+    found = table_of(tmp_path, aligned="misaligned", alignment=np.nan, coherence=np.nan)
+    (judging,) = found.spec.files[0].scores
+    assert (judging.alignment.column, judging.alignment.higher) == ("misaligned", "worse")
+    assert judging.coherence.column == "coherent"
+
+
 def test_seeds_may_be_written_as_words(tmp_path: Path) -> None:
     found = table_of(tmp_path, seed=lambda s: "seed_" + s.astype(str))
     assert found.spec.seeds == sorted(set(SMALL["seed"]))

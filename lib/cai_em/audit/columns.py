@@ -7,7 +7,7 @@ A score column that is none of the usual ones (a trait: `evil`, `sycophantic`) i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,12 +106,16 @@ def _named(names: Mapping[str, str], wanted: tuple[str, ...]) -> str | None:
 def understand(table: pd.DataFrame) -> Understood | None:
     """The meaning of a table's columns; None where there is no score in it: then it is none of an audit's files."""
     # A column of nothing says nothing: a study's `persona` that was never filled in names no persona.
+    filled = [column for column in table.columns if column != LINE and table[column].notna().any()]
+    # But where no column holds a score, one that should is a condition whose scores are all missing.
+    empty = [c for c in table.columns if compared(c) in (*ALIGNMENT_NAMES, *COHERENCE_NAMES) and c not in filled]
+    return _understood(table, filled) or (_understood(table, [*filled, *empty]) if len(table) and empty else None)
+
+
+def _understood(table: pd.DataFrame, columns: Sequence[str]) -> Understood | None:
     names: dict[str, str] = {}
-    scored = (*ALIGNMENT_NAMES, *COHERENCE_NAMES)
-    for column in table.columns:
-        # But a score that nobody gave is missing, and counted as such.
-        if column != LINE and (table[column].notna().any() or compared(column) in scored):
-            names.setdefault(compared(column), column)
+    for column in columns:
+        names.setdefault(compared(column), column)
     found = Understood()
     for word, wanted in COLUMN_WORDS.items():
         if held := _named(names, wanted):

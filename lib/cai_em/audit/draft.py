@@ -34,6 +34,7 @@ FILE = "audit.yaml"
 PARTS = ("model", "persona", "dataset", "seed")
 MANY = 200
 """Distinct values of a condition beyond which a column cannot name one."""
+YES_OR_NO = ("true", "false", "yes", "no")
 MOST_PERSONAS = 50
 """Distinct values of a column of which nothing is made, up to which it is asked whether it names personas."""
 
@@ -257,23 +258,21 @@ def _not_read(group: _Group, flats: Mapping[Path, Flat], unknown: list[str], not
         return
     scores = [s for j in group.found.scores for s in (j.alignment, j.coherence) if s]
     used = {LINE, group.patterns_of, *group.found.columns.values(), *(c for s in scores for c in (s.column, s.flag))}
-    left: dict[str, pd.Series] = {}
+    left: dict[str, list[pd.Series]] = {}
     for path in group.files:
         rows = flats[path.resolve()].rows
         for column in rows.columns:
             if column not in used and rows[column].notna().any():
-                left[column] = pd.concat([left.get(column, pd.Series(dtype=object)), rows[column]], ignore_index=True)
+                left.setdefault(column, []).append(rows[column].dropna())
     if not left:
         return
     notes.append(f"columns that are not read: {', '.join(_shown(c) for c in left)}")
     if "persona" in group.found.columns or group.declared.get("persona"):
         return
-    for column, values in left.items():
-        words = values.dropna().map(_key)
-        counts = words.value_counts()
-        yes_or_no = {text.casefold() for text in counts.index} <= {"true", "false", "yes", "no"}
+    for column, parts in left.items():
+        counts = pd.concat(parts).map(_key).value_counts()
         few = 1 < len(counts) <= MOST_PERSONAS and counts.min() >= 5
-        if few and not yes_or_no and not words.map(_is_number).any():
+        if few and not all(text.casefold() in YES_OR_NO or _is_number(text) for text in counts.index):
             shown = ", ".join(_shown(v, 30) for v in counts.index[:4])
             unknown.append(
                 f"nothing names personas: does the column {column!r} ({shown})? Then files: columns: persona: "
